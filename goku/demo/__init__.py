@@ -1,1 +1,1 @@
-"""The demo: a small Goku learns real pictures and clips, survives a kill and paints them from noise."""
+"""The demo: a small Goku learns pictures and clips, survives a kill and paints from noise."""
