@@ -1,11 +1,12 @@
 """Maps the three import packages and builds the extension modules with CMake.
 
-Everything declarative stands in pyproject.toml, and the list of C++ and CUDA sources in CMakeLists.txt alone.
-This file only joins the two: it runs CMake (Ninja generator) and puts whatever CMake installs beside the Python
-files of the package that it belongs to.
+Everything declarative stands in pyproject.toml, and the list of C++ and CUDA sources in
+CMakeLists.txt alone. This file only joins the two: it runs CMake (Ninja generator) and puts
+whatever CMake installs beside the Python files of the package that it belongs to.
 
 Environment:
-    GOKU_CUDA   0 never builds the CUDA module, 1 requires it, auto (default) builds it when nvcc is found
+    GOKU_CUDA   0 never builds the CUDA module, 1 requires it, auto (the default) builds it when
+                nvcc is found
 """
 
 import os
@@ -19,16 +20,17 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Import package -> folder that holds it. The folders `kernels` and `runtime` are no packages themselves: a
-# top-level package named `kernels` would shadow Hugging Face's, which transformers and diffusers import.
+# Import package -> folder that holds it. The folders `kernels` and `runtime` are no packages
+# themselves: a top-level package named `kernels` would shadow Hugging Face's, which transformers
+# and diffusers import.
 PACKAGE_ROOTS = {"goku_kernels": "kernels", "goku_runtime": "runtime", "goku": "."}
 
 
 class BuildWithCMake(build_ext):
     """Runs CMake once and distributes what it installed.
 
-    CMake decides which modules exist (the CUDA module depends on nvcc), so the outputs are read from its install
-    tree, which is laid out by import package: goku_runtime/_io.*.so and so on.
+    CMake decides which modules exist (the CUDA module depends on nvcc), so the outputs are read
+    from its install tree, which is laid out by import package: goku_runtime/_io.*.so and so on.
     """
 
     def _stage(self) -> Path:
@@ -52,8 +54,8 @@ class BuildWithCMake(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._stage(), ignore_errors=True)
-        # --fresh: under build isolation cmake, ninja and pybind11 live at a new path every time, and a cache that
-        # remembers the last one would fail. Object files survive it.
+        # --fresh: under build isolation cmake, ninja and pybind11 live at a new path every time,
+        # and a cache that remembers the last one would fail. Object files survive it.
         configure = [
             "cmake",
             "--fresh",
@@ -66,7 +68,11 @@ class BuildWithCMake(build_ext):
             "-Dpybind11_DIR=" + pybind11.get_cmake_dir(),
             "-DGOKU_CUDA=" + cuda,
         ]
-        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(build)],
+            ["cmake", "--install", str(build)],
+        ):
             subprocess.run(command, check=True)
         for built in self._built():
             destination = self._destination(built)
@@ -80,19 +86,25 @@ class BuildWithCMake(build_ext):
         return [str(self._destination(built)) for built in self._built()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        # Only a strict editable install asks: build directory -> source tree. In place there is no copy.
+        # Only a strict editable install asks: build directory -> source tree. In place there is no
+        # copy.
         return {}
 
 
 def subpackages(name: str, folder: str) -> list[str]:
-    """The package and what lies under it; the top one always, so that an editable install can map it."""
+    """The package and what lies under it; always the top one, which an editable install maps."""
     found = find_packages(str(ROOT / folder), include=[name, f"{name}.*"])
     return sorted({name, *found})
 
 
 setup(
-    packages=[package for name, folder in PACKAGE_ROOTS.items() for package in subpackages(name, folder)],
-    package_dir={name: f"{folder}/{name}" if folder != "." else name for name, folder in PACKAGE_ROOTS.items()},
+    packages=[
+        package for name, folder in PACKAGE_ROOTS.items() for package in subpackages(name, folder)
+    ],
+    package_dir={
+        name: f"{folder}/{name}" if folder != "." else name
+        for name, folder in PACKAGE_ROOTS.items()
+    },
     package_data={
         "goku_kernels": ["py.typed", "*.pyi", "**/*.json"],
         "goku_runtime": ["py.typed", "*.pyi", "**/*.json"],

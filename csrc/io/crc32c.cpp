@@ -22,14 +22,17 @@
 namespace goku::io {
 namespace {
 
-// ---- arithmetic in GF(2)[x] modulo the polynomial ---------------------------------------------------------------
-// A 32-bit value is a polynomial of degree < 32 with the bits reflected: bit 31 is x^0, bit 0 is x^31.
+// ---- arithmetic in GF(2)[x] modulo the polynomial
+// --------------------------------------------------------------- A 32-bit value is a polynomial of
+// degree < 32 with the bits reflected: bit 31 is x^0, bit 0 is x^31.
 
 constexpr std::uint32_t kPolynomial = 0x82F63B78u;
 constexpr std::uint32_t kOne = 0x80000000u;  // x^0
 constexpr std::uint32_t kX8 = 0x00800000u;   // x^8: what one zero byte multiplies a register by
 
-constexpr std::uint32_t times_x(std::uint32_t a) { return (a >> 1) ^ ((a & 1u) != 0 ? kPolynomial : 0u); }
+constexpr std::uint32_t times_x(std::uint32_t a) {
+  return (a >> 1) ^ ((a & 1u) != 0 ? kPolynomial : 0u);
+}
 
 constexpr std::uint32_t multiply(std::uint32_t a, std::uint32_t b) {
   std::uint32_t product = 0;
@@ -50,7 +53,7 @@ constexpr std::uint32_t power_of_x8(std::uint64_t bytes) {
   return result;
 }
 
-// ---- tables, built by the compiler ------------------------------------------------------------------------------
+// ---- tables, built by the compiler ----
 
 using Table = std::array<std::uint32_t, 256>;
 
@@ -73,9 +76,10 @@ constexpr std::array<Table, 8> make_slices() {
 
 constexpr std::array<Table, 8> kSlice = make_slices();
 
-// ---- portable ---------------------------------------------------------------------------------------------------
+// ---- portable ----
 
-// Composed from bytes, so that it means the same on either byte order; compilers make one load of it.
+// Composed from bytes, so that it means the same on either byte order; compilers see one
+// load in it.
 inline std::uint32_t load32(const unsigned char* p) {
   return static_cast<std::uint32_t>(p[0]) | static_cast<std::uint32_t>(p[1]) << 8 |
          static_cast<std::uint32_t>(p[2]) << 16 | static_cast<std::uint32_t>(p[3]) << 24;
@@ -93,13 +97,15 @@ std::uint32_t advance_portable(std::uint32_t state, const unsigned char* p, std:
   return state;
 }
 
-// ---- hardware ---------------------------------------------------------------------------------------------------
+// ---- hardware ----
 #if defined(GOKU_CRC32C_HARDWARE)
 
-// The instruction takes 8 bytes per cycle but answers only after 3 (x86) or 2 to 3 (Arm), so one chain runs at a
-// third of the speed. Three chains over three neighbouring lanes fill the pipeline; a lane's register is then moved
-// past the lanes that follow it by a multiplication with x^(8 * lane bytes), four table look-ups.
-constexpr std::size_t kLongLane = 4096;  // the look-ups are 1% of the work, and 12 KiB lie well within the L1 cache
+// The instruction takes 8 bytes per cycle but answers only after 3 (x86) or 2 to 3 (Arm), so one
+// chain runs at a third of the speed. Three chains over three neighbouring lanes fill the pipeline;
+// a lane's register is then moved past the lanes that follow it: a multiplication with the power of
+// x that the lane's bits make, by four table look-ups.
+constexpr std::size_t kLongLane =
+    4096;  // the look-ups are 1% of the work, and 12 KiB lie well within the L1 cache
 constexpr std::size_t kShortLane = 256;
 
 // shift[k][b]: byte b at position k of the register, times x^(8 * lane).
@@ -154,7 +160,8 @@ GOKU_CRC32C_TARGET inline std::uint32_t step_byte(std::uint32_t state, unsigned 
 #endif
 
 template <std::size_t kLane>
-GOKU_CRC32C_TARGET std::uint32_t advance_lanes(std::uint32_t state, const unsigned char*& p, std::size_t& size,
+GOKU_CRC32C_TARGET std::uint32_t advance_lanes(std::uint32_t state, const unsigned char*& p,
+                                               std::size_t& size,
                                                const std::array<Table, 4>& shift) {
   while (size >= 3 * kLane) {
     std::uint64_t a = state, b = 0, c = 0;
@@ -171,9 +178,11 @@ GOKU_CRC32C_TARGET std::uint32_t advance_lanes(std::uint32_t state, const unsign
   return state;
 }
 
-GOKU_CRC32C_TARGET std::uint32_t advance_hardware(std::uint32_t state, const unsigned char* p, std::size_t size) {
+GOKU_CRC32C_TARGET std::uint32_t advance_hardware(std::uint32_t state, const unsigned char* p,
+                                                  std::size_t size) {
   // Whole words at aligned addresses never straddle a cache line.
-  for (; size > 0 && reinterpret_cast<std::uintptr_t>(p) % 8 != 0; --size, ++p) state = step_byte(state, *p);
+  for (; size > 0 && reinterpret_cast<std::uintptr_t>(p) % 8 != 0; --size, ++p)
+    state = step_byte(state, *p);
   state = advance_lanes<kLongLane>(state, p, size, kLongShift);
   state = advance_lanes<kShortLane>(state, p, size, kShortShift);
   for (; size >= 8; size -= 8, p += 8) state = static_cast<std::uint32_t>(step(state, load64(p)));
@@ -197,8 +206,10 @@ std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noex
   return crc32c_portable(crc, data, size);
 }
 
-std::uint32_t crc32c_combine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b) noexcept {
-  // The initial value and the final xor of the two halves cancel: only A's value travels past B's bytes.
+std::uint32_t crc32c_combine(std::uint32_t crc_a, std::uint32_t crc_b,
+                             std::uint64_t size_b) noexcept {
+  // The initial value and the final xor of the two halves cancel: only A's value travels past B's
+  // bytes.
   return multiply(power_of_x8(size_b), crc_a) ^ crc_b;
 }
 

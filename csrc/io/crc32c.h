@@ -1,7 +1,8 @@
 // CRC-32C (Castagnoli), the checksum of iSCSI (RFC 3720) and of most storage formats.
 //
-// Polynomial 0x1EDC6F41, reflected (0x82F63B78), initial value and final xor 0xFFFFFFFF. All functions take and
-// return finished values, so that crc32c(b, crc32c(a)) is the value of a followed by b and the value of nothing is 0.
+// Polynomial 0x1EDC6F41, reflected (0x82F63B78), initial value and final xor 0xFFFFFFFF. All
+// functions take and return finished values, so that crc32c(b, crc32c(a)) is the value of a
+// followed by b and the value of nothing is 0.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +17,8 @@ std::uint32_t crc32c_portable(std::uint32_t crc, const void* data, std::size_t s
 std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noexcept;
 
 // The value of A followed by B from crc32c(A), crc32c(B) and B's length in bytes, in O(log length).
-std::uint32_t crc32c_combine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b) noexcept;
+std::uint32_t crc32c_combine(std::uint32_t crc_a, std::uint32_t crc_b,
+                             std::uint64_t size_b) noexcept;
 
 // What crc32c() runs here: "sse4.2", "armv8" or "portable".
 const char* crc32c_implementation() noexcept;
