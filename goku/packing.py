@@ -71,14 +71,16 @@ def cut_grid(grid: Grid, tokens_per_pack: int, name: str, overlong: Overlong) ->
     tokens = frames * height * width
     if tokens <= tokens_per_pack:
         return grid
-    size = f"{name}: {frames} x {height} x {width} = {tokens} tokens, over tokens_per_pack="
-    size += str(tokens_per_pack)
+    size = (
+        f"{name}: {frames} x {height} x {width} = {tokens} tokens, "
+        f"over tokens_per_pack={tokens_per_pack}"
+    )
     if overlong == "error":
         raise ValueError(f'{size}; raise the budget, shrink the sample, or set overlong to "cut"')
     kept = tokens_per_pack // (height * width)
     if kept == 0:
         raise ValueError(
-            f"{size}; one latent frame alone has {height * width} tokens, so it cannot be cut to fit"
+            f"{size}; one latent frame alone has {height * width} tokens, so cutting cannot help"
         )
     return (kept, height, width)
 

@@ -34,9 +34,7 @@ def loads(plan: list[list[list[int]]], costs: list[float]) -> list[float]:
 def test_every_sample_once_and_every_pack_within_budget(
     lengths: list[int], ranks: int, data: st.DataObject
 ) -> None:
-    costs = data.draw(
-        st.lists(st.floats(1e-3, 1e6), min_size=len(lengths), max_size=len(lengths))
-    )
+    costs = data.draw(st.lists(st.floats(1e-3, 1e6), min_size=len(lengths), max_size=len(lengths)))
     plan = partition(lengths, costs, ranks, BUDGET)
     assert len(plan) == ranks
     packs = [pack for rank in plan for pack in rank]

@@ -49,8 +49,9 @@ def test_at_most_two_permutations_are_kept() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     # 100! orders: two of these being equal would be a fault, not chance.
-    orders = [tuple(take(ShuffledStream(100, seed), e * 100, 100)) for seed in (0, 1)
-              for e in range(4)]
+    orders = [
+        tuple(take(ShuffledStream(100, seed), e * 100, 100)) for seed in (0, 1) for e in range(4)
+    ]
     assert len(set(orders)) == len(orders)
 
 

@@ -1,0 +1,14 @@
+"""Prompts to un-padded embeddings: a T5 encoder from a local folder, or a tiny built-in one."""
+
+from goku.text.byte_tokenizer import ByteTokenizer
+from goku.text.cache import TextCache
+from goku.text.encoder import T5TextEncoder, TextConfig, TextEncoder, load_text_encoder
+
+__all__ = [
+    "ByteTokenizer",
+    "T5TextEncoder",
+    "TextCache",
+    "TextConfig",
+    "TextEncoder",
+    "load_text_encoder",
+]

@@ -1,0 +1,110 @@
+"""Embeddings on disk, addressed by content: encoder fingerprint, dtype and prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from goku.text.encoder import TextEncoder
+
+# Part of every key: a new layout of the files begins a new cache beside the old one.
+_FORMAT = "goku-text-1"
+# Prompts encoded between writes: what an interruption can lose.
+_ENCODE_AT_ONCE = 64
+
+
+class TextCache:
+    """Reads embeddings from `directory` and encodes only what is missing there.
+
+    One safetensors file per prompt, un-padded, named by a hash of the encoder's fingerprint (which
+    covers its weights, tokenizer and dtype) and the prompt. Files appear atomically, so any number
+    of processes may share a directory; a damaged file (a CRC-32 of the data is stored) is encoded
+    anew, with a warning. Embeddings that bf16 holds exactly are stored in bf16.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], encoder: TextEncoder) -> None:
+        self.directory = Path(directory)
+        self.encoder = encoder
+        self._fingerprint = encoder.fingerprint()
+
+    @property
+    def dim(self) -> int:
+        """Width of an embedding."""
+        return self.encoder.dim
+
+    def get(self, prompts: Sequence[str]) -> list[Tensor]:
+        """One (length, dim) fp32 CPU tensor per prompt; equal prompts share one tensor.
+
+        Raises OSError when the directory cannot be written; nothing half-written stays behind.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a sequence of strings, got the string {prompts!r}")
+        found: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for prompt in dict.fromkeys(prompts):
+            embedding = self._read(prompt)
+            if embedding is None:
+                missing.append(prompt)
+            else:
+                found[prompt] = embedding
+        for start in range(0, len(missing), _ENCODE_AT_ONCE):
+            chunk = missing[start : start + _ENCODE_AT_ONCE]
+            for prompt, embedding in zip(chunk, self.encoder.encode(chunk), strict=True):
+                self._write(prompt, embedding)
+                found[prompt] = embedding
+        return [found[prompt] for prompt in prompts]
+
+    def path(self, prompt: str) -> Path:
+        """Where the embedding of `prompt` lies, or would lie."""
+        key = json.dumps([_FORMAT, self._fingerprint, prompt])  # ASCII, so any string has a key
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.directory / name[:2] / f"{name}.safetensors"
+
+    def _read(self, prompt: str) -> Tensor | None:
+        path = self.path(prompt)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                stored = file.get_tensor("embedding").clone()  # not a view of the mapped file
+        except SafetensorError as error:
+            fault = str(error)
+        else:
+            if stored.ndim != 2 or stored.shape[0] < 1 or stored.shape[1] != self.encoder.dim:
+                fault = f"shape {tuple(stored.shape)}, width {self.encoder.dim} expected"
+            elif metadata.get("crc32") != _crc32(stored):
+                fault = "its CRC-32 does not match"
+            else:
+                return stored.float()
+        warnings.warn(f"text embedding {path} is damaged ({fault}): encoding anew", stacklevel=3)
+        return None
+
+    def _write(self, prompt: str, embedding: Tensor) -> None:
+        path = self.path(prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = embedding.detach().cpu().contiguous()
+        if torch.equal(stored.bfloat16().float(), stored):
+            stored = stored.bfloat16()
+        content = save({"embedding": stored}, {"crc32": _crc32(stored)})
+        partial = path.parent / f".partial-{uuid.uuid4().hex}"
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # still there after an error or an interrupt only
+
+
+def _crc32(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
