@@ -1,0 +1,52 @@
+"""Initial parameters, the same on every device and for every parallel layout (ours, after DiT).
+
+Goku does not state its initialisation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Zero at the start, as in DiT (adaLN-Zero) and PixArt (cross-attention): every block is the identity
+# and the velocity is zero, whatever the depth.
+_ZERO = ("norm1.linear.weight", "attn2.o_proj.weight", "final.modulation.linear.weight", "final.proj.weight")
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Set every parameter of a `GokuTransformer` or `GokuBlock` from (seed, parameter name) alone.
+
+    Gates, modulation, the cross-attention's output and the head are zero; other weights are
+    Xavier-uniform (the timestep MLP normal with std 0.02), biases zero, norm gains one. Drawn in fp32 on
+    the CPU, so neither the device, the dtype nor torch's global generator has any influence, and adding
+    blocks changes no other block.
+
+    Raises:
+        ValueError: `seed` is negative, or a parameter is on the meta device.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: allowed are integers >= 0")
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: give it memory with to_empty first")
+        parameter.copy_(_initial(name, parameter, seed))
+
+
+def _initial(name: str, parameter: Tensor, seed: int) -> Tensor:
+    if parameter.dim() == 1:
+        gain = name.endswith("weight")
+        return torch.full(parameter.shape, 1.0 if gain else 0.0)
+    if name.endswith(_ZERO):
+        return torch.zeros(parameter.shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.empty(parameter.shape, dtype=torch.float32)
+    if name.startswith("time_embed."):
+        return values.normal_(std=0.02, generator=generator)
+    fan_out, fan_in = parameter.shape
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return values.uniform_(-bound, bound, generator=generator)

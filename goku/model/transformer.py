@@ -1,0 +1,140 @@
+"""The Goku transformer: packed latent tokens, times and text in, velocity out.
+
+The blocks are Goku's (arXiv 2502.04896); its patch embedding, timestep embedding and final layer are
+not published, so these are ours, after DiT (arXiv 2212.09748). Letters in shapes: T tokens and S text
+tokens of B samples, d width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from goku_kernels import Packing, adaln_modulate
+from torch import Tensor, nn
+
+from .block import GokuBlock, Modulation
+from .config import ModelConfig
+from .initialise import initialise
+
+
+def timestep_features(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoids of 1000*t: cosines, then sines, of `channels`/2 frequencies from 1 to 1/10000 (ours).
+
+    Args:
+        t: (B,) floating, in [0, 1].
+        channels: even.
+        dtype: of the result; computed in promote(dtype, float32).
+
+    Returns:
+        (B, channels).
+    """
+    compute = torch.promote_types(dtype, torch.float32)
+    half = channels // 2
+    index = torch.arange(half, dtype=torch.float64, device=t.device)
+    freq = torch.exp(-math.log(10000.0) * index / half).to(compute)
+    angle = 1000 * t.to(compute)[:, None] * freq
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal features of the time, then Linear, SiLU, Linear (ours)."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.fc1 = nn.Linear(channels, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) in [0, 1] -> (B, d) in the parameters' dtype, under autocast too."""
+        with torch.autocast(t.device.type, enabled=False):
+            features = timestep_features(t, self.channels, self.fc1.weight.dtype)
+            return self.fc2(F.silu(self.fc1(features)))
+
+
+class FinalLayer(nn.Module):
+    """adaLN without gate, then a Linear to the velocity (ours)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = Modulation(config.dim, rows=2)
+        self.proj = nn.Linear(config.dim, config.patch_dim)
+
+    def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
+        """x (T, d), c (B, d) -> (T, patch_dim), in the parameters' dtype, under autocast too."""
+        shift, scale = self.modulation(c)
+        y = adaln_modulate(x, shift, scale, packing.cu_seqlens, norm="layer", eps=self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.proj(y.to(self.proj.weight.dtype))
+
+
+class GokuTransformer(nn.Module):
+    """Velocity network of the rectified flow over a packed batch of images and clips.
+
+    Built ready to train: the constructor calls `initialise(0)` unless it builds on the meta device.
+    Under autocast the residual stream, all norms, modulation and gating, the timestep embedding and
+    the final layer stay in the parameters' dtype.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Linear(config.patch_dim, config.dim)
+        self.time_embed = TimestepEmbedding(config.time_channels, config.dim)
+        self.blocks = nn.ModuleList(GokuBlock(config) for _ in range(config.depth))
+        self.final = FinalLayer(config)
+        if not self.patch_embed.weight.is_meta:
+            self.initialise(0)
+
+    def initialise(self, seed: int) -> None:
+        """Set every parameter from `seed` alone: see `goku.model.initialise`."""
+        initialise(self, seed)
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, packing: Packing, text_packing: Packing
+    ) -> Tensor:
+        """Velocity of every token.
+
+        Args:
+            x: (T, patch_dim), noised latents of all samples as `patchify` lays them out.
+            t: (B,), time of each sample in [0, 1], 0 noise and 1 data, any floating dtype.
+            text: (S, text_dim), un-padded text embeddings of all samples.
+            packing: of x, with grids; built on the device of x.
+            text_packing: of text, B sequences.
+
+        Returns:
+            (T, patch_dim) in the parameters' dtype.
+
+        Raises:
+            ValueError: a shape that does not fit the packings or the configuration.
+        """
+        self._check(x, t, text, packing, text_packing)
+        stream = self.patch_embed.weight.dtype
+        x = self.patch_embed(x.to(stream)).to(stream)
+        # Once here rather than in the two projections of every block.
+        low = torch.is_autocast_enabled(x.device.type) and stream != torch.float64
+        text = text.to(torch.get_autocast_dtype(x.device.type) if low else stream)
+        c = self.time_embed(t)
+        for block in self.blocks:
+            x = block(x, c, text, packing, text_packing)
+        return self.final(x, c, packing)
+
+    def _check(
+        self, x: Tensor, t: Tensor, text: Tensor, packing: Packing, text_packing: Packing
+    ) -> None:
+        if packing.grid_sizes is None:
+            raise ValueError("packing has no grids: build it with Packing.from_grids")
+        if text_packing.batch != packing.batch:
+            raise ValueError(
+                f"text_packing has {text_packing.batch} sequences: packing has {packing.batch} samples"
+            )
+        for name, tensor, wanted in (
+            ("x", x, (packing.total, self.config.patch_dim)),
+            ("t", t, (packing.batch,)),
+            ("text", text, (text_packing.total, self.config.text_dim)),
+        ):
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}: wanted {wanted}")
