@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """How training times and text dropout are drawn. Raises ValueError when a field is out of range.
+    """How training times and text dropout are drawn; ValueError if a field is out of range.
 
     time_distribution: "uniform" on [0, 1), or "logit_normal" (SD3, section 3.1):
         t = sigmoid(logit_mean + logit_std * z), z ~ N(0, 1).
