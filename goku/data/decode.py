@@ -1,0 +1,71 @@
+"""From a media file to pixels: PyAV for video, Pillow for images.
+
+Rules, the same for training and for the doctor:
+- Video: every frame in display order from `start_frame`, at most `num_frames`. With `fps`, output
+  frame k is the last source frame whose timestamp is at most t0 + k / fps (t0 = the first frame's
+  timestamp; half a tick of the container's clock is allowed for its rounding), up to the last
+  source timestamp; frames repeat where the source is slower. The first 4k+1 <= max_frames are kept.
+- Display rotation and non-square pixels are applied. Conversion to RGB follows the stream's own
+  colour tags (libswscale; untagged means BT.601, limited range).
+- Images: EXIF orientation applied; transparency composited onto white; greyscale, palette and CMYK
+  converted to RGB; 16-bit greyscale divided by 257 and rounded. ICC profiles are not applied.
+  A file with several pictures (animation, multi-page) is refused; a phone's MPO gives its first.
+- Damage that the decoders can see is an error (H.264 is decoded with err_detect=explode, never
+  concealed): a truncated file, broken entropy coding, bad PNG checksums. A flipped bit that still
+  decodes, as JPEG and VP9 allow, cannot be seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from goku.data.config import DataConfig
+from goku.data.errors import DecodeError
+from goku.data.images import decode_image, probe_image
+from goku.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Record
+from goku.data.media import Decoded, Media
+from goku.data.video import decode_video, probe_video
+
+
+def decode(record: Record, config: DataConfig) -> Tensor:
+    """The pixels of one record: (3, T, H, W) uint8, H and W multiples of 16, T = 4k+1.
+
+    Raises DecodeError (a ValueError) with the path and the reason.
+    """
+    pixels = decode_record(record, config).pixels
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(3, 0, 1, 2)
+
+
+def decode_record(record: Record, config: DataConfig) -> Decoded:
+    """As `decode`, with the pixels as an array and what was learnt about the file."""
+    _check_file(record)
+    if record.is_image:
+        return decode_image(record, config)
+    return decode_video(record, config)
+
+
+def probe(record: Record, config: DataConfig) -> Media:
+    """What `decode_record` would make of the file, from its headers and first frame only; frame
+    counts and damage further in are not seen. Raises DecodeError."""
+    _check_file(record)
+    if record.is_image:
+        return probe_image(record, config)
+    return probe_video(record, config)
+
+
+def _check_file(record: Record) -> None:
+    path = Path(record.path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        raise DecodeError(record.path, f"{path.suffix or 'no suffix'} is not a media file")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DecodeError(record.path, f"media file missing: {error.strerror}") from error
+    if not path.is_file():
+        raise DecodeError(record.path, "media file missing: not a regular file")
+    if size == 0:
+        raise DecodeError(record.path, "the file is empty (0 bytes)")

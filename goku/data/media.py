@@ -1,0 +1,66 @@
+"""What decoding a file gives, whatever kind of file it is: `Media`, `Decoded`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from goku.data.config import DataConfig
+from goku.data.errors import DecodeError
+from goku.data.manifest import Record
+from goku.data.transform import Geometry, plan
+
+DECODE_VERSION = 1
+"""Part of every cache key: raise it whenever the same file would give other pixels."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """What was found in a file, and what it becomes.
+
+    `source_frames` and `source_fps` describe the file as its header states it (0 = not stated);
+    `selected_frames` is how many frames were there to choose from within the range, after
+    resampling, counted up to max_frames. `exact` is False where only headers were read.
+    """
+
+    geometry: Geometry
+    selected_frames: int
+    source_frames: int
+    source_fps: float
+    seconds: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels (T, H, W, 3) uint8 with T = 4k+1, and their origin."""
+
+    pixels: npt.NDArray[np.uint8]
+    media: Media
+
+
+def plan_record(
+    record: Record, config: DataConfig, height: int, width: int, frames: int
+) -> Geometry:
+    """`plan` with the record's budget; what it refuses is a DecodeError of the record's path."""
+    pixels = config.image_pixels if record.is_image else config.video_pixels
+    try:
+        return plan(
+            height,
+            width,
+            frames,
+            pixels=pixels,
+            max_frames=config.max_frames,
+            upscale=config.upscale,
+        )
+    except ValueError as error:
+        raise DecodeError(record.path, str(error)) from error
+
+
+def first_line(error: BaseException, path: str) -> str:
+    """A library's message, short enough for a list: one line, without the full path."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text.replace(f": {path!r}", "").replace(path, Path(path).name) or type(error).__name__
