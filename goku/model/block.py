@@ -1,14 +1,16 @@
 """The Goku block: adaLN, self-attention, cross-attention and FFN on packed tokens.
 
 Order, precision and parameter names follow the block that the authors of Goku (arXiv 2502.04896)
-published, so that its state_dict loads unchanged. Letters in shapes: T tokens and S text tokens of B
-samples, H heads, D head width, d width.
+published, so that its state_dict loads unchanged. Letters in shapes: T tokens and S text tokens of
+B samples, H heads, D head width, d width.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from goku_kernels import (
     Packing,
     adaln_modulate,
@@ -16,7 +18,6 @@ from goku_kernels import (
     qk_norm_rope,
     varlen_attention,
 )
-from torch import Tensor, nn
 
 from .config import ModelConfig
 
@@ -24,8 +25,8 @@ from .config import ModelConfig
 class Modulation(nn.Module):
     """Rows of shift, scale and gate for every sample: SiLU, then one Linear.
 
-    Runs in the parameters' dtype even under autocast: it is one row per sample, and its rounding would
-    reach every token.
+    Runs in the parameters' dtype even under autocast: it is one row per sample, and its rounding
+    would reach every token.
     """
 
     def __init__(self, dim: int, rows: int) -> None:
@@ -40,7 +41,7 @@ class Modulation(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and QK-norm of one attention; context of another width makes it cross-attention."""
+    """Projections and QK-norm of one attention; cross-attention where the context is text."""
 
     def __init__(self, config: ModelConfig, context_dim: int, *, rotate_k: bool) -> None:
         super().__init__()
@@ -56,7 +57,9 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(width, eps=config.eps)
             self.k_norm = nn.RMSNorm(width, eps=config.eps)
 
-    def forward(self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing
+    ) -> Tensor:
         """x (T, d) attends to context (S, context_dim) within each sample -> (T, d)."""
         cfg = self.config
         heads = (cfg.heads, cfg.head_dim)
@@ -102,8 +105,8 @@ class FeedForward(nn.Module):
 class GokuBlock(nn.Module):
     """One transformer block; all of it acts within each sample of the packed batch.
 
-    Only the parameters of norm2 and norm3 are used through their modules' `weight`: the operators fuse
-    the norms with the residual sums before them.
+    Only the parameters of norm2 and norm3 are used through their modules' `weight`: the operators
+    fuse the norms with the residual sums before them.
     """
 
     def __init__(self, config: ModelConfig) -> None:

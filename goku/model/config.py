@@ -1,4 +1,4 @@
-"""Shape of the transformer: `ModelConfig`, the presets, and how head channels split over t, h, w."""
+"""Shape of the transformer: `ModelConfig`, the presets, the split of head channels over axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _PUBLISHED_AXES = {64: (16, 24, 24), 72: (24, 24, 24), 128: (44, 42, 42)}
 def split_axes(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head given to (t, h, w): even, at least 2 each, adding up to `head_dim`.
 
-    64, 72 and 128 follow Goku. For other widths the rule is ours: h and w get the largest even number
+    64, 72 and 128 follow Goku. For other widths the rule is ours: h and w get the largest even
+    number
     not over a third, t the rest: 32 -> (12, 10, 10), 48 -> (16, 16, 16).
 
     Raises:
@@ -32,8 +33,9 @@ def split_axes(head_dim: int) -> tuple[int, int, int]:
 class ModelConfig:
     """Shape of a `GokuTransformer`, validated at construction.
 
-    The defaults of mlp_ratio, text_dim, qk_norm and eps are Goku's (arXiv 2502.04896 and the block its
-    authors published); those of patch, rope_theta and time_channels are ours, as in DiT and FLUX.
+    The defaults of mlp_ratio, text_dim, qk_norm and eps are Goku's (arXiv 2502.04896 and the block
+    its authors published); those of patch, rope_theta and time_channels are ours, as in DiT and
+    FLUX.
 
     Attributes:
         dim: width of the residual stream.
@@ -86,8 +88,8 @@ class ModelConfig:
         axes = split_axes(self.head_dim) if self.axes_dim is None else self.axes_dim
         if len(axes) != 3 or any(n < 0 or n % 2 for n in axes) or sum(axes) != self.head_dim:
             raise ValueError(
-                f"axes_dim is {axes}: allowed are 3 even integers >= 0 that add up to the head width "
-                f"{self.head_dim}"
+                f"axes_dim is {axes}: allowed are 3 even integers >= 0 that add up to the head "
+                f"width {self.head_dim}"
             )
 
     @property

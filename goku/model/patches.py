@@ -39,7 +39,10 @@ def patch_grid(latent: Tensor, patch: tuple[int, int, int] = (1, 2, 2)) -> tuple
 
 
 def unpatchify(
-    tokens: Tensor, grid: tuple[int, int, int], channels: int, patch: tuple[int, int, int] = (1, 2, 2)
+    tokens: Tensor,
+    grid: tuple[int, int, int],
+    channels: int,
+    patch: tuple[int, int, int] = (1, 2, 2),
 ) -> Tensor:
     """The inverse of `patchify`.
 

@@ -1,8 +1,8 @@
 """The Goku transformer: packed latent tokens, times and text in, velocity out.
 
-The blocks are Goku's (arXiv 2502.04896); its patch embedding, timestep embedding and final layer are
-not published, so these are ours, after DiT (arXiv 2212.09748). Letters in shapes: T tokens and S text
-tokens of B samples, d width.
+The blocks are Goku's (arXiv 2502.04896); its patch embedding, timestep embedding and final layer
+are not published, so these are ours, after DiT (arXiv 2212.09748). Letters in shapes: T tokens and
+S text tokens of B samples, d width.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from goku_kernels import Packing, adaln_modulate
 from torch import Tensor, nn
+
+from goku_kernels import Packing, adaln_modulate
 
 from .block import GokuBlock, Modulation
 from .config import ModelConfig
@@ -20,7 +21,7 @@ from .initialise import initialise
 
 
 def timestep_features(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoids of 1000*t: cosines, then sines, of `channels`/2 frequencies from 1 to 1/10000 (ours).
+    """Sinusoids of 1000*t: cosines, then sines, of frequencies from 1 towards 1/10000 (ours).
 
     Args:
         t: (B,) floating, in [0, 1].
@@ -129,7 +130,7 @@ class GokuTransformer(nn.Module):
             raise ValueError("packing has no grids: build it with Packing.from_grids")
         if text_packing.batch != packing.batch:
             raise ValueError(
-                f"text_packing has {text_packing.batch} sequences: packing has {packing.batch} samples"
+                f"text_packing has {text_packing.batch} sequences: packing has {packing.batch}"
             )
         for name, tensor, wanted in (
             ("x", x, (packing.total, self.config.patch_dim)),

@@ -1,8 +1,8 @@
 """Fused operators for packed (varlen) diffusion transformers.
 
-Every operator works on the tokens of all samples laid end to end, with `cu_seqlens` giving where each
-sample begins. `Packing` builds and validates those offsets once per batch; `reference` states each
-operator in readable eager PyTorch. Nothing happens at import.
+Every operator works on the tokens of all samples laid end to end, with `cu_seqlens` giving where
+each sample begins. `Packing` builds and validates those offsets once per batch; `reference` states
+each operator in readable eager PyTorch. Nothing happens at import.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def check_parameter(
 
 
 def readable(index: Tensor) -> bool:
-    """Whether reading the values of `index` on the host is free: on the CPU, not while compiling."""
+    """Whether reading the values of `index` is free: on the CPU, and not while compiling."""
     return index.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -143,8 +143,9 @@ def check_grid_sizes(operator: str, grid_sizes: Tensor, cu: Tensor) -> None:
     check_shape(operator, "grid_sizes", grid_sizes, (cu.shape[0] - 1, 3))
     check_device(operator, "grid_sizes", grid_sizes, cu.device)
     if not grid_sizes.is_contiguous():
-        raise ValueError(f"{operator}: grid_sizes has stride {grid_sizes.stride()}: "
-                         "it must be contiguous")
+        raise ValueError(
+            f"{operator}: grid_sizes has stride {grid_sizes.stride()}: it must be contiguous"
+        )
     if readable(grid_sizes):
         offsets = cu.tolist()
         for i, (t, h, w) in enumerate(grid_sizes.tolist()):

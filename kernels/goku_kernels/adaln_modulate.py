@@ -30,10 +30,10 @@ def adaln_modulate(
     token_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift, each token with its own sample's row (adaLN, arXiv 2212.09748).
+    """norm(x) * (1 + scale) + shift, rows being those of each token's sample (arXiv 2212.09748).
 
-    Computed in promote(x's dtype, float32), cast back to x's dtype; differentiable in every floating
-    argument. Rows at or past cu_seqlens[-1] are padding: zero in output and gradients.
+    Computed in promote(x's dtype, float32), cast back to x's dtype; differentiable in every
+    floating argument. Rows at or past cu_seqlens[-1] are padding: zero in output and gradients.
 
     Args:
         x: (T, d) floating, unit inner stride.
@@ -83,7 +83,9 @@ def check_modulation(
         check.check_cu_seqlens(operator, "cu_seqlens", cu_seqlens, x.device)
     check.check_count(operator, "token_offset", token_offset)
     if cu_seqlens is None and token_offset != 0:
-        raise ValueError(f"{operator}: token_offset is {token_offset} without cu_seqlens: allowed is 0")
+        raise ValueError(
+            f"{operator}: token_offset is {token_offset} without cu_seqlens: allowed is 0"
+        )
     for name, rows in modulation.items():
         if rows is None:
             continue
@@ -104,7 +106,7 @@ _NORM_FLOPS = {"layer": 6, "rms": 4, "none": 0}
 def adaln_modulate_flops(
     tokens: int, dim: int, *, norm: Norm = "layer", backward: bool = False
 ) -> int:
-    """Arithmetic of one call: the norm (6 per element for "layer", 4 for "rms") and the modulation (2).
+    """Arithmetic of one call: norm (6 per element for "layer", 4 for "rms") and modulation (2).
 
     The backward counts twice the forward.
     """

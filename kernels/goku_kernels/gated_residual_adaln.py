@@ -33,13 +33,14 @@ def gated_residual_adaln(
     """residual_out = residual + gate * branch;  y = norm(residual_out) * (1 + scale) + shift.
 
     Equal to the sum followed by adaln_modulate: the norm reads residual_out as it is stored, in the
-    residual's dtype. Computed in promote(residual's dtype, float32); differentiable in every floating
-    argument. Rows at or past cu_seqlens[-1] are padding: zero in outputs and gradients.
+    residual's dtype. Computed in promote(residual's dtype, float32); differentiable in every
+    floating argument. Rows at or past cu_seqlens[-1] are padding: zero in outputs and gradients.
 
     Args:
         residual: (T, d) floating, unit inner stride.
         branch: (T, d), output of attention or FFN; its dtype may be narrower (bf16 beside fp32).
-        gate, shift, scale: (B, d) with cu_seqlens; (d,) or (T, d) without; None where absent (gate 1).
+        gate, shift, scale: (B, d) with cu_seqlens; (d,) or (T, d) without; None where absent (gate
+            1).
         cu_seqlens: int32 (B+1,), global offsets of the samples, or None.
         norm: "layer" (LayerNorm without bias), "rms" or "none"; with "none" and no modulation y is
             residual_out itself.
@@ -59,7 +60,9 @@ def gated_residual_adaln(
     check.check_dense(_OP, "residual", residual, (None, None))
     check.check_dense(_OP, "branch", branch, tuple(residual.shape))
     check.check_device(_OP, "branch", branch, residual.device)
-    if torch.promote_types(check.compute_dtype(residual), branch.dtype) != check.compute_dtype(residual):
+    if torch.promote_types(check.compute_dtype(residual), branch.dtype) != check.compute_dtype(
+        residual
+    ):
         raise ValueError(
             f"{_OP}: branch has dtype {branch.dtype}: beside a {residual.dtype} residual at most "
             f"{check.compute_dtype(residual)}"
@@ -75,7 +78,7 @@ def gated_residual_adaln(
 def gated_residual_adaln_flops(
     tokens: int, dim: int, *, norm: Norm = "layer", backward: bool = False
 ) -> int:
-    """Arithmetic of one call: the gated sum (2 per element) and adaln_modulate's; backward twice."""
+    """Arithmetic of one call: the gated sum (2 per element) and adaln_modulate's (backward: 2x)."""
     gated = 2 * tokens * dim * (2 if backward else 1)
     return gated + adaln_modulate_flops(tokens, dim, norm=norm, backward=backward)
 

@@ -1,8 +1,8 @@
 """Packing: where each sample of a packed batch begins and ends, and what shape it has.
 
-A packed batch holds the tokens of all samples end to end, without padding between them. `Packing` is
-built and validated once per batch from lengths known on the host, so that no operator has to read
-`cu_seqlens` back from the device.
+A packed batch holds the tokens of all samples end to end, without padding between them. `Packing`
+is built and validated once per batch from lengths known on the host, so that no operator has to
+read `cu_seqlens` back from the device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Packing:
 
     Attributes:
         cu_seqlens: int32 (B+1,), offsets of the samples; the first is 0, the last the token count.
-        grid_sizes: int32 (B, 3), (t, h, w) of every sample after patchify, tokens in row-major order;
-            None for sequences without a grid.
+        grid_sizes: int32 (B, 3), (t, h, w) of every sample after patchify, tokens in row-major
+            order; None for sequences without a grid.
         lengths: tokens of every sample, on the host.
         grids: `grid_sizes` on the host, or None.
         max_seqlen: the largest of `lengths`.
@@ -54,7 +54,9 @@ class Packing:
         for i, grid in enumerate(grid_sizes):
             sizes = tuple(grid)
             if len(sizes) != 3 or not all(_is_count(n) for n in sizes):
-                raise ValueError(f"grid_sizes[{i}] is {grid!r}: allowed are 3 integers >= 0 (t, h, w)")
+                raise ValueError(
+                    f"grid_sizes[{i}] is {grid!r}: allowed are 3 integers >= 0 (t, h, w)"
+                )
             grids.append((int(sizes[0]), int(sizes[1]), int(sizes[2])))
         lengths = tuple(t * h * w for t, h, w in grids)
         cu_seqlens = _offsets("grid_sizes", lengths, device)
@@ -89,9 +91,7 @@ class Packing:
     def to(self, device: torch.device | str) -> Packing:
         """The same packing with its tensors on `device`."""
         grids = None if self.grid_sizes is None else self.grid_sizes.to(device)
-        return Packing(
-            self.cu_seqlens.to(device), grids, self.lengths, self.grids, self.max_seqlen
-        )
+        return Packing(self.cu_seqlens.to(device), grids, self.lengths, self.grids, self.max_seqlen)
 
     def segment_ids(self) -> Tensor:
         """Sample index of every token: int64 (total,), on the device of `cu_seqlens`, cached."""

@@ -69,10 +69,12 @@ def qk_norm_rope(
     Args:
         q: (T, H, D) floating, unit inner stride.
         k: (T, Hk, D) of q's dtype, or None. With rotate_k=False it may have any number of rows.
-        q_weight, k_weight: gain of the norm, (heads*D,) for "full", (D,) for "head", or None (no gain).
-        cu_seqlens: int32 (B+1,), global offsets of the samples. Rows of q (and of a rotated k) at or
-            past cu_seqlens[-1] are padding: zero in outputs and gradients.
-        grid_sizes: int32 (B, 3), (t, h, w) with t*h*w tokens, row-major; None only with `positions`.
+        q_weight, k_weight: gain of the norm, (heads*D,) for "full", (D,) for "head", or None (no
+            gain).
+        cu_seqlens: int32 (B+1,), global offsets of the samples. Rows of q (and of a rotated k) at
+            or past cu_seqlens[-1] are padding: zero in outputs and gradients.
+        grid_sizes: int32 (B, 3), (t, h, w) with t*h*w tokens, row-major; None only with
+            `positions`.
         axes_dim: channels of D given to t, h and w, in that order along D: even, adding up to D.
         norm: "full" (over all H*D channels of a token), "head" (over D) or "none".
         pairing: which channels turn together: "interleaved" (2i, 2i+1), or "half" (i, i + d_axis/2)
@@ -80,10 +82,10 @@ def qk_norm_rope(
         rotate_k: False only normalises k (cross-attention).
         theta: RoPE base; freq_i = theta^(-2i/d_axis).
         eps: added to the mean square.
-        positions: (T, 3) of any integer or floating dtype, the positions of these rows; overrides the
-            grids. A row that must not turn has 0 on every axis.
-        position_offset, position_scale: (3,) or (B, 3); position = index in the grid * scale + offset.
-            Constants (no gradient); not together with `positions`.
+        positions: (T, 3) of any integer or floating dtype, the positions of these rows; overrides
+            the grids. A row that must not turn has 0 on every axis.
+        position_offset, position_scale: (3,) or (B, 3); position = index in the grid * scale +
+            offset. Constants (no gradient); not together with `positions`.
         token_offset: global row of q's first token (a shard may begin inside a sample).
         backend: None, "torch" or "triton".
 
@@ -183,7 +185,7 @@ def qk_norm_rope_flops(
     rotate_k: bool = True,
     backward: bool = False,
 ) -> int:
-    """Arithmetic of one call: 4 per normalised element (square, sum, scale, gain), 3 per rotated one.
+    """Arithmetic of one call: 4 per normalised element (square, sum, scale, gain), 3 per rotated.
 
     The backward counts twice the forward; sines and cosines are not counted.
     """

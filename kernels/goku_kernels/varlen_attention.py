@@ -6,6 +6,7 @@ The arguments are those of flash_attn_varlen_func.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -49,16 +50,16 @@ def varlen_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(softmax_scale * q k^T) v, queries of sample i seeing all keys of sample i and no others.
+    """softmax(softmax_scale * q k^T) v, where queries of a sample see its keys, all and only those.
 
-    Differentiable in q, k and v, through lse too. Under autocast q, k and v are cast to its dtype, as
-    torch's own attention does (fp64 stays).
+    Differentiable in q, k and v, through lse too. Under autocast q, k and v are cast to its dtype,
+    as torch's own attention does (fp64 stays).
 
     Args:
         q: (Tq, H, D) floating, unit inner stride.
         k, v: (Tk, Hk, D) of q's dtype; Hk divides H, and head i reads key/value head i // (H/Hk).
-        cu_seqlens_q, cu_seqlens_k: int32 (B+1,). Rows at or past the last offset are padding: output
-            and gradients zero, lse -inf.
+        cu_seqlens_q, cu_seqlens_k: int32 (B+1,). Rows at or past the last offset are padding:
+            output and gradients zero, lse -inf.
         max_seqlen_q, max_seqlen_k: upper bounds of the segments' lengths; never change the result.
         softmax_scale: default 1/sqrt(D).
         deterministic: equal bits on every run (the reference always is).
@@ -66,8 +67,8 @@ def varlen_attention(
         backend: None, "torch", "triton", "cuda" or "flash".
 
     Returns:
-        out (Tq, H, D) of q's dtype, or (out, lse) with lse (H, Tq) in promote(dtype, float32). A query
-        without keys has out 0 and lse -inf.
+        out (Tq, H, D) of q's dtype, or (out, lse) with lse (H, Tq) in promote(dtype, float32). A
+        query without keys has out 0 and lse -inf.
 
     Raises:
         ValueError: an argument of wrong dtype, shape, device, stride or value.
@@ -131,7 +132,8 @@ def varlen_attention_backward(
 
     Args:
         dout: (Tq, H, D), gradient of out.
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, deterministic,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+        deterministic,
             backend: as in varlen_attention.
         out: (Tq, H, D) as returned by the forward (or merged over key blocks).
         lse: (H, Tq) likewise.
@@ -174,7 +176,9 @@ def _check(
     check.check_dense(_OP, "v", v, tuple(k.shape))
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise ValueError(f"{_OP}: {name} has dtype {x.dtype}: q has {q.dtype}, they must be equal")
+            raise ValueError(
+                f"{_OP}: {name} has dtype {x.dtype}: q has {q.dtype}, they must be equal"
+            )
         check.check_device(_OP, name, x, q.device)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -202,7 +206,7 @@ def _check_lengths(name: str, rows: int, cu: Tensor, max_seqlen: int) -> None:
     offsets = cu.tolist()
     if offsets[-1] > rows:
         raise ValueError(f"{_OP}: cu_seqlens_{name} ends at {offsets[-1]}: {name} has {rows} rows")
-    longest = max(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    longest = max(b - a for a, b in itertools.pairwise(offsets))
     if longest > max_seqlen:
         raise ValueError(
             f"{_OP}: max_seqlen_{name} is {max_seqlen}: the longest segment has {longest} tokens"
