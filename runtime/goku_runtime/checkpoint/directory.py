@@ -1,0 +1,218 @@
+"""Directories that appear whole: written beside their place, made durable, renamed once.
+
+Temporary directories carry their purpose in a hidden name, so that what a killed process left
+behind is recognised: ``.NAME.saving-*`` (being written; its writer holds a lock on it, which the
+kernel drops when the process dies), ``.NAME.replaced-*`` (an old checkpoint moved out of the way)
+and ``.NAME.removing-*`` (being deleted).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from goku_runtime.checkpoint.manifest import MANIFEST_NAME
+
+__all__ = ["NewDirectory", "remove", "remove_leftovers", "sync_directory", "write_durably"]
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>saving|replaced|removing)-[0-9a-f]{16}")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable: without it, a rename can be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a new file and hands it to the device. Raises OSError as the system does."""
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+class NewDirectory:
+    """A directory in the making, beside its place and locked for as long as this process lives.
+
+    Args:
+        target: where it is to appear.
+        overwrite: whether a checkpoint may be there already.
+
+    Raises:
+        FileExistsError: something is there and `overwrite` is not set, or it is no checkpoint.
+        OSError: the directory cannot be made.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool) -> None:
+        if os.path.lexists(target):
+            _check_replaceable(target, overwrite)
+        self.target = target
+        self.overwrite = overwrite
+        self._made_parents = _make_parents(target.parent)
+        self._published = False
+        self.path = _temporary(target, "saving")
+        try:
+            remove_leftovers(target.parent)
+            self.path.mkdir()
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            self._remove_parents()
+            raise
+        _lock(self._lock)
+
+    def publish(self) -> None:
+        """Puts the directory in its place, at once. Its files must be durable already.
+
+        Raises:
+            FileExistsError: something has appeared there meanwhile, and `overwrite` is not set.
+            OSError: as the system raises it.
+        """
+        sync_directory(self.path)
+        replaced = None
+        if self.overwrite and os.path.lexists(self.target):
+            replaced = _swap(self.path, self.target)
+        else:
+            try:
+                os.rename(self.path, self.target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise _exists(self.target) from error
+                raise
+        self._published = True
+        for directory in (self.target, *self._made_parents):
+            sync_directory(directory.parent)
+        os.close(self._lock)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
+
+    def discard(self) -> None:
+        """Removes what was made, as far as the system lets it; nothing once it was published."""
+        if not self._published:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        for parent in self._made_parents:
+            try:
+                parent.rmdir()
+            except OSError:
+                break  # not empty: somebody uses it
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what killed processes left in a directory; puts a replaced checkpoint back.
+
+    A ``saving`` directory whose writer lives is left alone. Where the file system has no locks, all
+    of them are.
+    """
+    for path in list(parent.iterdir()):
+        found = _TEMPORARY.fullmatch(path.name)
+        if not found or path.is_symlink() or not path.is_dir():
+            continue
+        target = parent / found["name"]
+        if found["purpose"] == "saving":
+            if _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+        elif found["purpose"] == "replaced" and not os.path.lexists(target):
+            os.rename(path, target)
+            sync_directory(parent)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint so that at no moment a part of it looks like one."""
+    hidden = _temporary(path, "removing")
+    os.rename(path, hidden)
+    sync_directory(path.parent)
+    shutil.rmtree(hidden)
+
+
+def _temporary(target: Path, purpose: str) -> Path:
+    return target.parent / f".{target.name}.{purpose}-{secrets.token_hex(8)}"
+
+
+def _exists(target: Path) -> FileExistsError:
+    text = "exists already; pass overwrite=True to replace it"
+    return FileExistsError(errno.EEXIST, text, str(target))
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuses to replace anything but a checkpoint: a wrong path must not cost a home directory."""
+    if not overwrite:
+        raise _exists(target)
+    if target.is_symlink() or not (target / MANIFEST_NAME).is_file():
+        text = f"is not replaced: it is no checkpoint (no directory with a {MANIFEST_NAME})"
+        raise FileExistsError(errno.EEXIST, text, str(target))
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Makes a directory and its parents; returns those that were not there, the deepest first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _lock(descriptor: int) -> bool:
+    """Takes the lock if it is free. False also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, target: Path) -> Path:
+    """Puts `new` at `target` and returns where the old one now lies.
+
+    renameat2's exchange does it in one step. Where a file system lacks it there is a moment without
+    a target; the old one then bears a name by which `remove_leftovers` puts it back.
+    """
+    if _exchange(new, target):
+        return new
+    old = _temporary(target, "replaced")
+    os.rename(target, old)
+    os.rename(new, target)
+    return old
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchanges two directories atomically; False where that is not possible."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    names = os.fsencode(left), os.fsencode(right)
+    if function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(right))

@@ -1,0 +1,191 @@
+"""manifest.json: which files a checkpoint consists of, their sizes and CRC-32C values.
+
+The manifest is written last, so a directory without one was never finished. It has exactly one
+spelling: reading it and writing it again must give the same bytes, so a flipped bit anywhere in it
+is found too. A CRC finds accidents, not forgeries: whoever can rewrite the files can rewrite this
+one, which is why reading a checkpoint runs no code whatever the files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from goku_runtime.checkpoint.checksum import crc32c_of_file
+
+__all__ = [
+    "MANIFEST_NAME",
+    "CheckpointError",
+    "FileSum",
+    "Manifest",
+    "Report",
+    "file_problem",
+    "file_problems",
+    "raise_problems",
+    "verify",
+]
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "goku-checkpoint"
+VERSION = 1
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+_CRC = re.compile(r"[0-9a-f]{8}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not whole or not of this format, with every fault named."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size in bytes and CRC-32C of one file."""
+
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found to be whole: the directory, and each file's size in bytes."""
+
+    path: Path
+    files: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files together, without the manifest."""
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json; `created_ns` is the wall clock in nanoseconds since 1970."""
+
+    files: Mapping[str, FileSum]
+    created_ns: int
+
+    @classmethod
+    def of(cls, files: Mapping[str, FileSum]) -> Manifest:
+        """A manifest of these files, created now."""
+        return cls(dict(sorted(files.items())), time.time_ns())
+
+    def to_bytes(self) -> bytes:
+        """The one spelling of this manifest."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_ns": self.created_ns,
+            "files": {
+                name: {"size": entry.size, "crc32c": f"{entry.crc:08x}"}
+                for name, entry in self.files.items()
+            },
+        }
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Reads and checks a directory's manifest.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another format or version.
+            OSError: it cannot be read.
+        """
+        path = directory / MANIFEST_NAME
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            kind = "holds no" if directory.is_dir() else "is no directory with a"
+            raise CheckpointError(f"{directory} {kind} {MANIFEST_NAME}: no checkpoint") from error
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
+        if content.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} has version {content.get('version')!r}; this program reads {VERSION}"
+            )
+        try:
+            files = {name: _file_sum(name, entry) for name, entry in content["files"].items()}
+            manifest = cls(files, content["created_ns"])
+            same = type(manifest.created_ns) is int and manifest.to_bytes() == data
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}") from error
+        if not same:
+            raise CheckpointError(f"{path} is damaged: not as it was written")
+        return manifest
+
+
+def _file_sum(name: str, entry: Mapping[str, object]) -> FileSum:
+    size, crc = entry["size"], entry["crc32c"]
+    # A name that is a path could lead out of the checkpoint.
+    if not _PLAIN_NAME.fullmatch(name) or name in (".", "..", MANIFEST_NAME):
+        raise ValueError(f"file name {name!r}")
+    if type(size) is not int or size < 0 or not isinstance(crc, str) or not _CRC.fullmatch(crc):
+        raise ValueError(f"entry {entry!r} of {name!r}")
+    return FileSum(size, int(crc, 16))
+
+
+def file_problem(path: Path, wanted: FileSum, *, sums: bool = True) -> list[str]:
+    """What is wrong with one file, as one line; empty if nothing. See `file_problems`."""
+    if path.is_symlink() or not path.is_file():
+        return [f"{path.name}: missing"]
+    size = path.stat().st_size
+    if size != wanted.size:
+        kind = "truncated" if size < wanted.size else "too long"
+        return [f"{path.name}: {kind}, {size} bytes instead of {wanted.size}"]
+    if sums:
+        found = FileSum(*crc32c_of_file(path))
+        if found != wanted:
+            crcs = f"CRC-32C {found.crc:08x} instead of {wanted.crc:08x}"
+            return [f"{path.name}: altered, {crcs}"]
+    return []
+
+
+def file_problems(
+    directory: Path, manifest: Manifest, *, sums: bool = True, share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """What is wrong with the files that a manifest names, one line each; empty if nothing.
+
+    Args:
+        directory: the checkpoint.
+        manifest: its manifest.
+        sums: whether to read the files and compare their CRC-32C, or only look at their sizes.
+        share: (rank, ranks): which part of the files to read. Files are dealt out by size, the
+            largest first; the first rank also looks for files that do not belong.
+    """
+    rank, ranks = share
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    problems = []
+    for name in by_size[rank::ranks]:
+        problems += file_problem(directory / name, manifest.files[name], sums=sums)
+    if rank == 0:
+        known = {*manifest.files, MANIFEST_NAME}
+        extra = sorted(name for name in os.listdir(directory) if name not in known)
+        problems += [f"{name}: extra, not named in {MANIFEST_NAME}" for name in extra]
+    return problems
+
+
+def verify(path: str | os.PathLike[str]) -> Report:
+    """Reads every file of a checkpoint and compares size and CRC-32C with the manifest.
+
+    Raises:
+        CheckpointError: no checkpoint, or files missing, truncated, altered or extra: all named.
+        OSError: a file cannot be read.
+    """
+    directory = Path(path)
+    manifest = Manifest.read(directory)
+    raise_problems(directory, file_problems(directory, manifest))
+    return Report(directory, {name: entry.size for name, entry in manifest.files.items()})
+
+
+def raise_problems(directory: Path, problems: list[str]) -> None:
+    """Raises CheckpointError with all the problems, if there are any."""
+    if problems:
+        raise CheckpointError(f"{directory} is damaged: " + "; ".join(sorted(problems)))

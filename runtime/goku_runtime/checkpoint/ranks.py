@@ -1,0 +1,111 @@
+"""Steps that all ranks of a process group take together, and fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from goku_runtime.checkpoint.manifest import CheckpointError
+
+__all__ = ["Ranks"]
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """An exception in words: the exception itself may not survive being sent."""
+
+    kind: str
+    errno: int | None
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        if isinstance(error, OSError):
+            return cls("OSError", error.errno, str(error))
+        kinds = (CheckpointError, ValueError, TypeError, ImportError)
+        kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "RuntimeError")
+        known = kind == type(error).__name__
+        return cls(kind, None, str(error) if known else f"{type(error).__name__}: {error}")
+
+    def raised(self, rank: int) -> BaseException:
+        message = f"rank {rank}: {self.message}"
+        if self.kind == "OSError":
+            return OSError(self.errno, message)
+        kinds: tuple[type[BaseException], ...] = (CheckpointError, ValueError, TypeError)
+        kinds += (ImportError,)
+        return next((k for k in kinds if k.__name__ == self.kind), RuntimeError)(message)
+
+
+class Ranks:
+    """The ranks of a process group, or this process alone.
+
+    Args:
+        group: None takes the default group where one is initialised, else this process alone.
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.distributed = dist.is_available() and dist.is_initialized()
+        if group is not None and not self.distributed:
+            raise ValueError("process_group: given, but torch.distributed is not initialised")
+        self.rank = dist.get_rank(group) if self.distributed else 0
+        self.count = dist.get_world_size(group) if self.distributed else 1
+        if self.rank < 0:
+            raise ValueError("process_group: this process is not a member of it")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0 of the group."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank, on every rank."""
+        if self.count == 1:
+            return [value]
+        values = [value] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Runs a step without collectives on every rank; either it succeeds on all or all raise.
+
+        Returns:
+            What the step returned on this rank.
+
+        Raises:
+            Whatever `step` raised, on the ranks where it did; on all others an OSError (with the
+            same errno), CheckpointError, ValueError, TypeError, ImportError or RuntimeError that
+            names the rank.
+        """
+        try:
+            result = step()
+        except BaseException as error:
+            self.gather(_Failure.of(error))
+            raise
+        for rank, failure in enumerate(self.gather(None)):
+            if failure is not None:
+                raise failure.raised(rank)
+        return result
+
+    def on_first(self, step: Callable[[], T]) -> T | None:
+        """`together` for a step that rank 0 takes alone; None on the others."""
+        return self.together(lambda: step() if self.is_first else None)
+
+    def raise_dcp(self, error: CheckpointException) -> None:
+        """Raises what stood behind DCP's exception (no Exception itself, so `except` misses it).
+
+        DCP has already agreed on it: every rank gets here with the same failures.
+        """
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            raise cause
+        if self.count == 1:
+            raise cause
+        raise _Failure.of(cause).raised(rank) from cause

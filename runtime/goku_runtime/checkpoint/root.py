@@ -1,0 +1,128 @@
+"""A directory of checkpoints: which one is the latest, and which ones are no longer needed.
+
+None of these is collective: in a job of several ranks, rank 0 calls them and tells the others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from goku_runtime.checkpoint.directory import (
+    remove,
+    remove_leftovers,
+    sync_directory,
+    write_durably,
+)
+from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
+
+__all__ = ["POINTER_NAME", "latest", "prune", "set_latest"]
+
+POINTER_NAME = "latest"
+
+
+def set_latest(root: str | os.PathLike[str], name: str) -> None:
+    """Makes `name` the checkpoint that `latest` returns; durable and atomic.
+
+    Raises:
+        CheckpointError: `name` is not the name of a complete checkpoint in `root`.
+        OSError: the pointer cannot be written; the old one then stays.
+    """
+    root = Path(root)
+    problems = _problems(root, name)
+    if problems:
+        raise CheckpointError(f"{root / name} cannot become the latest: " + "; ".join(problems))
+    temporary = root / f".{POINTER_NAME}.{secrets.token_hex(8)}"
+    try:
+        write_durably(temporary, f"{name}\n".encode())
+        os.replace(temporary, root / POINTER_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(root)
+
+
+def latest(root: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint to go on from, or None where there is none.
+
+    That is the one `set_latest` named last. Where the pointer is missing or what it names is gone
+    or incomplete, it is the newest complete one. Complete means that every file of the manifest is
+    there with its size; `load` also compares the sums.
+
+    A job killed between `save` and `set_latest` goes on from the one before, and meets the unnamed
+    one again when it saves that step: such a job saves with ``overwrite=True``.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        return None
+    named = _pointed(root)
+    if named is not None and not _problems(root, named):
+        return root / named
+    remove_leftovers(root)  # a replaced checkpoint may have to be put back first
+    complete = _complete(root)
+    return complete[0] if complete else None
+
+
+def prune(root: str | os.PathLike[str], keep_last: int, *, sums: bool = True) -> list[Path]:
+    """Deletes all complete checkpoints but the `keep_last` newest and the latest.
+
+    The newest one whose files still have their sums is kept too, whatever `keep_last` says: were
+    all those to be kept damaged, it would be the last good one. That reads the newest once more.
+    What is not a complete checkpoint is left alone, apart from the leftovers of killed processes.
+
+    Args:
+        root: the directory of checkpoints.
+        keep_last: how many to keep, at least 1.
+        sums: False trusts the sizes and reads nothing.
+
+    Returns:
+        The deleted ones, the newest first.
+
+    Raises:
+        ValueError: `keep_last` is less than 1.
+        OSError: as the system raises it; what is half deleted no longer looks like a checkpoint.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last: found {keep_last}; must be at least 1")
+    root = Path(root)
+    remove_leftovers(root)
+    complete = _complete(root)
+    keep = {*complete[:keep_last], latest(root)}
+    good = (path for path in complete if not _problems(root, path.name, sums=sums))
+    keep.add(next(good, None))
+    pruned = [path for path in complete if path not in keep]
+    for path in pruned:
+        remove(path)
+    return pruned
+
+
+def _pointed(root: Path) -> str | None:
+    try:
+        return (root / POINTER_NAME).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        return None
+
+
+def _problems(root: Path, name: str, *, sums: bool = False) -> list[str]:
+    """Why `name` in `root` cannot be used; empty if it can."""
+    if not name or Path(name).name != name or name.startswith("."):
+        return [f"{name!r} is not the name of a directory in {root}"]
+    try:
+        return file_problems(root / name, Manifest.read(root / name), sums=sums)
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def _complete(root: Path) -> list[Path]:
+    """The complete checkpoints, the newest first: by the time in the manifest, then by name."""
+    found = []
+    for path in root.iterdir():
+        if path.is_dir() and not path.is_symlink() and not _problems(root, path.name):
+            found.append((Manifest.read(path).created_ns, _natural(path.name), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key by which step-9 comes before step-10."""
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
