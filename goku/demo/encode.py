@@ -51,7 +51,7 @@ def to_uint8(video: Any) -> Media:
 def png_bytes(frame: npt.NDArray[np.uint8]) -> bytes:
     """One `(H, W, 3)` uint8 frame as PNG."""
     out = io.BytesIO()
-    Image.fromarray(frame).save(out, "PNG", optimize=True)
+    Image.fromarray(frame).save(out, "PNG")
     return out.getvalue()
 
 
@@ -65,7 +65,7 @@ def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
     padded = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
-        options = {"crf": str(crf), "preset": "slow"}
+        options = {"crf": str(crf), "preset": "medium"}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.width, stream.height = padded.shape[2], padded.shape[1]
         stream.pix_fmt = "yuv420p"

@@ -8,8 +8,8 @@ two dataset folders that `goku.data` reads like any other:
     directory/unseen/manifest.jsonl    2 photographs and 1 clip, never trained on: held-out loss
 
 Besides the dataset's own fields (path, text, start_frame, num_frames) each line carries `name`,
-`licence`, `attribution`, `url`, `source` and `shareable`; only shareable items (public domain, CC0 or
-CC-BY) may be shown in published pictures.
+`licence`, `attribution`, `url`, `source` and `shareable`; only shareable items (public domain, CC0
+or CC-BY) may be shown in published pictures.
 """
 
 from __future__ import annotations

@@ -210,19 +210,20 @@ def _criteria(
         ),
         (
             "above_mean_image",
-            "PSNR above the mean image",
+            "Median PSNR against the mean image",
             value,
             mean_db + MIN_ABOVE_MEAN_IMAGE_DB,
             value >= mean_db + MIN_ABOVE_MEAN_IMAGE_DB,
-            f"{value:.1f} dB; mean image {mean_db:.1f} + {MIN_ABOVE_MEAN_IMAGE_DB:g} needed",
+            f"{value:.1f} dB; mean image {mean_db:.1f}, "
+            f"at least +{MIN_ABOVE_MEAN_IMAGE_DB:g} needed",
         ),
         (
             "near_vae",
-            "PSNR near the VAE's own reconstruction",
+            "Median PSNR against the VAE's own reconstruction",
             value,
             vae_db - MAX_BELOW_VAE_DB,
             value >= vae_db - MAX_BELOW_VAE_DB,
-            f"{value:.1f} dB; reconstruction {vae_db:.1f} - {MAX_BELOW_VAE_DB:g} needed",
+            f"{value:.1f} dB; reconstruction {vae_db:.1f}, at most −{MAX_BELOW_VAE_DB:g} allowed",
         ),
         (
             "loss",
