@@ -1,0 +1,59 @@
+"""A VAE's folder on disk: config.json and model.safetensors, without knowing what they configure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+def write_folder(
+    directory: str | os.PathLike[str], config: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Writes both files, each under a passing name first; the configuration comes last.
+
+    So a new folder with a config.json holds whole weights. OSError where the disk says no, with
+    nothing half-written left behind.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    passing = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
+    try:
+        try:
+            save_file(tensors, passing[WEIGHTS])
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(f"cannot write {passing[WEIGHTS]}: {error}") from error
+        passing[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, path in passing.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in passing.values():
+            path.unlink(missing_ok=True)
+
+
+def read_folder(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors on the CPU). ValueError names the file that is missing or damaged."""
+    config_path, weights_path = Path(directory) / CONFIG, Path(directory) / WEIGHTS
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: {directory} is not the folder of a VAE")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{config_path} is damaged or truncated: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds {type(config).__name__}: a JSON object is allowed")
+    try:
+        return config, load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path} is damaged or truncated: {error}") from error

@@ -1,0 +1,67 @@
+"""From a folder to a GokuVAE, refusing whatever does not fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goku.vae.causal_vae import GokuVAE, VAEConfig
+from goku.vae.folder import CONFIG, WEIGHTS, read_folder
+from goku.vae.interface import STRIDES
+
+
+def load_vae(directory: str | os.PathLike[str]) -> GokuVAE:
+    """The VAE that `GokuVAE.save` wrote, on the CPU, in the dtype that was saved, in eval mode.
+
+    Raises ValueError that names the file: missing, truncated, altered, another class, strides other
+    than 4x8x8, a size out of range, weights that do not fit the configuration or are not finite.
+    """
+    written, state = read_folder(directory)
+    vae = GokuVAE(_parse(written, Path(directory) / CONFIG))
+    path = Path(directory) / WEIGHTS
+    _check_fit(state, vae.state_dict(), path)
+    vae.to(next(iter(state.values())).dtype)
+    vae.load_state_dict(state)
+    return vae.eval()
+
+
+def _parse(written: Mapping[str, Any], path: Path) -> VAEConfig:
+    fields = dict(written)
+    kind, strides = fields.pop("_class", None), fields.pop("strides", None)
+    if kind != GokuVAE.__name__:
+        raise ValueError(f"{path}: _class = {kind!r}, allowed is {GokuVAE.__name__!r}")
+    if strides != list(STRIDES):
+        raise ValueError(f"{path}: strides (t, h, w) = {strides}, allowed are {list(STRIDES)}")
+    wrong = sorted(fields.keys() ^ asdict(VAEConfig()).keys())
+    if wrong:
+        raise ValueError(f"{path}: fields missing or unknown: {', '.join(wrong)}")
+    for name, value in fields.items():
+        if type(value) is not int:
+            raise ValueError(f"{path}: {name} = {value!r}, allowed are integers")
+    try:
+        return VAEConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    wrong = sorted(state.keys() ^ expected.keys())
+    if wrong:
+        raise ValueError(f"{path} does not fit {CONFIG}: missing or unknown {', '.join(wrong)}")
+    for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"{path} does not fit {CONFIG}: {name} has shape {tuple(value.shape)}, "
+                f"expected {tuple(expected[name].shape)}"
+            )
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: {name} ({value.dtype}) holds values that are not finite")
+    dtypes = sorted({str(value.dtype) for value in state.values()})
+    if len(dtypes) != 1:
+        raise ValueError(f"{path} mixes dtypes {', '.join(dtypes)}: one is allowed")
