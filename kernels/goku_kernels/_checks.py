@@ -82,8 +82,8 @@ def check_shape(operator: str, name: str, x: Tensor, shape: Sequence[int | None]
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )
     if not matches:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}: wanted ({wanted})")
+        wanted = str(tuple(shape)).replace("None", "any")
+        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}: wanted {wanted}")
 
 
 def check_device(operator: str, name: str, x: Tensor, device: torch.device) -> None:
