@@ -180,7 +180,7 @@ footer { margin-top: 50px; color: var(--soft); font-size: .86rem; }
 @media (max-width: 640px) {
   main { padding: 18px 14px 40px; }
   .item { grid-template-columns: 1fr; }
-  .figures { gap: 10px; grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); }
+  .figures { gap: 10px; grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .cards { grid-template-columns: 1fr 1fr; }
   .card { padding: 10px 12px; }
   .card b { font-size: 1.3rem; }

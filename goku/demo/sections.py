@@ -224,8 +224,8 @@ def packing(report: Report) -> str:
     return (
         "<p>Photographs (warm colours) and clips (cool colours; the white lines part their latent "
         "frames) of any size and length lie end to end in one sequence. Nothing is padded; the "
-        f"dashed end is what no further sample fitted into. These packs are {total / room:.1%} full."
-        f'</p><div class="scroll"><div class="packs">{"".join(rows)}</div></div>'
+        f"dashed end is what no further sample fitted into. These packs are {total / room:.1%} "
+        f'full.</p><div class="scroll"><div class="packs">{"".join(rows)}</div></div>'
         f'<div class="side">{plots.attention_mask(mixed)}<p>Inside a pack every token attends to '
         "the tokens of its own sample only: the squares on the diagonal. That is "
         f"{inside / square:.0%} of the whole square, and the rest is never computed.</p></div>"

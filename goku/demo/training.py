@@ -48,7 +48,7 @@ class TrainingLog:
             step = int(event.get("step") or 0)
             if event["event"] == "step":
                 if step in steps:
-                    differences.append(abs(_number(steps[step], "loss") - _number(event, "loss")))
+                    differences.append(_difference(steps[step].get("loss"), event.get("loss")))
                 steps[step] = event
                 last = step
             elif event["event"] == "eval":
@@ -129,8 +129,8 @@ def loss_sections(log: TrainingLog) -> str:
     if log.interruptions:
         back = ", ".join(f"{step:,}" for _, step in log.interruptions)
         resumed = (
-            "<p>The dashed line marks where the training was killed by a signal. A new process went "
-            f"on from the last checkpoint, step {back}{log.replay_text()}.</p>"
+            "<p>The dashed line marks where the training was killed by a signal. A new process "
+            f"went on from the last checkpoint, step {back}{log.replay_text()}.</p>"
         )
     return (
         f'{resumed}<div class="two"><div><h3>Training</h3>{over_time}</div>'
@@ -209,9 +209,11 @@ def _known(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _number(event: Mapping[str, Any], key: str) -> float:
-    value = event.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+def _difference(a: object, b: object) -> float:
+    """|a - b|; 0 when neither is a finite number, inf when only one is."""
+    if isinstance(a, int | float) and isinstance(b, int | float) and _known(a) and _known(b):
+        return abs(a - b)
+    return math.inf if _known(a) or _known(b) else 0.0
 
 
 def _points(events: Sequence[Mapping[str, Any]], key: str) -> Points:
