@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from goku.data.config import DataConfig
-from goku.data.decode import decode, decode_record
+from goku.data.decode import as_tensor, decode, decode_record
 from goku.data.errors import DataError, DecodeError, Problem
 from goku.data.latents import LatentCache, latent_key, request_key
 from goku.data.manifest import Record, scan
@@ -22,9 +21,7 @@ from goku.data.media import Decoded
 from goku.data.transform import VAE_STRIDES, Geometry
 from goku.data.workers import ordered_map
 from goku.text import TextCache, TextEncoder
-
-if TYPE_CHECKING:
-    from goku.vae import VideoVAE
+from goku.vae import VideoVAE
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after every item of this rank's share."""
@@ -178,7 +175,7 @@ def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
     results = ordered_map(work, records, name=_record_name, workers=config.workers)
     for record, result in zip(records, results, strict=True):
         if isinstance(result, Decoded):
-            clips.append(torch.from_numpy(np.ascontiguousarray(result.pixels)).permute(3, 0, 1, 2))
+            clips.append(as_tensor(result))
         else:
             problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and clips):
@@ -246,8 +243,8 @@ class _Filler:
         key = latent_key(self.fingerprint, identity, record, self.config, geometry)
         shape = (self.vae.channels, *geometry.latent_shape)
         if not self.cache.valid(key, shape):  # another record may show the very same pixels
-            pixels = torch.from_numpy(np.ascontiguousarray(decoded.pixels)).to(self.device)
-            video = (pixels.permute(3, 0, 1, 2).float() / 127.5 - 1.0)[None].to(self.dtype)
+            pixels = as_tensor(decoded).to(self.device)
+            video = (pixels.float() / 127.5 - 1.0)[None].to(self.dtype)
             posterior = self.vae.encode(video)
             mean, logvar = (
                 part[0].to("cpu", torch.float32) for part in (posterior.mean, posterior.logvar)

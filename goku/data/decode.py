@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +35,12 @@ def decode(record: Record, config: DataConfig) -> Tensor:
 
     Raises DecodeError (a ValueError) with the path and the reason.
     """
-    pixels = decode_record(record, config).pixels
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(3, 0, 1, 2)
+    return as_tensor(decode_record(record, config))
+
+
+def as_tensor(decoded: Decoded) -> Tensor:
+    """(T, H, W, 3) pixels as a contiguous (3, T, H, W) uint8 tensor."""
+    return torch.from_numpy(decoded.pixels).permute(3, 0, 1, 2).contiguous()
 
 
 def decode_record(record: Record, config: DataConfig) -> Decoded:

@@ -110,11 +110,11 @@ class LatentCache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get("goku", "{}"))
                 mean, logvar = file.get_tensor("mean").clone(), file.get_tensor("logvar").clone()
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"cached latent {path} is damaged: {error}") from error
-        if metadata.get("crc32") != _crc32(mean, logvar):
+        if not isinstance(facts, dict) or facts.get("crc32") != _crc32(mean, logvar):
             raise ValueError(f"cached latent {path} is damaged: its CRC-32 does not match")
         return mean, logvar
 
@@ -131,8 +131,9 @@ class LatentCache:
     def write(self, key: str, mean: Tensor, logvar: Tensor, origin: Mapping[str, str]) -> None:
         """Store one latent; `origin` goes into the file's metadata for people to read."""
         tensors = {"mean": mean.contiguous(), "logvar": logvar.contiguous()}
-        metadata = {**origin, "format": _FORMAT, "crc32": _crc32(mean, logvar)}
-        _write(self.path(key), save(tensors, metadata))
+        # Under one key, since safetensors writes several in no fixed order: equal content, equal file.
+        facts = {**origin, "format": _FORMAT, "crc32": _crc32(mean, logvar)}
+        _write(self.path(key), save(tensors, {"goku": json.dumps(facts, sort_keys=True)}))
 
     def _at(self, kind: str, key: str, suffix: str) -> Path:
         return self.directory / kind / key[:2] / f"{key}.{suffix}"

@@ -130,7 +130,8 @@ def apply(image: Image.Image, geometry: Geometry) -> npt.NDArray[np.uint8]:
     resized = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
     rows = slice(geometry.top, geometry.top + geometry.height)
     columns = slice(geometry.left, geometry.left + geometry.width)
-    return np.asarray(resized, dtype=np.uint8)[rows, columns]
+    # A copy: a view would keep the uncropped frame alive.
+    return np.array(np.asarray(resized)[rows, columns], dtype=np.uint8)
 
 
 def square_pixels(height: int, width: int, aspect: float) -> tuple[int, int]:

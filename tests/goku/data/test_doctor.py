@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from goku.data import DataConfig, DataError, ShuffledStream, doctor, prepare
+from goku.packing import PackingConfig
+
+PACKING = PackingConfig(tokens_per_step=100, tokens_per_pack=70)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
+    return write_dataset(tmp_path / "media")
+
+
+@pytest.fixture
+def config(folder: Path) -> DataConfig:
+    return DataConfig(
+        path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"fps": 12.0}, {"max_frames": 5}, {"upscale": True}])
+@pytest.mark.parametrize("quick", [False, True])
+def test_it_predicts_what_prepare_does(
+    tmp_path: Path, config: DataConfig, vae: Any, text: Any, changes: dict[str, Any], quick: bool
+) -> None:
+    config = replace(config, **changes)
+    report = doctor(config, PACKING, quick=quick, latent_channels=vae.channels)
+    assert not list(tmp_path.glob("cache*"))  # nothing is written
+    dataset = prepare(config, vae, text, cache_dir=tmp_path / "cache")
+    assert report.ok
+    assert [(i.name, i.modality, i.frames, i.height, i.width, i.tokens) for i in report.items] == [
+        (i.name, i.modality, i.frames, i.height, i.width, i.tokens) for i in dataset.items
+    ]
+    samples = [dataset.read(i) for i in range(len(dataset))]
+    assert report.cache_bytes == sum(s.mean.nbytes + s.logvar.nbytes for s in samples)
+    stored = sum(p.stat().st_size for p in (tmp_path / "cache/latents").rglob("*.safetensors"))
+    assert report.cache_bytes < stored < report.cache_bytes + 1000 * len(dataset)
+
+
+def test_steps_and_efficiency_by_hand(config: DataConfig) -> None:
+    report = doctor(config, PACKING, seed=5)
+    tokens = [item.tokens for item in report.items]
+    assert sorted(tokens) == [9, 18, 24, 60]
+    # Steps of at most 100 tokens in the stream's order, by a plain loop.
+    stream = ShuffledStream(4, 5)
+    position, steps = 0, []
+    while position < 4:
+        step = [tokens[stream.item(position)]]
+        position += 1
+        while sum(step) + tokens[stream.item(position)] <= 100:
+            step.append(tokens[stream.item(position)])
+            position += 1
+        steps.append(step)
+    assert report.packing is not None
+    assert report.packing.steps_per_epoch == len(steps)
+    assert report.packing.samples_per_step == pytest.approx(statistics.mean(map(len, steps)))
+    # 70 tokens a pack: a step of up to 70 takes one, and of up to 100 two, whatever their order.
+    packs = [1 if sum(step) <= 70 else 2 for step in steps]
+    assert report.packing.packs_per_step == pytest.approx(statistics.mean(packs))
+    shares = [sum(step) / (70 * n) for step, n in zip(steps, packs, strict=True)]
+    assert report.packing.efficiency == pytest.approx(statistics.mean(shares))
+
+
+def test_text_and_json_say_it_all(config: DataConfig, folder: Path) -> None:
+    (folder / "e.mp4").write_text("words")
+    (folder / "e.txt").write_text("caption")
+    (folder / "f.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "notes.md").touch()
+    report = doctor(config, PACKING)
+    assert not report.ok
+    assert report.listed == 6
+    assert report.counts() == {"image": 2, "video": 2}
+    text = report.to_text()
+    for part in (
+        "6 listed: 2 images, 2 videos usable, 2 unusable",
+        "e.mp4: not a readable video",
+        "f.png: missing caption: no f.txt beside it",
+        "notes.md",
+        "video 17 x 48 x 64",
+        "9 / 21 / 60, 111 in all",
+        "Not ready for training.",
+        "1 clips are longer than what is used of them",
+    ):
+        assert part in text
+    content = json.loads(report.to_json())
+    assert content["ok"] is False
+    assert content["tokens"] == {"min": 9, "median": 21, "max": 60}
+    assert content["unusable"][0] == {
+        "name": "f.png",
+        "reason": "missing caption: no f.txt beside it",
+    }
+    assert [item["name"] for item in content["items"]] == ["a.png", "b.jpg", "c.mp4", "d.mkv"]
+    assert content["packing"]["tokens_per_pack"] == 70
+    seconds = [item["source_seconds"] for item in content["items"]]
+    assert seconds == pytest.approx([0, 0, 25 / 24, 7 / 24], rel=1e-2)
+
+
+def test_samples_over_the_budget(config: DataConfig) -> None:
+    small = PackingConfig(tokens_per_step=50, tokens_per_pack=30)
+    report = doctor(config, small)
+    assert [p.name for p in report.unusable] == ["c.mp4"]
+    assert "60 tokens, over tokens_per_pack=30" in report.unusable[0].reason
+    cut = doctor(config, replace(small, overlong="cut"))
+    assert cut.ok
+    clip = cut.items[2]
+    assert (clip.encoded_frames, clip.frames, clip.tokens) == (17, 5, 24)
+    assert 'overlong: "cut"' in cut.to_text()
+    assert cut.cache_bytes == doctor(config, PACKING).cache_bytes
+
+
+def test_the_quick_look_misses_damage_and_says_so(config: DataConfig, folder: Path) -> None:
+    content = bytearray((folder / "c.mp4").read_bytes())
+    for place in range(len(content) // 3, len(content) // 2, 50):
+        content[place] ^= 0x55
+    (folder / "c.mp4").write_bytes(content)
+    full = doctor(config, PACKING)
+    assert [p.name for p in full.unusable] == ["c.mp4"]
+    assert "corrupt video" in full.unusable[0].reason
+    quick = doctor(config, PACKING, quick=True)
+    assert quick.ok
+    assert "not seen by the quick look" in quick.to_text()
+
+
+def test_workers_and_progress_change_nothing(config: DataConfig) -> None:
+    done: list[tuple[int, int]] = []
+    alone = doctor(config, PACKING, progress=lambda count, total: done.append((count, total)))
+    assert done == [(i, 4) for i in range(1, 5)]
+    assert doctor(replace(config, workers=2), PACKING) == alone
+
+
+def test_nothing_usable(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/a.png").touch()
+    (tmp_path / "bad/a.txt").write_text("x")
+    report = doctor(replace(config, path=str(tmp_path / "bad")), PACKING)
+    assert not report.ok
+    assert report.packing is None
+    assert "0 images, 0 videos usable, 1 unusable" in report.to_text()
+    assert json.loads(report.to_json())["tokens"] == {}
+    with pytest.raises(DataError, match="no such file or folder"):
+        doctor(replace(config, path=str(tmp_path / "bad/none")), PACKING)
+
+
+def test_slow_clips_are_noted(config: DataConfig) -> None:
+    assert "2 clips are slower than fps" in doctor(replace(config, fps=48.0), PACKING).to_text()

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from goku.data import DataConfig, Geometry, Record, plan
+from goku.data.latents import FileIdentity, LatentCache, latent_key, request_key
+
+IDENTITY = FileIdentity(size=10, sha256="ab")
+RECORD = Record(path="/x/a.mp4", text="t", name="a", num_frames=9)
+CONFIG = DataConfig(path="/x", video_pixels=64 * 64)
+GEOMETRY = plan(90, 160, 9, pixels=64 * 64, max_frames=17)
+
+
+def latent(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, 4, 3, 6, 10, generator=generator)
+    return both[0], both[1]
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path)
+    mean, logvar = latent()
+    assert not cache.valid("k" * 64, (4, 3, 6, 10))
+    with pytest.raises(FileNotFoundError):
+        cache.read("k" * 64)
+    cache.write("k" * 64, mean, logvar, {"name": "größe"})
+    found = cache.read("k" * 64)
+    assert torch.equal(found[0], mean)
+    assert torch.equal(found[1], logvar)
+    assert cache.valid("k" * 64, (4, 3, 6, 10))
+    assert not cache.valid("k" * 64, (4, 3, 10, 6))
+
+
+DAMAGE: dict[str, Callable[[bytearray], bytes]] = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: bytes(content[:-5]),
+    "header only": lambda content: bytes(content[:40]),
+    "longer": lambda content: bytes(content) + b"\0" * 8,
+    "header": lambda content: b"\xff" * 8 + bytes(content[8:]),
+    "first tensor byte": lambda content: flip(content, -2 * 4 * 3 * 6 * 10 * 4),
+    "last byte": lambda content: flip(content, -1),
+}
+
+
+def flip(content: bytearray, place: int) -> bytes:
+    content[place] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found(tmp_path: Path, kind: str) -> None:
+    cache = LatentCache(tmp_path)
+    cache.write("k" * 64, *latent(), {})
+    path = cache.path("k" * 64)
+    path.write_bytes(DAMAGE[kind](bytearray(path.read_bytes())))
+    assert not cache.valid("k" * 64, (4, 3, 6, 10))
+    with pytest.raises(ValueError, match=rf"cached latent {path} is damaged"):
+        cache.read("k" * 64)
+    cache.write("k" * 64, *latent(), {})
+    assert cache.valid("k" * 64, (4, 3, 6, 10))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    cache = LatentCache(tmp_path)
+    cache.write("k" * 64, *latent(0), {})
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    for key in ("k" * 64, "n" * 64):
+        with pytest.raises(OSError, match="No space left"):
+            cache.write(key, *latent(1), {})
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+def test_identity_is_the_content_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = LatentCache(tmp_path / "cache")
+    media = tmp_path / "a.mp4"
+    media.write_bytes(b"one")
+    assert cache.known_identity(str(media)) is None
+    first = cache.identify(str(media))
+    # sha256 of "one", from sha256sum.
+    digest = "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    assert first == FileIdentity(3, digest)
+    assert cache.known_identity(str(media)) == first
+    # Believed while size and time stand still (stated), looked at again when either changes.
+    stat = media.stat()
+    media.write_bytes(b"two")
+    os.utime(media, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert cache.identify(str(media)) == first
+    os.utime(media, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert cache.known_identity(str(media)) is None
+    second = cache.identify(str(media))
+    assert second.sha256 != first.sha256
+    other = tmp_path / "b.mp4"
+    other.write_bytes(b"two")
+    assert cache.identify(str(other)) == second
+    for entry in files(tmp_path / "cache/files"):
+        entry.write_bytes(b"{broken")
+    assert cache.known_identity(str(media)) is None
+    assert cache.identify(str(media)) == second
+
+
+def test_plans_round_trip_and_survive_damage(tmp_path: Path) -> None:
+    cache = LatentCache(tmp_path)
+    assert cache.read_plan("r" * 64) is None
+    cache.write_plan("r" * 64, GEOMETRY)
+    assert cache.read_plan("r" * 64) == GEOMETRY
+    for content in (b"", b"[]", b'{"frames": 1}', b"\xff\xfe"):
+        files(tmp_path)[0].write_bytes(content)
+        assert cache.read_plan("r" * 64) is None
+
+
+def test_latent_key_covers_everything_it_must() -> None:
+    def key(
+        vae: str = "v",
+        identity: FileIdentity = IDENTITY,
+        record: Record = RECORD,
+        config: DataConfig = CONFIG,
+        geometry: Geometry = GEOMETRY,
+    ) -> str:
+        return latent_key(vae, identity, record, config, geometry)
+
+    different = [
+        key(),
+        key(vae="w"),
+        key(identity=replace(IDENTITY, size=11)),
+        key(identity=replace(IDENTITY, sha256="ac")),
+        key(record=replace(RECORD, start_frame=1)),
+        key(config=replace(CONFIG, fps=12.0)),
+        *(
+            key(geometry=replace(GEOMETRY, **{name: getattr(GEOMETRY, name) + 1}))
+            for name in Geometry.__dataclass_fields__
+        ),
+    ]
+    assert len(set(different)) == len(different)
+    # What does not change the pixels does not change the key: not even where the file lies.
+    assert key(record=replace(RECORD, text="u", name="n", weight=2.0, path="/y/b.mp4")) == key()
+    assert key(config=replace(CONFIG, path="/y", workers=7, skip_bad=True, cache="/z")) == key()
+
+
+def test_request_key_covers_what_a_geometry_depends_on() -> None:
+    def key(record: Record = RECORD, **changes: object) -> str:
+        return request_key(IDENTITY, record, replace(CONFIG, **changes))  # type: ignore[arg-type]
+
+    different = [
+        key(),
+        key(video_pixels=64 * 80),
+        key(max_frames=5),
+        key(fps=12.0),
+        key(upscale=True),
+        key(replace(RECORD, start_frame=1)),
+        key(replace(RECORD, num_frames=None)),
+        request_key(replace(IDENTITY, size=11), RECORD, CONFIG),
+    ]
+    assert len(set(different)) == len(different)
+    assert key(image_pixels=10**6) == key()
+    assert key(replace(RECORD, path="/x/a.png"), image_pixels=10**6) != key()

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import count, takewhile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from goku.data import DataConfig, DecodeError, Record, decode
+from goku.data.decode import decode_record, probe
+
+Write = Callable[..., Path]
+Read = Callable[[Path], np.ndarray]
+Gradient = Callable[[int, int, int], np.ndarray]
+
+
+def config(**fields: object) -> DataConfig:
+    # The sources here are 64 x 96 at most, so that frames come in their own size.
+    fields = {"video_pixels": 64 * 96, "max_frames": 33, **fields}
+    return DataConfig(path="unused", **fields)  # type: ignore[arg-type]
+
+
+def record(path: Path, **fields: object) -> Record:
+    return Record(path=str(path), text="t", name=path.name, **fields)  # type: ignore[arg-type]
+
+
+def pixels(found: torch.Tensor) -> np.ndarray:
+    assert found.dtype == torch.uint8
+    return found.permute(1, 2, 3, 0).numpy()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory, write_video: Write, gradient: Gradient) -> Path:
+    """30 frames with B-frames: the decoding order is not the display order."""
+    return write_video(tmp_path_factory.mktemp("clip") / "a.mp4", gradient(30, 64, 96))
+
+
+def test_all_frames_in_display_order(clip: Path, raw_frames: Read, gradient: Gradient) -> None:
+    found = pixels(decode(record(clip), config()))
+    reference = raw_frames(clip)
+    assert len(reference) == 30
+    np.testing.assert_array_equal(found, reference[:29])
+    # Not merely what the reference says: every frame is nearest to its own original.
+    originals = gradient(30, 64, 96).astype(np.float64)
+    for index, frame in enumerate(found):
+        distance = np.square(originals - frame).mean(axis=(1, 2, 3))
+        assert distance.argmin() == index
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mov", "m4v", "webm", "avi", "ts", "mpg"])
+def test_other_containers(
+    tmp_path: Path, write_video: Write, raw_frames: Read, gradient: Gradient, suffix: str
+) -> None:
+    codec = {"webm": "libvpx-vp9", "avi": "mpeg4", "mpg": "mpeg2video"}.get(suffix, "libx264")
+    path = write_video(tmp_path / f"a.{suffix}", gradient(10, 64, 64), codec=codec)
+    found = pixels(decode(record(path), config()))
+    np.testing.assert_array_equal(found, raw_frames(path)[:9])
+
+
+@pytest.mark.parametrize(
+    ("start", "number", "longest", "expected"),
+    [
+        (0, None, 33, range(29)),
+        (0, None, 17, range(17)),
+        (0, None, 1, range(1)),
+        (0, 12, 33, range(9)),
+        (7, None, 33, range(7, 28)),
+        (7, 5, 33, range(7, 12)),
+        (7, 5, 3 + 2, range(7, 12)),
+        (25, 5, 33, range(25, 30)),
+        (29, 1, 33, range(29, 30)),
+    ],
+)
+def test_ranges(
+    clip: Path, raw_frames: Read, start: int, number: int | None, longest: int, expected: range
+) -> None:
+    item = record(clip, start_frame=start, num_frames=number)
+    found = decode_record(item, config(max_frames=longest))
+    np.testing.assert_array_equal(found.pixels, raw_frames(clip)[expected.start : expected.stop])
+    assert found.media.geometry.frames == len(expected)
+    # The headers of an intact file tell the same.
+    assert probe(item, config(max_frames=longest)).geometry == found.media.geometry
+
+
+@pytest.mark.parametrize(("start", "number"), [(30, None), (29, 2), (100, 5)])
+def test_a_range_beyond_the_end_is_too_short(clip: Path, start: int, number: int | None) -> None:
+    item = record(clip, start_frame=start, num_frames=number)
+    for look in (decode_record, probe):
+        with pytest.raises(DecodeError, match=f"too short: frames .*{start}.* the file has 30"):
+            look(item, config())
+
+
+def test_resize_and_crop(
+    tmp_path: Path, write_video: Write, raw_frames: Read, gradient: Gradient
+) -> None:
+    path = write_video(tmp_path / "a.mp4", gradient(5, 150, 200))
+    found = pixels(decode(record(path), config()))
+    for frame, raw in zip(found, raw_frames(path), strict=True):
+        whole = Image.fromarray(raw).resize((96, 72), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(frame, np.asarray(whole)[4:68])
+
+
+def expected_indices(times: list[Fraction], fps: float) -> list[int]:
+    """The stated rule, directly: of the frames at or before t0 + k / fps, the last."""
+    targets = takewhile(lambda t: t <= times[-1], (times[0] + k / Fraction(fps) for k in count()))
+    return [max(i for i, time in enumerate(times) if time <= target) for target in targets]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])  # mkv keeps time in whole milliseconds
+@pytest.mark.parametrize(
+    ("fps", "indices"),
+    [
+        (24.0, list(range(29))),
+        (12.0, list(range(0, 26, 2))),
+        (8.0, list(range(0, 27, 3))),
+        (10.0, [int(k * 2.4) for k in range(13)]),
+        (48.0, [k // 2 for k in range(57)]),
+    ],
+)
+def test_resampling_a_constant_rate(
+    tmp_path: Path,
+    write_video: Write,
+    raw_frames: Read,
+    gradient: Gradient,
+    suffix: str,
+    fps: float,
+    indices: list[int],
+) -> None:
+    path = write_video(tmp_path / f"a.{suffix}", gradient(30, 32, 32))
+    found = decode_record(record(path), config(fps=fps, max_frames=57))
+    np.testing.assert_array_equal(found.pixels, raw_frames(path)[indices])
+    assert probe(record(path), config(fps=fps, max_frames=57)).geometry == found.media.geometry
+
+
+@pytest.mark.parametrize("fps", [5.0, 10.0, 12.5, 30.0])
+@pytest.mark.parametrize("start", [0, 3])
+def test_resampling_by_timestamp(
+    tmp_path: Path,
+    write_video: Write,
+    raw_frames: Read,
+    gradient: Gradient,
+    fps: float,
+    start: int,
+) -> None:
+    steps = [0, 40, 200, 20, 120, 60, 400, 40, 40, 80, 120, 48, 100]  # in 1/1200 s, uneven
+    times = [Fraction(sum(steps[: i + 1]), 1200) for i in range(len(steps))]
+    path = write_video(tmp_path / "a.mp4", gradient(len(times), 32, 32), times=times)
+    with av.open(str(path)) as container:
+        stored = [f.pts * f.time_base for f in container.decode(video=0)]
+    assert [t - stored[0] for t in stored] == times
+    wanted = [start + i for i in expected_indices(times[start:], fps)]
+    wanted = wanted[: (len(wanted) - 1) // 4 * 4 + 1]
+    found = pixels(decode(record(path, start_frame=start), config(fps=fps)))
+    np.testing.assert_array_equal(found, raw_frames(path)[wanted])
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (-90, -1)])
+def test_display_rotation_is_applied(
+    tmp_path: Path,
+    write_video: Write,
+    raw_frames: Read,
+    gradient: Gradient,
+    rotation: int,
+    turns: int,
+) -> None:
+    path = write_video(tmp_path / "a.mp4", gradient(5, 32, 64), rotation=rotation)
+    with av.open(str(path)) as container:
+        stated = next(container.decode(video=0)).rotation
+    assert stated % 360 == rotation % 360
+    # Rotation is counter-clockwise, as numpy's rot90 and FFmpeg's av_display_rotation_get have it.
+    expected = np.rot90(raw_frames(path), turns, axes=(1, 2))
+    np.testing.assert_array_equal(pixels(decode(record(path), config())), expected)
+    assert probe(record(path), config()).geometry.width == expected.shape[2]
+
+
+def test_wide_pixels_are_made_square(
+    tmp_path: Path, write_video: Write, gradient: Gradient
+) -> None:
+    path = write_video(tmp_path / "a.mp4", gradient(1, 64, 64), aspect=Fraction(2))
+    geometry = decode_record(record(path), config()).media.geometry
+    assert (geometry.source_height, geometry.source_width) == (32, 64)
+    assert (geometry.height, geometry.width) == (32, 64)
+
+
+# Damage
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def noisy(frames: int) -> np.ndarray:
+    """Frames that take many bytes, so that damage meets coded pixels."""
+    return np.random.default_rng(0).integers(0, 256, (frames, 64, 96, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("end.mp4", "not a readable video: Invalid data"),  # the index at the end is gone
+        ("front.mp4", r"truncated: its index needs \d+ bytes, the file has \d+"),
+        ("a.mkv", "truncated|corrupt video"),
+        ("a.webm", "truncated|corrupt video"),
+    ],
+)
+def test_truncated(
+    tmp_path: Path, write_video: Write, name: str, reason: str, share: float
+) -> None:
+    codec = "libvpx-vp9" if name.endswith("webm") else "libx264"
+    path = write_video(tmp_path / name, noisy(29), codec=codec, faststart=name == "front.mp4")
+    decode(record(path), config())
+    cut(path, share)
+    with pytest.raises(DecodeError, match=f"{name}: .*({reason})") as error:
+        decode(record(path), config())
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_flipped_bits_in_h264_are_found_not_concealed(
+    tmp_path: Path, write_video: Write, seed: int
+) -> None:
+    path = write_video(tmp_path / "a.mp4", noisy(9))
+    content = bytearray(path.read_bytes())
+    for place in np.random.default_rng(seed).integers(len(content) // 4, len(content) // 2, 20):
+        content[place] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match=r"corrupt video: .* good frames"):
+        decode(record(path), config())
+
+
+def test_not_video_at_all(tmp_path: Path, write_video: Write, gradient: Gradient) -> None:
+    (tmp_path / "words.mp4").write_text("this is a text file\n" * 50)
+    (tmp_path / "empty.mp4").touch()
+    # FFmpeg would take this for a playlist and open what it names.
+    write_video(tmp_path / "target.ts", gradient(3, 32, 32))
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:1", "#EXTINF:1,", "target.ts", "#EXT-X-ENDLIST", ""]
+    (tmp_path / "list.mp4").write_text("\n".join(lines))
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile target.ts\n")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    expected = {
+        "words.mp4": "not a readable video",
+        "empty.mp4": r"empty \(0 bytes\)",
+        "list.mp4": "not a readable video",
+        "concat.mp4": "not a readable video",
+        "sound.mp4": "has no video stream",
+        "absent.mp4": "media file missing",
+    }
+    for name, reason in expected.items():
+        for look in (decode_record, probe):
+            with pytest.raises(DecodeError, match=f"{name}: .*{reason}"):
+                look(record(tmp_path / name), config())
+
+
+def test_a_changing_frame_size_is_an_error(
+    tmp_path: Path, write_video: Write, gradient: Gradient
+) -> None:
+    first = write_video(tmp_path / "a.ts", gradient(5, 64, 96)).read_bytes()
+    second = write_video(tmp_path / "b.ts", gradient(5, 32, 32)).read_bytes()
+    (tmp_path / "both.ts").write_bytes(first + second)
+    with pytest.raises(DecodeError, match="the frame size changes from 64x96 to 32x32 at frame 5"):
+        decode(record(tmp_path / "both.ts"), config())
+
+
+def test_too_small(tmp_path: Path, write_video: Write, gradient: Gradient) -> None:
+    path = write_video(tmp_path / "a.mp4", gradient(5, 8, 64))
+    with pytest.raises(DecodeError, match=r"a\.mp4: size: 8x64"):
+        decode(record(path), config())
