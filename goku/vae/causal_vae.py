@@ -129,8 +129,9 @@ class GokuVAE(nn.Module):
     def __init__(self, config: VAEConfig | None = None, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config if config is not None else VAEConfig()
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        with torch.random.fork_rng(devices=[]):  # layers draw weights of their own, replaced below
+            self.encoder = Encoder(self.config)
+            self.decoder = Decoder(self.config)
         self.register_buffer("latent_mean", torch.zeros(self.config.channels))
         self.register_buffer("latent_std", torch.ones(self.config.channels))
         self._initialise(seed)
@@ -147,13 +148,14 @@ class GokuVAE(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """He's normal for what feeds a SiLU; small for what ends in a sum, so blocks begin near 1."""
+        """He's normal before a SiLU; small where a block adds, so that it begins near the identity;
+        zero heads, so that the shortcuts alone are the beginning."""
         generator = torch.Generator().manual_seed(seed)
-        small = ("mix.linear", "head")
+        gains = {"conv": math.sqrt(2.0), "mix.linear": 0.1, "head": 0.0}
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
-            gain = 0.1 if name.endswith(small) else math.sqrt(2.0) if name.endswith("conv") else 1.0
+            gain = next((g for end, g in gains.items() if name.endswith(end)), 1.0)
             fan_in = module.weight[0].numel()
             module.weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
             assert module.bias is not None
