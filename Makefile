@@ -87,7 +87,7 @@ types: $(DEV)  ## mypy
 .PHONY: imports
 imports: $(DEV)  ## who may import whom (import-linter)
 	@echo "import contracts"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports >$(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 
 # One thread a process: two workers on two cores, and results that do not depend on the machine's
 # number of cores.
@@ -128,16 +128,16 @@ $(TORCH): constraints.txt | $(BIN)/python
 	    if [[ $$(uname -s) == Linux ]] && ! command -v nvidia-smi; then index=$(CPU_INDEX); fi; fi; \
 	  extra=(); \
 	  if [[ $$index != none ]]; then extra=(--extra-index-url "$$index" --retries 0 --timeout 10); fi; \
-	  $(PIP) install --no-deps -c constraints.txt "$${extra[@]}" torch)
+	  $(PIP) install --no-compile --no-deps -c constraints.txt "$${extra[@]}" torch)
 	@touch $@
 
 $(GOKU): $(SOURCES) $(TORCH)
-	$(call step,goku and what it needs,GOKU_CUDA=$(GOKU_CUDA) $(PIP) install -c constraints.txt -e .)
+	$(call step,goku and what it needs,GOKU_CUDA=$(GOKU_CUDA) $(PIP) install --no-compile -c constraints.txt -e .)
 	@touch $@
 
 $(DEV): $(SOURCES) $(TORCH)
 	$(call step,goku and the tools for its development,\
-	  GOKU_CUDA=$(GOKU_CUDA) $(PIP) install -c constraints.txt -e ".[$(EXTRAS)]")
+	  GOKU_CUDA=$(GOKU_CUDA) $(PIP) install --no-compile -c constraints.txt -e ".[$(EXTRAS)]")
 	@touch $@ $(GOKU)
 
 # ---- packages ------------------------------------------------------------------------------------
