@@ -1,0 +1,123 @@
+"""From positions in the data stream to one packed batch: latents, text, noise and times of several samples end to end.
+
+Everything random here is a function of (seed, stream position, element): the same sample at the same position gets
+the same posterior draw, noise, time and text dropout on any rank, in any pack, before and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from goku.data import CachedDataset, Item
+from goku.flow import FlowConfig, drop_text, interpolate, sample_times, velocity_target
+from goku.model import patchify
+from goku.packing import PackingConfig, cut_grid
+from goku.random import Purpose, normal, normal_packed
+from goku.vae import VideoVAE
+from goku_kernels import Packing
+
+__all__ = ["Batch", "BatchBuilder"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack, ready for the model.
+
+    x: (tokens, patch_dim) noised latents; target: (tokens, patch_dim) velocity; t: (B,); text: (text_tokens, dim);
+    items: the B samples in order; weights: (B,) loss weights w_i.
+    """
+
+    x: Tensor
+    target: Tensor
+    t: Tensor
+    text: Tensor
+    packing: Packing
+    text_packing: Packing
+    items: list[Item]
+    weights: Tensor
+
+
+class BatchBuilder:
+    """Builds packs from one cached dataset on one device."""
+
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        vae: VideoVAE,
+        flow: FlowConfig,
+        packing: PackingConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.dataset, self.vae, self.flow, self.packing = dataset, vae, flow, packing
+        self.seed, self.device = seed, device
+        self.grids = [
+            cut_grid(item.grid, packing.tokens_per_pack, item.name, packing.overlong)
+            for item in dataset.items
+        ]
+        self.tokens = [t * h * w for t, h, w in self.grids]
+        self._empty_text = dataset.empty_text
+
+    def training(self, positions: Sequence[int], indices: Sequence[int]) -> Batch:
+        """The pack of the items `indices`, drawn at stream `positions` (same length): training noise and times."""
+        times = sample_times(self.flow, self.seed, positions, [self.tokens[i] for i in indices])
+        dropped = drop_text(self.flow, self.seed, positions).tolist()
+        return self._build(
+            indices, positions, times, dropped, Purpose.NOISE, posterior_positions=positions
+        )
+
+    def fixed(self, indices: Sequence[int], times: Sequence[float]) -> Batch:
+        """The pack of `indices` at fixed `times`, with noise keyed by the item: the same at every call and step.
+
+        The latent is the posterior's mean and no text is dropped, so that two losses on it differ by the weights of
+        the model alone.
+        """
+        t = torch.tensor(list(times), dtype=torch.float64)
+        return self._build(
+            indices, indices, t, [False] * len(indices), Purpose.EVAL, posterior_positions=None
+        )
+
+    def _build(
+        self,
+        indices: Sequence[int],
+        keys: Sequence[int],
+        times: Tensor,
+        dropped: Sequence[bool],
+        purpose: Purpose,
+        posterior_positions: Sequence[int] | None,
+    ) -> Batch:
+        latents, texts = [], []
+        for row, index in enumerate(indices):
+            sample = self.dataset.read(index)
+            latent = sample.mean
+            if posterior_positions is not None:
+                noise = normal(
+                    self.seed, posterior_positions[row], latent.numel(), Purpose.POSTERIOR
+                )
+                latent = latent + torch.exp(0.5 * sample.logvar) * noise.view_as(latent)
+            frames = self.grids[index][0]
+            latents.append(patchify(self.vae.normalise(latent[None])[0][:, :frames]))
+            texts.append(self._empty_text if dropped[row] else sample.text)
+        packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
+        text_packing = Packing.from_lengths([len(text) for text in texts], device=self.device)
+        x1 = torch.cat(latents).to(self.device)
+        lengths = [latent.numel() for latent in latents]
+        x0 = normal_packed(self.seed, keys, lengths, purpose, device=self.device).view_as(x1)
+        t = times.to(self.device, torch.float32)
+        items = [self.dataset.items[i] for i in indices]
+        return Batch(
+            x=interpolate(x1, x0, t, packing.segment_ids()),
+            target=velocity_target(x1, x0),
+            t=t,
+            text=torch.cat(texts).to(self.device),
+            packing=packing,
+            text_packing=text_packing,
+            items=items,
+            weights=torch.tensor(
+                [item.weight for item in items], dtype=torch.float64, device=self.device
+            ),
+        )

@@ -1,0 +1,78 @@
+"""`goku train --dry-run`: the resolved run, how large it is, and what it will need, before anything is done."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from goku import config as parser
+from goku import flops
+from goku.model import GokuTransformer
+from goku.run_config import RunConfig
+
+__all__ = ["describe", "saved_bytes_per_token"]
+
+
+def saved_bytes_per_token(config: RunConfig, element_bytes: int) -> float:
+    """Bytes that one token leaves saved for the backward pass, without activation checkpointing (an estimate).
+
+    Per block, in units of dim: inputs of the nine linear maps and the attentions' q, k, v, out (about 20 with an
+    FFN ratio of 4, its GELU included) in the autocast dtype, and about 12 more kept in fp32 by the norms, the rotation and the
+    residuals, which compute in fp32. Checked against torch's saved-tensor hooks in the tests.
+    """
+    model = config.model
+    per_block = (12 + 2 * model.mlp_ratio) * element_bytes + 12 * 4
+    return model.dim * model.depth * per_block
+
+
+def describe(config: RunConfig) -> str:
+    """The whole report as text. The model is built on the meta device: no memory is used, whatever its size."""
+    from goku.trainer import autocast_dtype
+
+    with torch.device("meta"):
+        model = GokuTransformer(config.model)
+    count = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
+    )
+    dtype = autocast_dtype(config.train.precision, device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    pack = config.packing.tokens_per_pack
+    tokens = config.packing.tokens_per_step
+    states = {"weights": 4, "gradients": 4, "AdamW moments": 8, "EMA": 4}
+    activations = saved_bytes_per_token(config, 2 if dtype == torch.bfloat16 else 4) * pack
+    # One sample that fills the pack: the most attention work that the budget allows.
+    work = flops.training_flops(config.model, [tokens], [config.text.max_tokens])
+    rows = [
+        ("parameters", f"{count:,} ({blocks:,} in the blocks)"),
+        (
+            "precision",
+            f"{str(dtype).removeprefix('torch.')} products, fp32 weights, on {device.type}",
+        ),
+        ("processes", f"{world} (data parallel)"),
+        ("tokens per step", f"{tokens:,} at most, in packs of {pack:,}"),
+        ("FLOPs per step", f"{work:.3e} at most (forward and backward)"),
+        *((f"memory: {name}", _bytes(count * size)) for name, size in states.items()),
+        (
+            "memory: activations",
+            f"{_bytes(activations)} (estimate, one full pack, nothing recomputed)",
+        ),
+        (
+            "memory: total per process",
+            f"{_bytes(count * sum(states.values()) + activations)} (estimate)",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return (
+        parser.dump(config) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,141 @@
+"""What a run says while it works: JSON lines always, TensorBoard by option, one progress line for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["RunLog", "progress_bar", "read_log"]
+
+# Without a terminal (CI, a batch job) a line this often, in seconds, is enough to see that the run lives.
+_PLAIN_INTERVAL = 20.0
+
+
+def progress_bar(console: Console) -> Progress:
+    """The one look of every progress bar: description, bar, count, elapsed, left, and a free text field `info`."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+
+
+class RunLog:
+    """The log of one run, written by the main rank alone (path None: everything is a no-op).
+
+    Every event is one JSON object per line with "event", "step" and "time" (seconds since the epoch), flushed at
+    once, so that what was logged survives a kill. `tensorboard` names a directory or is None; asking for it without
+    the package raises ImportError with the way to get it.
+    """
+
+    def __init__(
+        self, path: Path | None, *, total_steps: int, tensorboard: Path | None = None
+    ) -> None:
+        self._file: IO[str] | None = None
+        self._writer: Any = None
+        self._bar: Progress | None = None
+        self.console = Console(stderr=True)
+        if path is None:
+            return
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "train.tensorboard needs tensorboard: pip install 'goku[tensorboard]'"
+                ) from error
+            self._writer = SummaryWriter(str(tensorboard))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._total = total_steps
+        self._last_plain = 0.0
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Append one event; numbers also go to TensorBoard when it is on."""
+        if self._file is None:
+            return
+        self._file.write(
+            json.dumps({"event": event, "step": step, "time": time.time(), **fields}) + "\n"
+        )
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in fields.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{event}/{name}", value, step)
+
+    def progress(self, step: int, info: str) -> None:
+        """Show that `step` steps are done."""
+        if self._file is None:
+            return
+        if self.console.is_terminal:
+            if self._bar is None:
+                self._bar = progress_bar(self.console)
+                self._task = self._bar.add_task(
+                    "train", total=self._total, completed=step, info=info
+                )
+                self._bar.start()
+            self._bar.update(self._task, completed=step, info=info)
+        elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL or step == self._total:
+            self._last_plain = time.monotonic()
+            self.message(f"step {step}/{self._total}  {info}")
+
+    def message(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self._file is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flush to disk and stop drawing."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A kill can leave half a line; what follows must not be glued to it."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All events of a JSONL log, in order; a torn last line (the writer was killed) is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    return events

@@ -1,0 +1,109 @@
+"""What must exist before the first training step: a VAE, text embeddings, cached latents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goku.data import CachedDataset, DataConfig, decode_all, prepare, read_records
+from goku.metrics import RunLog, progress_bar
+from goku.parallelize import ParallelContext
+from goku.run_config import RunConfig
+from goku.text import TextCache, TextEncoder, load_text_encoder
+from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae
+
+__all__ = ["prepare_datasets", "prepare_vae"]
+
+
+def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
+    """Load the VAE at config.vae.path; when there is none and `vae.train` is given, train one on the data first.
+
+    Training runs on rank 0 and the others wait. Raises ValueError when the folder is absent without `vae.train`, or
+    its geometry is not that of `vae.model`.
+    """
+    path = Path(config.vae.path)
+    if not path.exists() and config.vae.train is None:
+        raise ValueError(
+            f"vae.path is {path}, which does not exist; allowed: a VAE's folder, or give vae.train to train one"
+        )
+    if not path.exists() and context.is_main:
+        _train(config, context, path)
+    context.barrier()
+    vae = load_vae(path)
+    if vae.channels != config.vae.model.channels:
+        raise ValueError(
+            f"vae.path {path} holds a VAE with {vae.channels} latent channels, but vae.model.channels is "
+            f"{config.vae.model.channels}; they must be equal"
+        )
+    return vae.to(context.device).eval().requires_grad_(False)
+
+
+def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
+    assert config.vae.train is not None
+    clips: list[Tensor] = decode_all(read_records(config.data.path), config.data)
+    vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
+    log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps)
+
+    def on_step(fields: dict[str, Any]) -> None:
+        step = int(fields.pop("step"))
+        log.event("vae_step", step, **fields)
+        log.progress(step, "  ".join(f"{name} {value:.3f}" for name, value in fields.items()))
+
+    log.message(
+        f"training the VAE on {len(clips)} items: {config.vae.train.steps} steps, kept in {path}"
+    )
+    try:
+        train_vae(vae, clips, config.vae.train, seed=config.seed, log=on_step)
+    finally:
+        log.close()
+    vae.save(path)
+
+
+def prepare_datasets(
+    config: RunConfig, context: ParallelContext, vae: VideoVAE
+) -> tuple[CachedDataset, CachedDataset | None, TextEncoder]:
+    """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder)."""
+    text = load_text_encoder(config.text)
+    if text.dim != config.model.text_dim:
+        raise ValueError(
+            f"model.text_dim is {config.model.text_dim}, but the text encoder's embeddings are "
+            f"{text.dim} wide; they must be equal"
+        )
+    cache = Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
+    texts = TextCache(cache / "text", text)
+    training = _prepare(config.data, vae, texts, cache, context, "latents")
+    unseen = None
+    if config.unseen is not None:
+        unseen = _prepare(
+            replace(config.data, path=config.unseen), vae, texts, cache, context, "unseen latents"
+        )
+    return training, unseen, text
+
+
+@torch.no_grad()
+def _prepare(
+    data: DataConfig,
+    vae: VideoVAE,
+    texts: TextCache,
+    cache: Path,
+    context: ParallelContext,
+    label: str,
+) -> CachedDataset:
+    console = RunLog(None, total_steps=0).console
+    with progress_bar(console) as bar:
+        task = bar.add_task(label, total=None, info="", visible=context.is_main)
+        dataset = prepare(
+            data,
+            vae,
+            texts,
+            cache_dir=cache,
+            rank=context.rank,
+            world=context.world,
+            barrier=context.barrier,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return dataset

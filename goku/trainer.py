@@ -1,0 +1,509 @@
+"""The training loop: joint image-video rectified flow on packed batches.
+
+A step takes the next samples of the endless shuffled stream while they fit `packing.tokens_per_step`; that set depends
+on (seed, step) alone. The ranks share it as packs of at most `packing.tokens_per_pack` tokens, sum their gradients, and
+take one optimizer step. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one bit
+for bit on one process, and to fp32 rounding on another number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goku import config as parser
+from goku import flops
+from goku.batch import Batch, BatchBuilder
+from goku.data import CachedDataset
+from goku.data.stream import ShuffledStream
+from goku.flow import per_sample_mse, weighted_loss
+from goku.metrics import RunLog
+from goku.model import GokuTransformer
+from goku.optimizer import EMA, build_adamw, learning_rate
+from goku.packing import efficiency, partition, sample_cost, step_positions
+from goku.parallelize import ParallelContext, broadcast_module, reduce_gradients
+from goku.run_config import RunConfig, resume_differences
+from goku.sampler import Request, SampleConfig, generate, save_media
+from goku.text import TextEncoder
+from goku.vae import VideoVAE
+from goku_runtime import checkpoint
+
+__all__ = ["Trainer", "TrainingStopped", "autocast_dtype", "stop_signals"]
+
+TIME_BINS = 8
+_MODALITIES = ("image", "video")
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (too many non-finite steps in a row); the last checkpoint is intact."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: "auto" is bf16 where the hardware multiplies it (sm_80+, AVX512-BF16, AMX)."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if capable else torch.float32
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set: the loop then finishes its step, writes a checkpoint and returns."""
+    event = threading.Event()
+    previous = {
+        number: signal.signal(number, lambda *_: event.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Statistics:
+    """Sums over a step's samples, as one fp64 vector so that one all-reduce adds them over the ranks."""
+
+    vector: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> _Statistics:
+        return cls(
+            torch.zeros(
+                2 + 2 * TIME_BINS + 2 * len(_MODALITIES), dtype=torch.float64, device=device
+            )
+        )
+
+    def add(self, batch: Batch, per_sample: Tensor, weight_sum: float) -> None:
+        losses = per_sample.detach().double()
+        self.vector[0] += (losses * batch.weights).sum() / weight_sum
+        bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        kinds = torch.tensor(
+            [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
+        )
+        first = 2
+        for groups, count in ((bins, TIME_BINS), (kinds, len(_MODALITIES))):
+            self.vector[first : first + count].index_add_(0, groups, losses)
+            self.vector[first + count : first + 2 * count].index_add_(
+                0, groups, torch.ones_like(losses)
+            )
+            first += 2 * count
+
+    def means(self) -> tuple[float, list[float | None], dict[str, float | None]]:
+        """(loss, mean loss per time bin, per modality); None where a group had no sample."""
+        values = self.vector.tolist()
+        middle = 2 + 2 * TIME_BINS
+        kinds = _group_means(values[middle:], len(_MODALITIES))
+        return (
+            values[0],
+            _group_means(values[2:middle], TIME_BINS),
+            dict(zip(_MODALITIES, kinds, strict=True)),
+        )
+
+
+def _group_means(values: list[float], count: int) -> list[float | None]:
+    return [values[i] / values[count + i] if values[count + i] else None for i in range(count)]
+
+
+class Trainer:
+    """One run on this process: model, optimizer, data position, and the folder `config.out` that holds it all."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        dataset: CachedDataset,
+        vae: VideoVAE,
+        text: TextEncoder,
+        unseen: CachedDataset | None = None,
+    ) -> None:
+        self.config, self.context, self.vae, self.text = config, context, vae, text
+        self.out = Path(config.out)
+        self.device = context.device
+        self.dtype = autocast_dtype(config.train.precision, self.device)
+        self.builder = self._builder(dataset)
+        self.unseen = None if unseen is None else self._builder(unseen)
+        self.stream = ShuffledStream(len(dataset.items), config.seed)
+        self.model = GokuTransformer(config.model)
+        self.model.initialise(config.seed)
+        self.model.to(self.device)
+        broadcast_module(self.model, context)
+        self.ema = EMA(config.ema, self.model)
+        self.optimizer = build_adamw(config.optimizer, self.model)
+        self.step = self.position = self.skipped = 0
+        self.fingerprint = _fingerprint(self.builder)
+        self.peak_flops = flops.peak_flops(self.device, self.dtype)
+
+    def _builder(self, dataset: CachedDataset) -> BatchBuilder:
+        config = self.config
+        return BatchBuilder(
+            dataset, self.vae, config.flow, config.packing, config.seed, self.device
+        )
+
+    # ---- the loop
+
+    def run(self, stop: threading.Event, profile: bool = False) -> str:
+        """Train until `train.steps` or a stop signal; returns "finished" or "stopped". Resumes by itself."""
+        train = self.config.train
+        with self._open_log() as log:
+            resumed = self.resume()
+            self._write_config()
+            log.event(
+                "resume" if resumed else "start",
+                self.step,
+                world=self.context.world,
+                dtype=str(self.dtype),
+            )
+            log.message(
+                f"{'resumed at' if resumed else 'starting at'} step {self.step} of {train.steps} in {self.out}"
+            )
+            if not resumed:
+                self.evaluate(log)
+                self.sample(log)
+            with self._profiler(profile) as profiler:
+                while self.step < train.steps:
+                    stopping = self.train_step(log, stop)
+                    if profiler is not None:
+                        profiler.step()
+                    if _due(self.step, train.eval_every, train.steps):
+                        self.evaluate(log)
+                    if _due(self.step, train.sample_every, train.steps):
+                        self.sample(log)
+                    if stopping or _due(self.step, train.checkpoint_every, train.steps):
+                        self.save(log)
+                    if stopping:
+                        log.event("stop", self.step)
+                        log.message(
+                            f"stopped by a signal after step {self.step}; checkpoint written, run again to resume"
+                        )
+                        return "stopped"
+            log.event("finish", self.step)
+        return "finished"
+
+    def train_step(self, log: RunLog, stop: threading.Event) -> bool:
+        """One optimizer step on the global batch; True when any rank was asked to stop."""
+        started = time.perf_counter()
+        packing, train = self.config.packing, self.config.train
+        tokens_of = self.builder.tokens
+        positions = step_positions(
+            self.position, lambda p: tokens_of[self.stream.item(p)], packing.tokens_per_step
+        )
+        indices = [self.stream.item(p) for p in positions]
+        lengths = [tokens_of[i] for i in indices]
+        weight_sum = math.fsum(self.builder.dataset.items[i].weight for i in indices)
+        shares = partition(
+            lengths, self._costs(lengths), self.context.world, packing.tokens_per_pack
+        )
+
+        self.optimizer.zero_grad(set_to_none=True)
+        statistics = _Statistics.zeros(self.device)
+        text_lengths: list[int] = []
+        for pack in shares[self.context.rank]:
+            batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
+            per_sample = self.per_sample_loss(self.model, batch)
+            weighted_loss(per_sample, batch.weights, weight_sum).backward()
+            statistics.add(batch, per_sample, weight_sum)
+            text_lengths += batch.text_packing.lengths
+        reduce_gradients(self.model, self.context)
+        statistics.vector[1] = float(stop.is_set())
+        self.context.all_sum(statistics.vector)
+        norm, lr = self._update()
+
+        self.position += len(positions)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        if self.step % train.log_every == 0 or self.step == train.steps:
+            self._log_step(
+                log, statistics, norm, lr, seconds, positions, lengths, shares, text_lengths
+            )
+        if self.skipped > train.max_skipped_steps:
+            raise TrainingStopped(
+                f"{self.skipped} steps in a row had a non-finite gradient norm; stopped at step {self.step}"
+            )
+        return bool(statistics.vector[1] > 0)
+
+    def _costs(self, lengths: list[int]) -> list[float]:
+        """Relative cost of samples, for sharing them among ranks."""
+        model = self.config.model
+        return [sample_cost(n, model.dim, text_dim=model.text_dim) for n in lengths]
+
+    def per_sample_loss(self, model: GokuTransformer, batch: Batch) -> Tensor:
+        """(B,) mean squared velocity error of each sample, in fp32."""
+        with self._autocast():
+            prediction = model(batch.x, batch.t, batch.text, batch.packing, batch.text_packing)
+        return per_sample_mse(prediction, batch.target, batch.packing)
+
+    def _autocast(self) -> Any:
+        return (
+            nullcontext()
+            if self.dtype == torch.float32
+            else torch.autocast(self.device.type, self.dtype)
+        )
+
+    def _update(self) -> tuple[float, float]:
+        """Clip, step, average. The norm is of the reduced gradient, hence equal on all ranks, as is the decision."""
+        optimizer = self.config.optimizer
+        lr = learning_rate(optimizer, self.step, self.config.train.steps)
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(norm.item()):
+            self.skipped += 1
+            return norm.item(), lr
+        self.skipped = 0
+        if optimizer.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, optimizer.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.ema.update(self.model)
+        return norm.item(), lr
+
+    def _log_step(
+        self,
+        log: RunLog,
+        statistics: _Statistics,
+        norm: float,
+        lr: float,
+        seconds: float,
+        positions: list[int],
+        lengths: list[int],
+        shares: list[list[list[int]]],
+        text_lengths: list[int],
+    ) -> None:
+        loss, by_bin, by_modality = statistics.means()
+        packs = [pack for share in shares for pack in share]
+        # Text lengths of the other ranks' samples are not known here; their mean is close enough for a rate.
+        mean_text = sum(text_lengths) / len(text_lengths) if text_lengths else 0.0
+        work = flops.training_flops(self.config.model, lengths, [round(mean_text)] * len(lengths))
+        peak = self.peak_flops
+        mfu = None if peak is None else flops.mfu(work, seconds, peak * self.context.world)
+        rate = sum(lengths) / seconds
+        log.event(
+            "step",
+            self.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm if math.isfinite(norm) else None,
+            skipped=self.skipped,
+            tokens=sum(lengths),
+            seconds=seconds,
+            tokens_per_second=rate,
+            mfu=mfu,
+            packing_efficiency=efficiency(packs, lengths, self.config.packing.tokens_per_pack),
+            loss_by_bin=by_bin,
+            loss_by_modality=by_modality,
+            positions=positions,
+        )
+        shown = "" if mfu is None else f"  MFU {mfu:.0%}"
+        log.progress(self.step, f"loss {loss:.4f}  {rate:,.0f} tokens/s{shown}")
+
+    # ---- looking at it
+
+    @torch.no_grad()
+    def evaluate(self, log: RunLog) -> None:
+        """Loss of the averaged weights on fixed (sample, noise, t): training items, and unseen ones where given."""
+        fields: dict[str, Any] = {}
+        for name, builder in (("fixed", self.builder), ("unseen", self.unseen)):
+            if builder is None:
+                continue
+            statistics = self._fixed_statistics(builder)
+            loss, by_bin, by_modality = statistics.means()
+            fields |= {
+                f"{name}_loss": loss,
+                f"{name}_by_bin": by_bin,
+                f"{name}_by_modality": by_modality,
+            }
+        log.event("eval", self.step, **fields)
+
+    def _fixed_statistics(self, builder: BatchBuilder) -> _Statistics:
+        train, packing = self.config.train, self.config.packing
+        count = min(train.eval_items, len(builder.tokens))
+        times = [(k + 0.5) / train.eval_times for k in range(train.eval_times)]
+        cases = [(i, t) for i in range(count) for t in times]
+        lengths = [builder.tokens[i] for i, _ in cases]
+        weight_sum = math.fsum(builder.dataset.items[i].weight for i, _ in cases)
+        costs = self._costs(lengths)
+        statistics = _Statistics.zeros(self.device)
+        for pack in partition(lengths, costs, self.context.world, packing.tokens_per_pack)[
+            self.context.rank
+        ]:
+            batch = builder.fixed([cases[k][0] for k in pack], [cases[k][1] for k in pack])
+            statistics.add(batch, self.per_sample_loss(self.ema.module, batch), weight_sum)
+        self.context.all_sum(statistics.vector)
+        return statistics
+
+    def sample(self, log: RunLog) -> None:
+        """Draw the first training captions with fixed seeds into out/samples/step_N.
+
+        Each rank draws its share and no collective is involved, so a rank that fails or is slow cannot hang another;
+        a failure is logged and training goes on.
+        """
+        train = self.config.train
+        items = self.builder.dataset.items[: train.sample_captions] if train.sample_every else []
+        mine = list(range(self.context.rank, len(items), self.context.world))
+        requests = [
+            Request(items[i].caption, items[i].height, items[i].width, items[i].frames, seed=i)
+            for i in mine
+        ]
+        if not requests:
+            return
+        settings = SampleConfig(
+            steps=train.sample_steps,
+            shift=self.config.flow.shift,
+            tokens_per_pack=self.config.packing.tokens_per_pack,
+            precision=self.dtype,
+        )
+        try:
+            videos = generate(
+                self.ema.module, self.vae, self.text.encode, requests, settings, self.device
+            )
+            for i, video in zip(mine, videos, strict=True):
+                path = save_media(
+                    video, self.out / "samples" / f"step_{self.step:07d}" / items[i].name
+                )
+                log.event(
+                    "sample", self.step, name=items[i].name, path=str(path.relative_to(self.out))
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            log.event("sample_failed", self.step, error=str(error))
+            log.message(f"sampling at step {self.step} failed on rank {self.context.rank}: {error}")
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resume needs, by reference: tensors are the live ones and are loaded into in place."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            entry = self.optimizer.state[parameter]
+            if not entry:
+                entry["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                entry["exp_avg"], entry["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
+            moments[name] = dict(entry)
+        return {
+            "model": dict(self.model.state_dict()),
+            "ema": dict(self.ema.module.state_dict()),
+            "optimizer": moments,
+            "rng": {"torch": torch.get_rng_state()},
+            "run": {
+                "step": self.step,
+                "position": self.position,
+                "ema_updates": self.ema.updates,
+                "skipped": self.skipped,
+                "dataset": self.fingerprint,
+                "learning_rate": learning_rate(
+                    self.config.optimizer, self.step, self.config.train.steps
+                ),
+                "config": parser.to_dict(self.config),
+            },
+        }
+
+    def save(self, log: RunLog) -> None:
+        """Write checkpoints/step_N on all ranks, then move `latest` and remove what retention does not keep."""
+        root = self.out / "checkpoints"
+        path = root / f"step_{self.step:07d}"
+        started = time.perf_counter()
+        checkpoint.save(self.state(), path, overwrite=True, process_group=self.context.group)
+        if self.context.is_main:
+            checkpoint.set_latest(root, path.name)
+            checkpoint.prune(root, self.config.train.keep_checkpoints)
+        self.context.barrier()
+        log.event(
+            "checkpoint",
+            self.step,
+            path=str(path.relative_to(self.out)),
+            seconds=time.perf_counter() - started,
+        )
+
+    def resume(self) -> bool:
+        """Continue from the latest checkpoint of `out`, if there is one.
+
+        Raises ValueError with the differences when that checkpoint belongs to another run (config or data), and
+        CheckpointError when it is damaged.
+        """
+        path = checkpoint.latest(self.out / "checkpoints")
+        if path is None:
+            return False
+        run = checkpoint.read_values(path)["run"]
+        lines = resume_differences(run["config"], self.config)
+        if run["dataset"] != self.fingerprint:
+            lines.append(
+                "data: the items (names, captions, sizes) differ from those the checkpoint was trained on"
+            )
+        if lines:
+            raise ValueError(
+                f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "
+                + "\n  ".join(lines)
+            )
+        state = self.state()
+        state["run"] = None  # whatever values were saved
+        checkpoint.load(state, path, process_group=self.context.group)
+        torch.set_rng_state(state["rng"]["torch"])
+        run = state["run"]
+        self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
+        self.ema.updates = run["ema_updates"]
+        return True
+
+    def _write_config(self) -> None:
+        if self.context.is_main:
+            target = self.out / "config.yaml"
+            partial = target.with_name(".partial-config.yaml")
+            partial.write_text(parser.dump(self.config), encoding="utf-8")
+            partial.replace(target)
+
+    @contextmanager
+    def _open_log(self) -> Iterator[RunLog]:
+        main, train = self.context.is_main, self.config.train
+        log = RunLog(
+            self.out / "train.jsonl" if main else None,
+            total_steps=train.steps,
+            tensorboard=self.out / "tensorboard" if main and train.tensorboard else None,
+        )
+        try:
+            yield log
+        finally:
+            log.close()
+
+    @contextmanager
+    def _profiler(self, enabled: bool) -> Iterator[Any]:
+        """torch.profiler over steps 3 to 5 of this process (warm by then), as a Chrome trace in out/profile."""
+        if not enabled or not self.context.is_main:
+            yield None
+            return
+        folder = self.out / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(folder / "trace.json")),
+            record_shapes=True,
+        ) as profiler:
+            yield profiler
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _fingerprint(builder: BatchBuilder) -> str:
+    rows = [
+        [item.name, item.caption, list(grid)]
+        for item, grid in zip(builder.dataset.items, builder.grids, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,56 @@
+"""The run log: events survive a kill, a torn line does not spoil what follows."""
+
+import json
+
+import pytest
+
+from goku.metrics import RunLog, read_log
+
+
+def test_events_are_on_disk_before_close(tmp_path):
+    path = tmp_path / "deep" / "train.jsonl"
+    log = RunLog(path, total_steps=3)
+    log.event("step", 1, loss=0.5, loss_by_bin=[None, 1.0])
+    first = read_log(path)
+    assert first[0]["event"] == "step"
+    assert first[0]["loss"] == 0.5
+    assert first[0]["loss_by_bin"] == [None, 1.0]
+    log.close()
+
+
+def test_a_torn_last_line_is_dropped_and_never_glued(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"event": "step", "step": 1}) + '\n{"event": "st')
+    assert [e["step"] for e in read_log(path)] == [1]
+    log = RunLog(path, total_steps=3)
+    log.event("resume", 1)
+    log.close()
+    assert [e["event"] for e in read_log(path)] == ["step", "resume"]
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"event": "a"\n{"event": "b", "step": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_log(path)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(None, total_steps=3)
+    log.event("step", 1, loss=0.5)
+    log.progress(1, "")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    log = RunLog(tmp_path / "t.jsonl", total_steps=1, tensorboard=tmp_path / "tb")
+    log.event("step", 7, loss=0.25, positions=[1, 2])
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    scalar = accumulator.Scalars("step/loss")[0]
+    assert (scalar.step, scalar.value) == (7, 0.25)
