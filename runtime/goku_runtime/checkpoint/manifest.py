@@ -1,9 +1,9 @@
 """manifest.json: which files a checkpoint consists of, their sizes and CRC-32C values.
 
-The manifest is written last, so a directory without one was never finished. It has exactly one
-spelling: reading it and writing it again must give the same bytes, so a flipped bit anywhere in it
-is found too. A CRC finds accidents, not forgeries: whoever can rewrite the files can rewrite this
-one, which is why reading a checkpoint runs no code whatever the files hold.
+The manifest is written last, so a directory without one was never finished. It has a CRC of its own
+and exactly one spelling (reading it and writing it again must give the same bytes), so a flipped
+bit anywhere in it is found too. A CRC finds accidents, not forgeries: whoever can rewrite the files
+can rewrite this one, which is why reading a checkpoint runs no code whatever the files hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from goku_runtime.checkpoint.checksum import crc32c_of_file
+from goku_runtime.checkpoint.checksum import crc32c, crc32c_of_file
 
 __all__ = [
     "MANIFEST_NAME",
@@ -76,7 +76,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The one spelling of this manifest."""
-        content = {
+        content: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "created_ns": self.created_ns,
@@ -85,6 +85,7 @@ class Manifest:
                 for name, entry in self.files.items()
             },
         }
+        content["crc32c"] = f"{crc32c(json.dumps(content).encode()):08x}"
         return (json.dumps(content, indent=1) + "\n").encode()
 
     @classmethod

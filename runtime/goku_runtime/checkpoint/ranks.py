@@ -19,22 +19,24 @@ class _Failure(NamedTuple):
     """An exception in words: the exception itself may not survive being sent."""
 
     kind: str
-    errno: int | None
     message: str
+    errno: int | None = None
+    filename: str | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
         if isinstance(error, OSError):
-            return cls("OSError", error.errno, str(error))
+            text = error.strerror or str(error)
+            return cls("OSError", text, error.errno, error.filename and str(error.filename))
         kinds = (CheckpointError, ValueError, TypeError, ImportError)
         kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "RuntimeError")
         known = kind == type(error).__name__
-        return cls(kind, None, str(error) if known else f"{type(error).__name__}: {error}")
+        return cls(kind, str(error) if known else f"{type(error).__name__}: {error}")
 
     def raised(self, rank: int) -> BaseException:
         message = f"rank {rank}: {self.message}"
         if self.kind == "OSError":
-            return OSError(self.errno, message)
+            return OSError(self.errno, message, self.filename)
         kinds: tuple[type[BaseException], ...] = (CheckpointError, ValueError, TypeError)
         kinds += (ImportError,)
         return next((k for k in kinds if k.__name__ == self.kind), RuntimeError)(message)

@@ -106,7 +106,7 @@ def _pointed(root: Path) -> str | None:
 
 def _problems(root: Path, name: str, *, sums: bool = False) -> list[str]:
     """Why `name` in `root` cannot be used; empty if it can."""
-    if not name or Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
         return [f"{name!r} is not the name of a directory in {root}"]
     try:
         return file_problems(root / name, Manifest.read(root / name), sums=sums)

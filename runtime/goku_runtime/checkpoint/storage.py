@@ -43,12 +43,18 @@ class SummedStream(io.RawIOBase):
         self.crc = 0
         self.error: OSError | None = None
 
+    def fail(self, error: OSError) -> None:
+        """Remembers the first error, with the file's name: the system says only what, not where."""
+        if self.error is None:
+            error.filename = error.filename or self._raw.name
+            self.error = error
+
     def write(self, data: Buffer, /) -> int:
         view = memoryview(data).cast("B")
         try:
             self._raw.write(view)
         except OSError as error:
-            self.error = error
+            self.fail(error)
             raise
         self.crc = crc32c(view, self.crc)
         self.size += len(view)
@@ -69,7 +75,7 @@ class SummedStream(io.RawIOBase):
             self._raw.flush()
             os.fsync(self._raw.fileno())
         except OSError as error:
-            self.error = error
+            self.fail(error)
             raise
 
 
@@ -95,7 +101,7 @@ def open_summed(path: Path) -> Generator[SummedStream]:
         except OSError as error:
             # A full disk: the buffer cannot be flushed now either. The first error is on its way.
             if stream.error is None:
-                stream.error = error
+                stream.fail(error)
                 raise
 
 

@@ -132,18 +132,19 @@ def is_spread(tensor: Tensor) -> bool:
 
 
 def parse_tree(text: bytes, where: str) -> Any:
-    """The tree of a state.json. Raises CheckpointError if it is no JSON object."""
+    """The tree of a state.json, checked whole. Raises CheckpointError if it is none."""
     try:
         tree = json.loads(text)
+        if not _is_dict(tree):
+            raise CheckpointError("no JSON object")
+        decode(tree)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{where} is damaged: no JSON object")
     return tree
 
 
 def decode(node: Any) -> Any:
-    """The value of a tree, tensors left out of their dicts. Raises CheckpointError for bad tags."""
+    """The value of a tree, tensors left out of their dicts. Raises CheckpointError: a bad tag."""
     if isinstance(node, list):
         return [decode(item) for item in node]
     if not isinstance(node, dict):
@@ -160,12 +161,12 @@ def _children(node: dict[str, Any]) -> Iterator[tuple[str | int, Any]]:
     if "$dict" in node and len(node) == 1 and isinstance(node["$dict"], list):
         for pair in node["$dict"]:
             if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int)):
-                raise CheckpointError(f"damaged: {pair!r} is no entry of a dict")
+                raise CheckpointError(f"{pair!r} is no entry of a dict")
             yield pair[0], pair[1]
     else:
         for key, child in node.items():
             if key.startswith("$"):
-                raise CheckpointError(f"damaged: unknown tag {key!r}")
+                raise CheckpointError(f"unknown tag {key!r}")
             yield key, child
 
 

@@ -1,0 +1,162 @@
+"""A full disk, a failing device, a killed process: what was saved before stays loadable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from goku_runtime.checkpoint import directory as directory_module
+from goku_runtime.checkpoint import latest, load, save, storage
+from goku_runtime.checkpoint.directory import NewDirectory, remove_leftovers
+
+Run = Callable[..., str]
+
+
+def small_file_system(directory: Path) -> tuple[str, ...]:
+    """A command prefix that runs a command with 1 MiB of tmpfs at `directory`, where allowed."""
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
+    for unshare in (("unshare", "-m"), ("unshare", "-rm")):
+        prefix = (*unshare, "sh", "-c", mount, str(directory))
+        try:
+            if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+                return prefix
+        except FileNotFoundError:
+            break
+    return ()
+
+
+def test_disk_full(run_ranks: Run, tmp_path: Path) -> None:
+    """ENOSPC from a file system of 1 MiB; where none can be mounted, EFBIG from a limit."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    prefix = small_file_system(directory)
+    if prefix:
+        assert "saves failed" in run_ranks(1, directory, "disk_full", prefix=prefix)
+    else:
+        run_ranks(1, directory, "file_too_large")
+
+
+def test_files_that_may_not_grow(run_ranks: Run, tmp_path: Path) -> None:
+    run_ranks(1, tmp_path, "file_too_large")
+
+
+def test_killed_at_any_moment(run_ranks: Run, tmp_path: Path) -> None:
+    run_ranks(1, tmp_path, "killed_while_saving", "killed_while_replacing")
+
+
+STATE: dict[str, Any] = {"w": torch.ones(1000), "step": 1}
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failing_device_at_every_sync(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: int, overwrite: bool
+) -> None:
+    """EIO from the n-th fsync: before the rename nothing is left, after it the new one is whole."""
+    save({"w": torch.zeros(1000), "step": 0}, tmp_path / "old")
+    target = tmp_path / ("old" if overwrite else "new")
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    # Data, .metadata, state.json, manifest.json, the directory, its parent: six in all.
+    failing = call <= 6
+    with pytest.raises(OSError, match="Input/output") if failing else contextlib.nullcontext():
+        save(STATE, target, overwrite=overwrite)
+    monkeypatch.undo()
+    state = {"w": torch.full((1000,), 9.0), "step": 9}
+    load(state, tmp_path / "old")
+    replaced = overwrite and call >= 6  # the rename comes before the parent's fsync
+    assert state["step"] == int(replaced)
+    assert bool(state["w"].all()) == replaced
+    if not overwrite:
+        assert target.exists() == (call >= 6)
+    save(STATE, tmp_path / "next")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_interrupt_while_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DCP wraps every exception; Ctrl-C must arrive as itself."""
+
+    def interrupt(*arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.SummedStream, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(STATE, tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_with_and_without_exchange(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(directory_module, "_exchange", lambda left, right: False)
+    save({"step": 0}, tmp_path / "c")
+    save({"step": 1}, tmp_path / "c", overwrite=True)
+    state = {"step": -1}
+    load(state, tmp_path / "c")
+    assert state == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_killed_between_the_two_renames(tmp_path: Path) -> None:
+    """Without an exchange there is a moment without a target; the old one is put back."""
+    save({"step": 0}, tmp_path / "c")
+    (tmp_path / "c").rename(tmp_path / ".c.replaced-0123456789abcdef")
+    assert latest(tmp_path) == tmp_path / "c"
+    state = {"step": -1}
+    load(state, tmp_path / "c")
+    assert state == {"step": 0}
+
+
+def test_leftovers_are_told_from_what_is_alive(tmp_path: Path) -> None:
+    alive = NewDirectory(tmp_path / "alive", overwrite=False)
+    for name in (".c.saving-0123456789abcdef", ".c.removing-0123456789abcdef"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
+    kept = [".c.saving-short", ".saving-0123456789abcdef", "c.saving-0123456789abcdef", ".git"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".d.saving-0123456789abcdef").write_text("a file")
+    save({"step": 0}, tmp_path / "c")
+    save({"step": 0}, tmp_path / "d")
+    save({"step": 1}, tmp_path / "d", overwrite=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*kept, "c", "d", ".d.saving-0123456789abcdef", alive.path.name}
+    alive.discard()
+    assert not alive.path.exists()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names - {alive.path.name}
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    new = NewDirectory(tmp_path / "c", overwrite=False)
+    save({"step": 5}, tmp_path / "c")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        new.publish()
+    new.discard()
+    state = {"step": -1}
+    load(state, tmp_path / "c")
+    assert state == {"step": 5}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_parents_made_for_a_failed_save_are_removed(tmp_path: Path) -> None:
+    new = NewDirectory(tmp_path / "a" / "b" / "c", overwrite=False)
+    new.discard()
+    assert list(tmp_path.iterdir()) == []

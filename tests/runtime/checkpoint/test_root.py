@@ -1,0 +1,115 @@
+"""latest, set_latest and prune: always a good one to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from goku_runtime.checkpoint import CheckpointError, latest, load, prune, save, set_latest
+
+
+def make(root: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        save({"w": torch.full((8,), float(number)), "name": name}, root / name)
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def data_file(path: Path) -> Path:
+    return next(path.glob("*.distcp"))
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    assert latest(tmp_path / "none") is None
+    assert prune(tmp_path, 1) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").touch()
+    assert latest(tmp_path) is None
+
+
+def test_the_pointer_decides(tmp_path: Path) -> None:
+    make(tmp_path, "step-1", "step-2")
+    assert latest(tmp_path) == tmp_path / "step-2"
+    set_latest(tmp_path, "step-1")
+    assert latest(tmp_path) == tmp_path / "step-1"
+    set_latest(tmp_path, "step-2")
+    assert latest(str(tmp_path)) == tmp_path / "step-2"
+    assert names(tmp_path) == {"step-1", "step-2", "latest"}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "gone\n", "../step-3", "/", ".", "step-2/x", "\0", "step-3"]
+)
+def test_a_stale_pointer_falls_back_to_the_newest_complete_one(
+    tmp_path: Path, content: str
+) -> None:
+    make(tmp_path, "step-1", "step-2", "step-3")
+    data_file(tmp_path / "step-3").write_bytes(b"short")
+    (tmp_path / "latest").write_text(content)
+    assert latest(tmp_path) == tmp_path / "step-2"
+    (tmp_path / "step-2" / "manifest.json").unlink()
+    assert latest(tmp_path) == tmp_path / "step-1"
+
+
+def test_a_pointer_that_is_no_text(tmp_path: Path) -> None:
+    make(tmp_path, "step-1")
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert latest(tmp_path) == tmp_path / "step-1"
+
+
+@pytest.mark.parametrize("name", ["none", "", "..", "a/b", "half", ".hidden"])
+def test_only_a_complete_checkpoint_becomes_the_latest(tmp_path: Path, name: str) -> None:
+    make(tmp_path, "good", "half")
+    data_file(tmp_path / "half").write_bytes(b"short")
+    set_latest(tmp_path, "good")
+    with pytest.raises(CheckpointError, match="cannot become the latest"):
+        set_latest(tmp_path, name)
+    assert latest(tmp_path) == tmp_path / "good"
+    assert names(tmp_path) == {"good", "half", "latest"}
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    make(tmp_path, "d", "c", "b", "a")
+    (tmp_path / "notes").mkdir()
+    assert prune(tmp_path, 2) == [tmp_path / "c", tmp_path / "d"]
+    assert names(tmp_path) == {"a", "b", "notes"}
+    assert prune(tmp_path, 5) == []
+
+
+def test_prune_keeps_what_the_pointer_names(tmp_path: Path) -> None:
+    make(tmp_path, "a", "b", "c")
+    set_latest(tmp_path, "a")
+    assert prune(tmp_path, 1) == [tmp_path / "b"]
+    assert names(tmp_path) == {"a", "c", "latest"}
+    assert latest(tmp_path) == tmp_path / "a"
+
+
+def test_prune_keeps_the_last_good_one(tmp_path: Path) -> None:
+    """The newest has its size but not its content: the sums tell."""
+    make(tmp_path, "a", "b", "c")
+    path = data_file(tmp_path / "c")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert prune(tmp_path, 1) == [tmp_path / "a"]
+    state = {"w": torch.zeros(8), "name": ""}
+    load(state, tmp_path / "b")
+    assert state["name"] == "b"
+    assert prune(tmp_path, 1, sums=False) == [tmp_path / "b"]
+
+
+def test_prune_leaves_incomplete_ones_alone(tmp_path: Path) -> None:
+    make(tmp_path, "a", "b", "c")
+    (tmp_path / "a" / "manifest.json").unlink()
+    data_file(tmp_path / "c").unlink()
+    assert prune(tmp_path, 1) == []
+    assert names(tmp_path) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_prune_wants_to_keep_something(tmp_path: Path, keep: int) -> None:
+    with pytest.raises(ValueError, match=f"keep_last: found {keep}; must be at least 1"):
+        prune(tmp_path, keep)
