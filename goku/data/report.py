@@ -101,18 +101,20 @@ class DoctorReport:
     def to_text(self) -> str:
         """A readable page, at most 100 columns wide but for paths and reasons."""
         how = "headers only" if self.quick else "everything decoded"
-        counts = self.counts()
+        usable = " and ".join(_count(n, modality) for modality, n in self.counts().items())
         lines = [
             f"{self.path} ({how})",
             "",
-            f"  items           {self.listed} listed: {counts['image']} images, "
-            f"{counts['video']} videos usable, {len(self.unusable)} unusable",
+            f"  items           {self.listed} listed: {usable} usable, "
+            f"{len(self.unusable)} unusable",
         ]
         if self.items:
-            lines += self._media_lines()
+            lines += self._size_lines()
         if self.packing is not None:
             lines += _packing_lines(self.packing)
             lines.append(f"  latent cache    {_bytes(self.cache_bytes)} predicted")
+        if self.items:
+            lines += self._histogram_lines()
         notes = [*self.notes, *self._findings()]
         if notes:
             lines += ["", "Notes", *(f"  {note}" for note in notes)]
@@ -121,7 +123,7 @@ class DoctorReport:
         lines += ["", "Ready for training." if self.ok else "Not ready for training."]
         return "\n".join(lines)
 
-    def _media_lines(self) -> list[str]:
+    def _size_lines(self) -> list[str]:
         lines = []
         videos = [item for item in self.items if item.modality == "video"]
         if videos:
@@ -129,21 +131,26 @@ class DoctorReport:
             whole = _spread([item.source_seconds for item in videos])
             frames = _spread([item.frames for item in videos])
             lines += [
-                f"  clip seconds    {_three(whole, '.2f')} in the files, "
-                f"{_three(used, '.2f')} used (min / median / max)",
+                f"  clip seconds    {_three(whole, '.2f')} listed, {_three(used, '.2f')} used "
+                "(min / median / max)",
                 f"  clip frames     {_three(frames, '.0f')}",
             ]
         tokens = _spread([item.tokens for item in self.items])
         total = sum(item.tokens for item in self.items)
         lines.append(f"  tokens/sample   {_three(tokens, ',.0f')}, {total:,} in all")
-        sizes = Counter(
+        return lines
+
+    def _histogram_lines(self) -> list[str]:
+        trained = Counter(
             f"{item.modality} {item.frames} x {item.height} x {item.width}" for item in self.items
         )
-        lines += ["", "As trained (frames x height x width)", *_bars(sizes.most_common())]
         source = Counter(f"{item.source[1]} x {item.source[2]}" for item in self.items)
-        lines += ["", "In the files (height x width)", *_bars(source.most_common())]
-        lines += ["", "Tokens per sample", *_bars(_octaves([i.tokens for i in self.items])), ""]
-        return lines
+        tokens = _octaves([item.tokens for item in self.items])
+        return [
+            *("", "As trained (frames x height x width)", *_bars(trained.most_common())),
+            *("", "In the files (height x width)", *_bars(source.most_common())),
+            *("", "Tokens per sample", *_bars(tokens)),
+        ]
 
     def _findings(self) -> list[str]:
         notes = []
@@ -151,15 +158,20 @@ class DoctorReport:
         shortened = sum(item.unused_frames > 3 for item in self.items)
         if shortened:
             notes.append(
-                f"{shortened} clips are longer than what is used of them (max_frames): "
-                "the rest is not seen; list ranges (start_frame, num_frames) to use it"
+                f"{_count(shortened, 'clip')} longer than max_frames: the rest is not seen; "
+                "list ranges (start_frame, num_frames) to use it"
             )
         cut = sum(item.frames < item.encoded_frames for item in self.items)
         if cut:
-            notes.append(f'{cut} clips lose frames to tokens_per_pack (overlong: "cut")')
+            notes.append(f'{_count(cut, "clip")} cut to tokens_per_pack (overlong: "cut")')
         repeats = sum(item.repeats_frames for item in self.items)
         if repeats:
-            notes.append(f"{repeats} clips are slower than fps: their frames repeat")
+            notes.append(f"{_count(repeats, 'clip')} slower than fps: frames repeat")
+        if self.packing is not None and self.packing.samples_per_step > len(self.items):
+            times = self.packing.samples_per_step / len(self.items)
+            notes.append(
+                f"the dataset is smaller than a step, which goes through it {times:.1f} times"
+            )
         if self.quick:
             notes.append("damage inside files is not seen by the quick look")
         return notes
@@ -167,12 +179,16 @@ class DoctorReport:
 
 def _packing_lines(packing: PackingReport) -> list[str]:
     return [
-        f"  one epoch       {packing.steps_per_epoch:,} steps of at most "
+        f"  one epoch       {_count(packing.steps_per_epoch, 'step')} of at most "
         f"{packing.tokens_per_step:,} tokens, {packing.samples_per_step:.1f} samples a step",
         f"  packs           {packing.packs_per_step:.1f} a step of at most "
-        f"{packing.tokens_per_pack:,} tokens on {packing.ranks} rank(s), "
+        f"{packing.tokens_per_pack:,} tokens on {_count(packing.ranks, 'rank')}, "
         f"{packing.efficiency:.1%} full",
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -81,14 +81,14 @@ def test_text_and_json_say_it_all(config: DataConfig, folder: Path) -> None:
     assert report.counts() == {"image": 2, "video": 2}
     text = report.to_text()
     for part in (
-        "6 listed: 2 images, 2 videos usable, 2 unusable",
+        "6 listed: 2 images and 2 videos usable, 2 unusable",
         "e.mp4: not a readable video",
         "f.png: missing caption: no f.txt beside it",
         "notes.md",
         "video 17 x 48 x 64",
         "9 / 21 / 60, 111 in all",
         "Not ready for training.",
-        "1 clips are longer than what is used of them",
+        "1 clip longer than max_frames: the rest is not seen",
     ):
         assert part in text
     content = json.loads(report.to_json())
@@ -144,11 +144,11 @@ def test_nothing_usable(config: DataConfig, tmp_path: Path) -> None:
     report = doctor(replace(config, path=str(tmp_path / "bad")), PACKING)
     assert not report.ok
     assert report.packing is None
-    assert "0 images, 0 videos usable, 1 unusable" in report.to_text()
+    assert "0 images and 0 videos usable, 1 unusable" in report.to_text()
     assert json.loads(report.to_json())["tokens"] == {}
     with pytest.raises(DataError, match="no such file or folder"):
         doctor(replace(config, path=str(tmp_path / "bad/none")), PACKING)
 
 
 def test_slow_clips_are_noted(config: DataConfig) -> None:
-    assert "2 clips are slower than fps" in doctor(replace(config, fps=48.0), PACKING).to_text()
+    assert "2 clips slower than fps" in doctor(replace(config, fps=48.0), PACKING).to_text()
