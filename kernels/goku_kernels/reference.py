@@ -82,10 +82,10 @@ def half_order(axes_dim: Sequence[int], device: torch.device) -> Tensor:
     """Channel order that brings pairs (i, i + d_axis/2) of each axis's slice side by side."""
     order, start = [], 0
     for size in axes_dim:
-        for i in range(size // 2):
-            order += [start + i, start + i + size // 2]
+        channels = torch.arange(start, start + size, device=device)
+        order.append(channels.view(2, size // 2).t().flatten())
         start += size
-    return torch.tensor(order, device=device)
+    return torch.cat(order)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
