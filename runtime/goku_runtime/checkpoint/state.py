@@ -95,6 +95,7 @@ def load(
     state: dict[Any, Any],
     path: str | os.PathLike[str],
     *,
+    partial: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Verifies a checkpoint and loads it into `state`, in place.
@@ -108,7 +109,8 @@ def load(
 
     Args:
         state: nested dicts with the keys, shapes and dtypes of the checkpoint.
-        path: the checkpoint.
+        path: the checkpoint. All of it is verified, also with `partial`.
+        partial: leave out what the checkpoint has and `state` has not, such as the optimizer.
         process_group: the ranks that load, each with its own `state`; as for `save`.
 
     Raises:
@@ -126,7 +128,7 @@ def load(
 
     def check() -> tuple[Match, Metadata]:
         metadata = read_metadata(directory, manifest.files)
-        plan = match(state, _read_tree(directory))
+        plan = match(state, _read_tree(directory), partial=partial)
         problems = plan.problems + _tensor_problems(plan, metadata)
         if problems:
             raise ValueError(f"{directory} does not fit the state: " + "; ".join(problems))

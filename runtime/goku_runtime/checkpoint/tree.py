@@ -184,25 +184,30 @@ def _is_dict(node: Any) -> bool:
 
 @dataclass
 class Match:
-    """How a saved tree fits a caller's state: pairs to copy, values to set, and what does not fit.
+    """How a saved tree fits a caller's state.
 
     tensors: saved name -> (key in the caller's state, the caller's tensor).
     values: (dict of the caller, key, value to put there).
+    unexpected: names of saved leaves for which the caller's state has no key.
+    problems: what does not fit, a line each.
     """
 
     tensors: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     values: list[tuple[dict[Any, Any], Any, Any]] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-def match(state: dict[Any, Any], tree: Any) -> Match:
+def match(state: dict[Any, Any], tree: Any, *, partial: bool = False) -> Match:
     """Lays a saved tree over a caller's state, changing nothing.
 
-    A None in the state takes any value without tensors; everything else must have a counterpart of
+    `partial` lets the tree hold what the state has no key for. A None in the state takes any value without tensors; everything else must have a counterpart of
     its kind (tensor, dict, plain value) under the same key.
     """
     result = Match()
     _match_dict(state, tree, "", result)
+    for name in [] if partial else result.unexpected:
+        result.problems.append(f"{name}: unexpected")
     return result
 
 
@@ -210,7 +215,7 @@ def _match_dict(state: dict[Any, Any], node: Any, where: str, result: Match) -> 
     saved = dict(_children(node))
     for key, child in saved.items():
         if key not in state:
-            result.problems += [f"{name}: unexpected" for name in _names(child, _join(where, key))]
+            result.unexpected += _names(child, _join(where, key))
     for key, wanted in state.items():
         name, child = _join(where, key), saved.get(key, _MISSING)
         if child is _MISSING:

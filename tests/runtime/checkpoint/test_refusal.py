@@ -106,7 +106,7 @@ def without(name: str) -> dict[str, Any]:
         (with_tensor("w", {"x": 1}), r"model\.w: a tensor was saved, a dict is wanted"),
         (with_tensor("w", torch.zeros(1, 3).expand(2, 3)), r"model\.w: an expanded tensor"),
         (with_tensor("w", torch.zeros(2, 3, device="meta")), r"model\.w: .* meta device"),
-        (without("step"), r"step: unexpected"),
+        (without("step"), r"state: step: unexpected$"),
         (without("model"), r"model\.w: unexpected; model\.b: unexpected"),
         ({**zeros(), "new": {"x": {"y": 1}}}, r"new\.x\.y: missing"),
         ({**zeros(), "step": torch.zeros(())}, r"step: a int was saved, a tensor is wanted"),
@@ -142,6 +142,16 @@ def test_what_fits_is_loaded(saved: Path) -> None:
     state = zeros()
     load(state, saved)
     assert same(state, SAVED)
+
+
+def test_a_part_is_loaded_when_that_is_asked_for(saved: Path) -> None:
+    state = {"model": {"w": torch.zeros(2, 3)}, "config": {"lr": 0.0}}
+    with pytest.raises(ValueError, match=r"model\.b: unexpected; config\.tags: unexpected"):
+        load(state, saved)
+    load(state, saved, partial=True)
+    assert same(state, {"model": {"w": SAVED["model"]["w"]}, "config": {"lr": 0.1}})
+    with pytest.raises(ValueError, match=r"state: model\.c: missing$"):
+        load({"model": {"c": torch.zeros(2)}}, saved, partial=True)
 
 
 def test_an_existing_target_is_refused(tmp_path: Path) -> None:
