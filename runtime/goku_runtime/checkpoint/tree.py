@@ -201,8 +201,9 @@ class Match:
 def match(state: dict[Any, Any], tree: Any, *, partial: bool = False) -> Match:
     """Lays a saved tree over a caller's state, changing nothing.
 
-    `partial` lets the tree hold what the state has no key for. A None in the state takes any value without tensors; everything else must have a counterpart of
-    its kind (tensor, dict, plain value) under the same key.
+    `partial` lets the tree hold what the state has no key for. A None in the state takes any value
+    without tensors; everything else must have a counterpart of its kind (tensor, dict, plain value)
+    under the same key.
     """
     result = Match()
     _match_dict(state, tree, "", result)
