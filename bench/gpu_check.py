@@ -2,9 +2,9 @@
 
     python bench/gpu_check.py [all|correctness|speed] [--out DIR]      (or: bench/gpu_check ...)
 
-Needs torch, triton, numpy and pytest, no installation. Builds the native modules where cmake, ninja
-and pybind11 are there, runs tests/gpu, then every benchmark listed here, whose rows go to one
-folder.
+Needs torch, triton, numpy and pytest, no installation. Builds the native modules where cmake, ninja,
+pybind11 and setuptools are there, runs tests/gpu, then every benchmark listed here, whose rows go
+to one folder.
 
 Exit codes: 0 all well, 1 a step failed, 2 wrong arguments, 3 no GPU on this machine.
 """
@@ -38,7 +38,8 @@ def environment() -> dict[str, str]:
 def build_command() -> list[str] | None:
     """How to build the native modules in place, or None where a tool for it is missing."""
     tools = all(shutil.which(tool) for tool in ("cmake", "ninja"))
-    if not tools or importlib.util.find_spec("pybind11") is None:
+    modules = all(importlib.util.find_spec(name) for name in ("pybind11", "setuptools"))
+    if not tools or not modules:
         return None
     return [sys.executable, "setup.py", "build_ext", "--inplace"]
 
@@ -86,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps: list[tuple[str, list[str], float]] = []
     build = build_command()
     if build is None:
-        print("gpu_check: cmake, ninja or pybind11 is missing, native modules are not built")
+        print(
+            "gpu_check: cmake, ninja, pybind11 or setuptools is missing, no native module is built"
+        )
     else:
         steps.append(("build", build, 180.0))
     if options.what != "speed":
