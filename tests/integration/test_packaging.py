@@ -238,9 +238,10 @@ PYBIND11_MODULE(_cuda, m) { m.def("answer", [] { return 42; }); }
 """
 
 
-def checkout_with_a_kernel(folder: Path) -> Path:
-    """The checkout with one CUDA source, as the first real kernel will add it."""
-    copy_of_the_checkout(folder)
+@pytest.fixture(scope="module")
+def checkout_with_a_kernel(tmp_path_factory) -> Path:
+    """A checkout with one CUDA source more, as a kernel adds it; what is compiled stays in it."""
+    folder = copy_of_the_checkout(tmp_path_factory.mktemp("kernel") / "goku")
     (folder / "csrc" / "toy.cu").write_text(TOY_KERNEL)
     cmake = folder / "CMakeLists.txt"
     text = cmake.read_text()
@@ -259,8 +260,8 @@ def build_in_place(checkout: Path, expect: int | None = 0, **environ: str) -> st
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_cuda_sources_are_built_with_nvcc(tmp_path):
-    checkout = checkout_with_a_kernel(tmp_path / "goku")
+def test_cuda_sources_are_built_with_nvcc(checkout_with_a_kernel, tmp_path):
+    checkout = checkout_with_a_kernel
     output = build_in_place(checkout)
     (module,) = (checkout / "kernels" / "goku_kernels").glob("_cuda.*.so")
     script = (
@@ -273,9 +274,11 @@ def test_cuda_sources_are_built_with_nvcc(tmp_path):
     assert "for 80;90a;100a" in output
 
 
-def test_cuda_sources_without_nvcc(tmp_path):
+def test_cuda_sources_without_nvcc(checkout_with_a_kernel, tmp_path):
     """auto goes on without the module and says so, 1 refuses and names the remedy, 0 is silent."""
-    checkout = checkout_with_a_kernel(tmp_path / "goku")
+    checkout = checkout_with_a_kernel
+    for module in (checkout / "kernels" / "goku_kernels").glob("_cuda.*.so"):
+        module.unlink()
     path = path_without("nvcc", tmp_path / "path")
     assert "no nvcc found, not built" in build_in_place(checkout, PATH=path)
     assert list((checkout / "runtime" / "goku_runtime").glob("_io.*.so"))
