@@ -35,6 +35,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([*ours, *before])}
 
 
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded or its tool is there."""
+    return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
+
+
 def build_command() -> list[str] | None:
     """How to build the native modules in place, or None where a tool for it is missing."""
     tools = all(shutil.which(tool) for tool in ("cmake", "ninja"))
@@ -77,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args(arguments)
 
+    if importlib.util.find_spec("torch") is None:
+        if has_nvidia_driver():
+            print(f"gpu_check: torch is not installed for {sys.executable}; set PYTHON to another")
+            return 1
+        print("gpu_check: no CUDA device on this machine (no NVIDIA driver), and no torch")
+        return 3
     import torch  # here, so that --help needs nothing
 
     if not torch.cuda.is_available():

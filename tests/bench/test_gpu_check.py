@@ -31,6 +31,14 @@ def test_the_executable_does_the_same():
     assert (done.returncode, "no CUDA device" in done.stdout) == (3, True), done.stderr
 
 
+def test_without_torch_and_without_a_driver_too():
+    # -S: no site-packages, so no torch
+    done = run(sys.executable, "-S", SCRIPT, PYTHONPATH="", PATH="")
+    expected = 1 if gpu_check.has_nvidia_driver() else 3
+    assert done.returncode == expected, done.stderr
+    assert "torch" in done.stdout
+
+
 def test_wrong_arguments_exit_2():
     assert run(sys.executable, SCRIPT, "sped").returncode == 2
 
