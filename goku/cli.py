@@ -183,8 +183,8 @@ def _train_run(config: RunConfig, profile: bool) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from goku.metrics import RunLog, progress_bar
     from goku.parallelize import parallel_context
+    from goku.precision import autocast_dtype
     from goku.sampler import Request, SampleConfig, generate_share, load_for_sampling, save_media
-    from goku.trainer import autocast_dtype
 
     prompts = list(args.prompt)
     if args.prompts is not None:

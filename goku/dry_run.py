@@ -18,8 +18,8 @@ def saved_bytes_per_token(config: RunConfig, element_bytes: int) -> float:
     """Bytes that one token leaves saved for the backward pass, without activation checkpointing (an estimate).
 
     Per block, in units of dim: inputs of the nine linear maps and the attentions' q, k, v, out (about 20 with an
-    FFN ratio of 4, its GELU included) in the autocast dtype, and about 12 more kept in fp32 by the norms, the rotation and the
-    residuals, which compute in fp32. Checked against torch's saved-tensor hooks in the tests.
+    FFN ratio of 4, its GELU included) in the autocast dtype, and about 12 more kept in fp32 by the norms, the
+    rotation and the residuals, which compute in fp32. Checked against torch's saved-tensor hooks in the tests.
     """
     model = config.model
     per_block = (12 + 2 * model.mlp_ratio) * element_bytes + 12 * 4
@@ -28,7 +28,7 @@ def saved_bytes_per_token(config: RunConfig, element_bytes: int) -> float:
 
 def describe(config: RunConfig) -> str:
     """The whole report as text. The model is built on the meta device: no memory is used, whatever its size."""
-    from goku.trainer import autocast_dtype
+    from goku.precision import autocast_dtype
 
     with torch.device("meta"):
         model = GokuTransformer(config.model)

@@ -7,7 +7,6 @@ the result does not depend on which other requests share the pack, nor on the nu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +22,7 @@ from goku.flow import guided, integrate, time_grid
 from goku.model import GokuTransformer, ModelConfig, unpatchify
 from goku.packing import partition
 from goku.parallelize import ParallelContext
+from goku.precision import autocast
 from goku.random import Purpose, normal
 from goku.text import TextConfig, TextEncoder, load_text_encoder
 from goku.vae import VideoVAE, load_vae
@@ -98,7 +98,6 @@ def load_for_sampling(run: Path, device: torch.device) -> Loaded:
         raise ValueError(
             f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it"
         )
-    checkpoint.verify(path)
     config = checkpoint.read_values(path)["run"]["config"]
     model = GokuTransformer(parser.parse(ModelConfig, config["model"], where="model"))
     state: dict[str, Any] = {"ema": dict(model.state_dict()), "run": None}
@@ -194,7 +193,7 @@ def _integrate_pack(
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(requests),), t, device=device)
-        with _autocast(device, config.precision):
+        with autocast(device, config.precision):
             outputs = [
                 model(x, times, text, packing, text_packing).float()
                 for text, text_packing in conditions
@@ -203,10 +202,6 @@ def _integrate_pack(
 
     times = time_grid(config.steps, config.shift)
     return integrate(velocity, torch.cat(noise), times, config.method, on_step)
-
-
-def _autocast(device: torch.device, precision: torch.dtype) -> Any:
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 def generate_share(

@@ -15,8 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +33,19 @@ from goku.model import GokuTransformer
 from goku.optimizer import EMA, build_adamw, learning_rate
 from goku.packing import efficiency, partition, sample_cost, step_positions
 from goku.parallelize import ParallelContext, broadcast_module, reduce_gradients
+from goku.precision import autocast, autocast_dtype
 from goku.run_config import RunConfig, resume_differences
 from goku.sampler import Request, SampleConfig, generate, save_media
+from goku.statistics import StepStatistics
 from goku.text import TextEncoder
 from goku.vae import VideoVAE
 from goku_runtime import checkpoint
 
-__all__ = ["Trainer", "TrainingStopped", "autocast_dtype", "stop_signals"]
-
-TIME_BINS = 8
-_MODALITIES = ("image", "video")
+__all__ = ["Trainer", "TrainingStopped", "stop_signals"]
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on (too many non-finite steps in a row); the last checkpoint is intact."""
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: "auto" is bf16 where the hardware multiplies it (sm_80+, AVX512-BF16, AMX)."""
-    if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if capable else torch.float32
 
 
 @contextmanager
@@ -73,51 +61,6 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@dataclass
-class _Statistics:
-    """Sums over a step's samples, as one fp64 vector so that one all-reduce adds them over the ranks."""
-
-    vector: Tensor
-
-    @classmethod
-    def zeros(cls, device: torch.device) -> _Statistics:
-        return cls(
-            torch.zeros(
-                2 + 2 * TIME_BINS + 2 * len(_MODALITIES), dtype=torch.float64, device=device
-            )
-        )
-
-    def add(self, batch: Batch, per_sample: Tensor, weight_sum: float) -> None:
-        losses = per_sample.detach().double()
-        self.vector[0] += (losses * batch.weights).sum() / weight_sum
-        bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        kinds = torch.tensor(
-            [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
-        )
-        first = 2
-        for groups, count in ((bins, TIME_BINS), (kinds, len(_MODALITIES))):
-            self.vector[first : first + count].index_add_(0, groups, losses)
-            self.vector[first + count : first + 2 * count].index_add_(
-                0, groups, torch.ones_like(losses)
-            )
-            first += 2 * count
-
-    def means(self) -> tuple[float, list[float | None], dict[str, float | None]]:
-        """(loss, mean loss per time bin, per modality); None where a group had no sample."""
-        values = self.vector.tolist()
-        middle = 2 + 2 * TIME_BINS
-        kinds = _group_means(values[middle:], len(_MODALITIES))
-        return (
-            values[0],
-            _group_means(values[2:middle], TIME_BINS),
-            dict(zip(_MODALITIES, kinds, strict=True)),
-        )
-
-
-def _group_means(values: list[float], count: int) -> list[float | None]:
-    return [values[i] / values[count + i] if values[count + i] else None for i in range(count)]
 
 
 class Trainer:
@@ -211,7 +154,7 @@ class Trainer:
         )
 
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = _Statistics.zeros(self.device)
+        statistics = StepStatistics.zeros(self.device)
         text_lengths: list[int] = []
         for pack in shares[self.context.rank]:
             batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
@@ -244,16 +187,9 @@ class Trainer:
 
     def per_sample_loss(self, model: GokuTransformer, batch: Batch) -> Tensor:
         """(B,) mean squared velocity error of each sample, in fp32."""
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             prediction = model(batch.x, batch.t, batch.text, batch.packing, batch.text_packing)
         return per_sample_mse(prediction, batch.target, batch.packing)
-
-    def _autocast(self) -> Any:
-        return (
-            nullcontext()
-            if self.dtype == torch.float32
-            else torch.autocast(self.device.type, self.dtype)
-        )
 
     def _update(self) -> tuple[float, float]:
         """Clip, step, average. The norm is of the reduced gradient, hence equal on all ranks, as is the decision."""
@@ -276,7 +212,7 @@ class Trainer:
     def _log_step(
         self,
         log: RunLog,
-        statistics: _Statistics,
+        statistics: StepStatistics,
         norm: float,
         lr: float,
         seconds: float,
@@ -330,7 +266,7 @@ class Trainer:
             }
         log.event("eval", self.step, **fields)
 
-    def _fixed_statistics(self, builder: BatchBuilder) -> _Statistics:
+    def _fixed_statistics(self, builder: BatchBuilder) -> StepStatistics:
         train, packing = self.config.train, self.config.packing
         count = min(train.eval_items, len(builder.tokens))
         times = [(k + 0.5) / train.eval_times for k in range(train.eval_times)]
@@ -338,7 +274,7 @@ class Trainer:
         lengths = [builder.tokens[i] for i, _ in cases]
         weight_sum = math.fsum(builder.dataset.items[i].weight for i, _ in cases)
         costs = self._costs(lengths)
-        statistics = _Statistics.zeros(self.device)
+        statistics = StepStatistics.zeros(self.device)
         for pack in partition(lengths, costs, self.context.world, packing.tokens_per_pack)[
             self.context.rank
         ]:

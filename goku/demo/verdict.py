@@ -23,10 +23,10 @@ from goku.demo.score import psnr, summary, verdict
 from goku.metrics import read_log
 from goku.packing import partition, step_positions
 from goku.parallelize import ParallelContext, parallel_context
+from goku.precision import autocast_dtype
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import RunConfig
 from goku.sampler import Request, SampleConfig, generate_share, load_for_sampling
-from goku.trainer import autocast_dtype
 from goku.vae import VideoVAE
 
 __all__ = ["DemoRun", "conclude"]
