@@ -11,11 +11,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Zero at the start, as in DiT (adaLN-Zero) and PixArt (cross-attention): every block is the
-# identity and the velocity is zero, whatever the depth.
+# Zero at the start, as in DiT (adaLN-Zero): self-attention and FFN add nothing and the velocity is
+# zero, whatever the depth. Cross-attention is not gated and starts at work: rotated queries against
+# unrotated keys are the only way in which a token learns its absolute position, and with its output
+# zeroed as in PixArt ten items were learned more slowly (docs/log.md, 2026-11-21).
 _ZERO = (
     "norm1.linear.weight",
-    "attn2.o_proj.weight",
     "final.modulation.linear.weight",
     "final.proj.weight",
 )
@@ -25,10 +26,10 @@ _ZERO = (
 def initialise(module: nn.Module, seed: int) -> None:
     """Set every parameter of a `GokuTransformer` or `GokuBlock` from (seed, parameter name) alone.
 
-    Gates, modulation, the cross-attention's output and the head are zero; other weights are
-    Xavier-uniform (the timestep MLP normal with std 0.02), biases zero, norm gains one. Drawn in
-    fp32 on the CPU, so neither the device, the dtype nor torch's global generator has any
-    influence, and adding blocks changes no other block.
+    Gates, modulation and the head are zero; other weights are Xavier-uniform (the timestep MLP
+    normal with std 0.02), biases zero, norm gains one. Drawn in fp32 on the CPU, so neither the
+    device, the dtype nor torch's global generator has any influence, and adding blocks changes no
+    other block.
 
     Raises:
         ValueError: `seed` is negative, or a parameter is on the meta device.

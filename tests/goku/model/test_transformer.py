@@ -99,12 +99,15 @@ def test_changing_one_sample_changes_no_bit_of_another(what, dtype):
         assert torch.equal(a, b) == (i != changed)
 
 
-def test_at_the_start_every_block_is_the_identity_and_the_velocity_zero():
+def test_at_the_start_only_cross_attention_acts_and_the_velocity_is_zero():
     model = GokuTransformer(CONFIG)
     x, t, y, packing, text_packing = batch(dtype=torch.float32)
     assert torch.equal(model(x, t, y, packing, text_packing), torch.zeros_like(x))
     h, c = torch.randn(packing.total, CONFIG.dim), torch.randn(packing.batch, CONFIG.dim)
     for block in model.blocks:
+        assert not torch.equal(block(h, c, y, packing, text_packing), h)
+        with torch.no_grad():
+            block.attn2.o_proj.weight.zero_()
         assert torch.equal(block(h, c, y, packing, text_packing), h)
 
 
