@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from goku.precision import autocast, autocast_dtype
 from goku.vae.causal_vae import GokuVAE
 from goku.vae.interface import STRIDES, latent_shape
 from goku.vae.linear_start import start_from_components
@@ -23,6 +23,9 @@ LogFields = dict[str, float]
 class VAETrainConfig:
     """How a GokuVAE is trained. The defaults suit about ten small media on two CPU cores.
 
+    Many steps on few crops, rather than few on many, and the components' start, gave the most per
+    operation; so did beta2 = 0.95 over 0.99, and 2e-3 over 1e-3 and 4e-3.
+
     steps: optimizer steps; the cosine schedule ends there, and nothing depends on the clock.
     learning_rate, warmup_steps: peak of the schedule and the linear rise to it.
     weight_decay, beta2, clip_norm: of AdamW, and the largest gradient norm.
@@ -32,24 +35,26 @@ class VAETrainConfig:
     l1_weight: share of the absolute error in the reconstruction loss; the rest is squared.
     kl_weight: of the KL divergence per latent value, beside the loss per pixel value.
     latent_noise: standard deviation, in units of each channel's own, of noise added to latents
-        before decoding. Makes the decoder forgive the errors that a diffusion model leaves.
+        before decoding. Makes the decoder forgive the errors that a diffusion model leaves: with
+        0.2, latents off by half a standard deviation decode about 4 dB better, and exact ones
+        about 2 dB worse, than with 0.
     linear_start: begin from principal components of the media. False continues a trained VAE.
     precision: of the convolutions; "auto" is bfloat16 where the hardware computes in it.
     log_every: steps between two log entries.
     """
 
-    steps: int = 1500
+    steps: int = 2000
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     weight_decay: float = 1e-3
     beta2: float = 0.95
     clip_norm: float = 1.0
     crop: int = 64
-    frames: int = 17
-    positions: int = 512
+    frames: int = 9
+    positions: int = 192
     l1_weight: float = 0.0
     kl_weight: float = 1e-3
-    latent_noise: float = 0.1
+    latent_noise: float = 0.2
     linear_start: bool = True
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     log_every: int = 25
@@ -102,6 +107,7 @@ def train_vae(
     for index, clip in enumerate(clips):
         _check_clip(index, clip)
     device, dtype = vae.latent_std.device, vae.latent_std.dtype
+    matmul_dtype = autocast_dtype(config.precision, device)
     crops = _Crops(clips, config, seed)
     noise_generator = torch.Generator(device).manual_seed(seed)
     if config.linear_start:
@@ -120,7 +126,7 @@ def train_vae(
         for group in optimizer.param_groups:
             group["lr"] = rate
         video = crops.draw().to(device, dtype)
-        with _autocast(config.precision, device):
+        with autocast(device, matmul_dtype):
             posterior = vae.posterior(video)
             scale = posterior.mean.detach().var((0, 2, 3, 4), keepdim=True, correction=0)
             variance = posterior.logvar.exp() + config.latent_noise**2 * scale
@@ -184,9 +190,10 @@ def as_video(clip: Tensor) -> Tensor:
 
 
 class _Crops:
-    """Draws a step's batch of crops: one shape of crop, each item equally often in the long run.
+    """Draws a step's batch: crops of one shape, from the items whose largest crop that is.
 
-    Offsets are multiples of the spatial strides, so a crop is cut into the same blocks as the whole.
+    A shape comes up as often as it has items, with as many crops as fit `positions`. Offsets are
+    multiples of the spatial strides, so a crop is cut into the same blocks as the whole.
     """
 
     def __init__(self, clips: Sequence[Tensor], config: VAETrainConfig, seed: int) -> None:
@@ -201,7 +208,6 @@ class _Crops:
             (shape, members, max(1, config.positions // math.prod(latent_shape(*shape))))
             for shape, members in sorted(shapes.items())
         ]
-
         self.weights = torch.tensor([len(members) for _, members, _ in self.groups]).double()
 
     def draw(self) -> Tensor:
@@ -237,19 +243,3 @@ def _schedule(step: int, config: VAETrainConfig) -> float:
     """Linear warm-up times a cosine from 1 to 0.02."""
     cosine = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
     return min(1.0, (step + 1) / max(1, config.warmup_steps)) * (0.02 + 0.98 * cosine)
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    if precision == "float32" or (precision == "auto" and not _computes_bfloat16(device)):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are instructions there, not an emulation."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return False
