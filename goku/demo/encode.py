@@ -88,6 +88,7 @@ def save(stem: Path, video: Media, *, fps: int = 10) -> Path:
     """Write `stem`.png or `stem`.mp4 and return that path."""
     kind, data = media_bytes(video, fps=fps)
     path = stem.with_name(stem.name + (".png" if kind == "image/png" else ".mp4"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
 
