@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import torch
-from PIL import Image
 from torch import Tensor
 
 from goku import config as parser
+from goku import media_files
 from goku.flow import guided, integrate, time_grid
 from goku.model import GokuTransformer, ModelConfig, unpatchify
 from goku.packing import partition
@@ -228,26 +226,5 @@ def generate_share(
 
 
 def save_media(video: Tensor, stem: Path, fps: int = 12) -> Path:
-    """Write uint8 (3, T, H, W) as stem.png (T = 1) or stem.mp4 (H.264, yuv420p); atomic; returns the path."""
-    frames = video.permute(1, 2, 3, 0).contiguous().numpy()
-    path = stem.with_name(stem.name + (".png" if len(frames) == 1 else ".mp4"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".partial-" + path.name)
-    try:
-        if len(frames) == 1:
-            Image.fromarray(frames[0]).save(partial)
-        else:
-            with av.open(str(partial), "w") as container:
-                stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
-                stream.height, stream.width, stream.pix_fmt = (
-                    frames.shape[1],
-                    frames.shape[2],
-                    "yuv420p",
-                )
-                for frame in frames:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                container.mux(stream.encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    """Write uint8 (3, T, H, W) as stem.png (T = 1) or stem.mp4, atomically; returns the path."""
+    return media_files.save(stem, media_files.to_uint8(video), fps=fps)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from goku.demo import plots, sections
+from goku.demo.contact_sheet import SheetItem, contact_sheet
 from goku.demo.contents import Item, Pack, Picture, Report, Sample
-from goku.demo.encode import SheetItem, contact_sheet
 from goku.demo.page import SCRIPT, STYLE
 from goku.demo.training import TrainingLog, loss_sections
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from goku.demo import plots
 from goku.demo.contents import Item, Picture, Report
-from goku.demo.encode import media_bytes
 from goku.demo.training import TrainingLog, throughput_rows
+from goku.media_files import media_bytes
 
 __all__ = [
     "attribution",

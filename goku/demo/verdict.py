@@ -17,9 +17,9 @@ import torch
 from goku import config as parser
 from goku.data import CachedDataset, ShuffledStream
 from goku.demo.catalogue import TRAINING, UNSEEN
-from goku.demo.encode import save, to_uint8
 from goku.demo.report import Item, Pack, Report, Sample, readme_picture, write_report
 from goku.demo.score import psnr, summary, verdict
+from goku.media_files import save, to_uint8
 from goku.metrics import read_log
 from goku.packing import partition, step_positions
 from goku.parallelize import ParallelContext, parallel_context

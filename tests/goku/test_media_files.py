@@ -1,4 +1,4 @@
-"""What a browser gets: lossless PNG, playable MP4, a contact sheet that fits."""
+"""What a browser gets: lossless PNG, playable MP4, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from goku.demo import encode, score
+from goku import media_files
+from goku.demo import score
 
 
 def _clip(frames: int, height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -23,9 +24,9 @@ def _clip(frames: int, height: int, width: int) -> npt.NDArray[np.uint8]:
 def test_to_uint8_maps_the_ends_and_keeps_bytes() -> None:
     video = np.zeros((3, 1, 1, 4), np.float32)
     video[:, 0, 0] = [-1.0, 0.0, 1.0, 1.7]
-    assert encode.to_uint8(video)[0, 0, :, 0].tolist() == [0, 128, 255, 255]
+    assert media_files.to_uint8(video)[0, 0, :, 0].tolist() == [0, 128, 255, 255]
     data = np.arange(24, dtype=np.uint8).reshape(3, 2, 2, 2)
-    np.testing.assert_array_equal(encode.to_uint8(data), np.moveaxis(data, 0, -1))
+    np.testing.assert_array_equal(media_files.to_uint8(data), np.moveaxis(data, 0, -1))
 
 
 @pytest.mark.parametrize(
@@ -33,12 +34,12 @@ def test_to_uint8_maps_the_ends_and_keeps_bytes() -> None:
 )
 def test_to_uint8_refuses_other_things(bad: npt.NDArray[np.float64]) -> None:
     with pytest.raises(ValueError, match="video"):
-        encode.to_uint8(bad)
+        media_files.to_uint8(bad)
 
 
 def test_png_is_lossless() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    kind, data = encode.media_bytes(frame[None])
+    kind, data = media_files.media_bytes(frame[None])
     assert kind == "image/png"
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), frame)
 
@@ -46,7 +47,7 @@ def test_png_is_lossless() -> None:
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
 def test_mp4_is_what_browsers_play_and_looks_like_the_clip(size: tuple[int, int]) -> None:
     clip = _clip(9, *size)
-    kind, data = encode.media_bytes(clip, fps=12)
+    kind, data = media_files.media_bytes(clip, fps=12)
     assert kind == "video/mp4"
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
@@ -62,8 +63,8 @@ def test_mp4_is_what_browsers_play_and_looks_like_the_clip(size: tuple[int, int]
 
 
 def test_save_chooses_the_suffix(tmp_path: Path) -> None:
-    assert encode.save(tmp_path / "a.b", _clip(1, 8, 8)).name == "a.b.png"
-    path = encode.save(tmp_path / "clip", _clip(5, 16, 16))
+    assert media_files.save(tmp_path / "a.b", _clip(1, 8, 8)).name == "a.b.png"
+    path = media_files.save(tmp_path / "clip", _clip(5, 16, 16))
     assert path.name == "clip.mp4"
     assert path.stat().st_size > 100
 
@@ -71,30 +72,4 @@ def test_save_chooses_the_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8, 8, 3), (0, 8, 8, 3), (1, 8, 8, 1)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="media of shape"):
-        encode.media_bytes(np.zeros(shape, np.uint8))
-
-
-def test_contact_sheet_shows_training_above_generated_and_wraps() -> None:
-    red = np.full((1, 16, 16, 3), (255, 0, 0), np.uint8)
-    blue = np.full((5, 16, 32, 3), (0, 0, 255), np.uint8)
-    item = encode.SheetItem(
-        caption="a red square of some size", training=red, generated=255 - red, attribution="me"
-    )
-    clip = encode.SheetItem(caption="a blue clip", training=blue, generated=blue // 2)
-    one = Image.open(io.BytesIO(encode.contact_sheet([item], height=64)))
-    pixels = np.asarray(one)
-    found = {
-        name: np.argwhere((pixels == colour).all(axis=-1))
-        for name, colour in (("training", (255, 0, 0)), ("generated", (0, 255, 255)))
-    }
-    assert len(found["training"]) == len(found["generated"]) == 64 * 64
-    assert found["training"][:, 0].max() < found["generated"][:, 0].min()
-    assert (found["training"][:, 1].min(), 64 * 64) == (found["generated"][:, 1].min(), 64 * 64)
-
-    wide = Image.open(
-        io.BytesIO(encode.contact_sheet([item, clip, clip, clip], height=64, max_width=700))
-    )
-    assert wide.width <= 700
-    assert wide.height > 2 * one.height
-    with pytest.raises(ValueError, match="empty"):
-        encode.contact_sheet([])
+        media_files.media_bytes(np.zeros(shape, np.uint8))

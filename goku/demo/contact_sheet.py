@@ -1,96 +1,17 @@
-"""Pictures and clips as the files a browser shows: PNG by Pillow, H.264 MP4 by PyAV, contact sheet.
-
-Media are uint8 `(T, H, W, 3)` arrays; T = 1 is a photograph and becomes PNG, T > 1 a clip, MP4.
-"""
+"""The contact sheet: training items above what was generated for their captions, as one PNG."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = [
-    "SheetItem",
-    "contact_sheet",
-    "media_bytes",
-    "mp4_bytes",
-    "png_bytes",
-    "save",
-    "to_uint8",
-]
+from goku.media_files import Media, check_media
 
-Media = npt.NDArray[np.uint8]
-
-
-def to_uint8(video: Any) -> Media:
-    """A `(3, T, H, W)` video as `(T, H, W, 3)` uint8: uint8 stays, floats run from -1 to 1.
-
-    Takes anything NumPy can view (a detached CPU tensor, an array).
-    """
-    x = np.asarray(video)
-    if x.ndim != 4 or x.shape[0] != 3:
-        raise ValueError(f"video of shape {x.shape}: must be (3, frames, height, width)")
-    x = np.moveaxis(x, 0, -1)
-    if x.dtype == np.uint8:
-        return np.ascontiguousarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"video of dtype {x.dtype}: must be uint8 or floating in [-1, 1]")
-    if not np.isfinite(x).all():
-        raise ValueError("video holds non-finite values: it must be in [-1, 1]")
-    return np.rint(np.clip(x.astype(np.float64) * 127.5 + 127.5, 0.0, 255.0)).astype(np.uint8)
-
-
-def png_bytes(frame: npt.NDArray[np.uint8]) -> bytes:
-    """One `(H, W, 3)` uint8 frame as PNG."""
-    out = io.BytesIO()
-    Image.fromarray(frame).save(out, "PNG")
-    return out.getvalue()
-
-
-def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
-    """A `(T, H, W, 3)` uint8 clip as H.264 MP4 that browsers play (yuv420p).
-
-    4:2:0 chroma needs even sides; an odd one repeats its last row or column.
-    """
-    _check(video)
-    height, width = video.shape[1:3]
-    padded = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        options = {"crf": str(crf), "preset": "medium"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.width, stream.height = padded.shape[2], padded.shape[1]
-        stream.pix_fmt = "yuv420p"
-        for picture in padded:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return out.getvalue()
-
-
-def media_bytes(video: Media, *, fps: int = 10) -> tuple[str, bytes]:
-    """(MIME type, bytes): PNG for one frame, MP4 for more."""
-    _check(video)
-    if len(video) == 1:
-        return "image/png", png_bytes(video[0])
-    return "video/mp4", mp4_bytes(video, fps=fps)
-
-
-def save(stem: Path, video: Media, *, fps: int = 10) -> Path:
-    """Write `stem`.png or `stem`.mp4 and return that path."""
-    kind, data = media_bytes(video, fps=fps)
-    path = stem.with_name(stem.name + (".png" if kind == "image/png" else ".mp4"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+__all__ = ["SheetItem", "contact_sheet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +94,9 @@ def contact_sheet(
     return out.getvalue()
 
 
-def _check(video: Media) -> None:
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8 or 0 in video.shape:
-        raise ValueError(
-            f"media of shape {video.shape}, {video.dtype}: must be uint8 (frames, height, width, 3)"
-        )
-
-
 def _strip(video: Media, height: int, clip_frames: int) -> Image.Image:
     """One frame, or several evenly spaced ones side by side, scaled to `height`."""
-    _check(video)
+    check_media(video)
     count = 1 if len(video) == 1 else min(clip_frames, len(video))
     chosen = np.rint(np.linspace(0, len(video) - 1, count)).astype(int)
     width = max(1, round(video.shape[2] * height / video.shape[1]))
