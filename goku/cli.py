@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from goku.run_config import RunConfig
     from goku.sampler import Loaded
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _TRAIN_HELP = """examples:
   goku train configs/demo.yaml out=runs/first
@@ -42,11 +42,12 @@ _DEMO_HELP = """examples:
   goku demo --media wheels/       without network: a folder with the three packages' wheels"""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line of every verb."""
+    root = argparse.ArgumentParser(
         prog="goku", description="Joint image-video generation by rectified flow."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,train,sample,doctor}")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="{demo,train,sample,doctor}")
     raw = argparse.RawDescriptionHelpFormatter
 
     demo = verbs.add_parser(
@@ -130,12 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--workers", type=int)
     doctor.add_argument("--quick", action="store_true", help="read headers only, decode nothing")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
-    return parser
+    return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     verb = {"demo": _demo, "train": _train, "sample": _sample, "doctor": _doctor}[args.verb]
     try:
         return verb(args)

@@ -1,0 +1,72 @@
+"""What the documents show works: every Python example runs, every command line is understood."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from goku.cli import parser
+from goku.dry_run import describe
+from goku.run_config import load_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "docs/training.md")
+
+
+def _blocks(language: str) -> list[str]:
+    """Fenced blocks of one language ("" for plain ones), in the order of the documents."""
+    blocks: list[str] = []
+    for name in DOCUMENTS:
+        inside: str | None = None
+        for line in (ROOT / name).read_text().splitlines():
+            if line.startswith("```"):
+                inside = line[3:] if inside is None else None
+                if inside == language:
+                    blocks.append("")
+            elif inside == language:
+                blocks[-1] += line + "\n"
+    return blocks
+
+
+@pytest.mark.parametrize("code", _blocks("python"))
+def test_python_examples_run(code: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def _commands() -> list[str]:
+    lines = {
+        line.split("#")[0].split("   ")[0].strip() for b in _blocks("") for line in b.splitlines()
+    }
+    # Without the placeholders of a synopsis ([...], RUN).
+    return sorted(c for c in lines if c.startswith("goku ") and not re.search(r"\[|\.\.\.", c))
+
+
+def test_there_are_examples() -> None:
+    assert len(_blocks("python")) >= 2
+    assert len(_commands()) >= 4
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_command_lines_are_understood(line: str) -> None:
+    arguments = parser().parse_args(shlex.split(line)[1:])
+    assert arguments.verb == line.split()[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_is_valid(path: Path) -> None:
+    report = describe(load_run_config(path))
+    assert "parameters" in report
+    assert "memory: total per process" in report
