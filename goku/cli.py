@@ -170,14 +170,18 @@ def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.prepare import prepare_datasets, prepare_vae
     from goku.trainer import Trainer, TrainingStopped, stop_signals
 
-    with parallel_context(config.train.device) as context, stop_signals() as stop:
+    with parallel_context(config.train.device) as context:
+        # Until the loop runs a signal ends the process at once: nothing half-written stays behind, and what was
+        # prepared (latents, embeddings) is kept.
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
-        try:
-            Trainer(config, context, training, vae, text, unseen).run(stop, profile)
-        except TrainingStopped as error:
-            print(f"goku train: {error}", file=sys.stderr)
-            return 1
+        trainer = Trainer(config, context, training, vae, text, unseen)
+        with stop_signals() as stop:
+            try:
+                trainer.run(stop, profile)
+            except TrainingStopped as error:
+                print(f"goku train: {error}", file=sys.stderr)
+                return 1
     return 0
 
 

@@ -30,13 +30,15 @@ class ParallelContext:
     """This process among the others.
 
     rank, world: position and number of processes; device: where this rank computes; group: the process group for
-    gradients and statistics, None when world is 1 (every method is then the identity).
+    gradients and statistics, None when world is 1 (every method is then the identity); host_group: a gloo group of
+    the same processes for what stays on the host (checkpoint plans would otherwise travel through GPU memory).
     """
 
     rank: int
     world: int
     device: torch.device
     group: dist.ProcessGroup | None
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +84,9 @@ def parallel_context(
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield ParallelContext(rank, world, where, dist.group.WORLD)
+        world_group = dist.group.WORLD
+        host_group = dist.new_group(backend="gloo") if cuda else world_group
+        yield ParallelContext(rank, world, where, world_group, host_group)
     finally:
         dist.destroy_process_group()
 

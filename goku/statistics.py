@@ -1,8 +1,6 @@
-"""Sums over the samples of a step: loss, loss per time bin, loss per modality."""
+"""Sums over the samples of a step: loss, loss per time bin and modality, FLOPs, who asks to stop."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,47 +11,56 @@ __all__ = ["TIME_BINS", "StepStatistics"]
 
 TIME_BINS = 8
 _MODALITIES = ("image", "video")
+_LOSS, _STOP, _FLOPS, _FIRST = 0, 1, 2, 3
+_SIZE = _FIRST + 2 * TIME_BINS + 2 * len(_MODALITIES)
 
 
-@dataclass
 class StepStatistics:
-    """Sums over a step's samples, as one fp64 vector so that one all-reduce adds them over the ranks."""
+    """One fp64 vector of sums, so that one all-reduce adds a step's samples over the ranks.
 
-    vector: Tensor
+    vector: loss, stop, flops, then (sum of losses, number of samples) per time bin and per modality.
+    """
 
-    @classmethod
-    def zeros(cls, device: torch.device) -> StepStatistics:
-        return cls(
-            torch.zeros(
-                2 + 2 * TIME_BINS + 2 * len(_MODALITIES), dtype=torch.float64, device=device
-            )
-        )
+    def __init__(self, device: torch.device) -> None:
+        self.vector: Tensor = torch.zeros(_SIZE, dtype=torch.float64, device=device)
 
-    def add(self, batch: Batch, per_sample: Tensor, weight_sum: float) -> None:
+    def add(self, batch: Batch, per_sample: Tensor, weight_sum: float, flops: int = 0) -> None:
+        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs."""
         losses = per_sample.detach().double()
-        self.vector[0] += (losses * batch.weights).sum() / weight_sum
+        self.vector[_LOSS] += (losses * batch.weights).sum() / weight_sum
+        self.vector[_FLOPS] += flops
         bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         kinds = torch.tensor(
             [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
         )
-        first = 2
+        first = _FIRST
         for groups, count in ((bins, TIME_BINS), (kinds, len(_MODALITIES))):
             self.vector[first : first + count].index_add_(0, groups, losses)
-            self.vector[first + count : first + 2 * count].index_add_(
-                0, groups, torch.ones_like(losses)
-            )
+            counts = self.vector[first + count : first + 2 * count]
+            counts.index_add_(0, groups, torch.ones_like(losses))
             first += 2 * count
+
+    def ask_to_stop(self) -> None:
+        """Let every rank know that this one was asked to stop."""
+        self.vector[_STOP] = 1.0
+
+    @property
+    def stopping(self) -> bool:
+        """After the reduction: was any rank asked to stop?"""
+        return bool(self.vector[_STOP] > 0)
+
+    @property
+    def flops(self) -> float:
+        """After the reduction: FLOPs of the whole step."""
+        return float(self.vector[_FLOPS])
 
     def means(self) -> tuple[float, list[float | None], dict[str, float | None]]:
         """(loss, mean loss per time bin, per modality); None where a group had no sample."""
         values = self.vector.tolist()
-        middle = 2 + 2 * TIME_BINS
+        middle = _FIRST + 2 * TIME_BINS
         kinds = _group_means(values[middle:], len(_MODALITIES))
-        return (
-            values[0],
-            _group_means(values[2:middle], TIME_BINS),
-            dict(zip(_MODALITIES, kinds, strict=True)),
-        )
+        by_bin = _group_means(values[_FIRST:middle], TIME_BINS)
+        return values[_LOSS], by_bin, dict(zip(_MODALITIES, kinds, strict=True))
 
 
 def _group_means(values: list[float], count: int) -> list[float | None]:

@@ -154,16 +154,17 @@ class Trainer:
         )
 
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = StepStatistics.zeros(self.device)
-        text_lengths: list[int] = []
+        statistics = StepStatistics(self.device)
         for pack in shares[self.context.rank]:
             batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
             per_sample = self.per_sample_loss(self.model, batch)
             weighted_loss(per_sample, batch.weights, weight_sum).backward()
-            statistics.add(batch, per_sample, weight_sum)
-            text_lengths += batch.text_packing.lengths
+            packs = batch.packing.lengths, batch.text_packing.lengths
+            work = flops.training_flops(self.config.model, *packs)
+            statistics.add(batch, per_sample, weight_sum, work)
         reduce_gradients(self.model, self.context)
-        statistics.vector[1] = float(stop.is_set())
+        if stop.is_set():
+            statistics.ask_to_stop()
         self.context.all_sum(statistics.vector)
         norm, lr = self._update()
 
@@ -171,14 +172,12 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         if self.step % train.log_every == 0 or self.step == train.steps:
-            self._log_step(
-                log, statistics, norm, lr, seconds, positions, lengths, shares, text_lengths
-            )
+            self._log_step(log, statistics, norm, lr, seconds, positions, lengths, shares)
         if self.skipped > train.max_skipped_steps:
             raise TrainingStopped(
                 f"{self.skipped} steps in a row had a non-finite gradient norm; stopped at step {self.step}"
             )
-        return bool(statistics.vector[1] > 0)
+        return statistics.stopping
 
     def _costs(self, lengths: list[int]) -> list[float]:
         """Relative cost of samples, for sharing them among ranks."""
@@ -219,15 +218,13 @@ class Trainer:
         positions: list[int],
         lengths: list[int],
         shares: list[list[list[int]]],
-        text_lengths: list[int],
     ) -> None:
         loss, by_bin, by_modality = statistics.means()
         packs = [pack for share in shares for pack in share]
-        # Text lengths of the other ranks' samples are not known here; their mean is close enough for a rate.
-        mean_text = sum(text_lengths) / len(text_lengths) if text_lengths else 0.0
-        work = flops.training_flops(self.config.model, lengths, [round(mean_text)] * len(lengths))
         peak = self.peak_flops
-        mfu = None if peak is None else flops.mfu(work, seconds, peak * self.context.world)
+        mfu = None
+        if peak is not None:
+            mfu = flops.mfu(statistics.flops, seconds, peak * self.context.world)
         rate = sum(lengths) / seconds
         log.event(
             "step",
@@ -274,7 +271,7 @@ class Trainer:
         lengths = [builder.tokens[i] for i, _ in cases]
         weight_sum = math.fsum(builder.dataset.items[i].weight for i, _ in cases)
         costs = self._costs(lengths)
-        statistics = StepStatistics.zeros(self.device)
+        statistics = StepStatistics(self.device)
         for pack in partition(lengths, costs, self.context.world, packing.tokens_per_pack)[
             self.context.rank
         ]:
@@ -356,7 +353,7 @@ class Trainer:
         root = self.out / "checkpoints"
         path = root / f"step_{self.step:07d}"
         started = time.perf_counter()
-        checkpoint.save(self.state(), path, overwrite=True, process_group=self.context.group)
+        checkpoint.save(self.state(), path, overwrite=True, process_group=self.context.host_group)
         if self.context.is_main:
             checkpoint.set_latest(root, path.name)
             checkpoint.prune(root, self.config.train.keep_checkpoints)
@@ -390,7 +387,7 @@ class Trainer:
             )
         state = self.state()
         state["run"] = None  # whatever values were saved
-        checkpoint.load(state, path, process_group=self.context.group)
+        checkpoint.load(state, path, process_group=self.context.host_group)
         torch.set_rng_state(state["rng"]["torch"])
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
