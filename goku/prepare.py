@@ -26,11 +26,13 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
     its geometry is not that of `vae.model`.
     """
     path = Path(config.vae.path)
-    if not path.exists() and config.vae.train is None:
+    # Its config.json is written last: a folder without one is a training that was cut off while it wrote.
+    absent = not (path / "config.json").is_file()
+    if absent and config.vae.train is None:
         raise ValueError(
-            f"vae.path is {path}, which does not exist; allowed: a VAE's folder, or give vae.train to train one"
+            f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"
         )
-    if not path.exists() and context.is_main:
+    if absent and context.is_main:
         _train(config, context, path)
     context.barrier()
     vae = load_vae(path)
