@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["main", "parser"]
 
 _TRAIN_HELP = """examples:
-  goku train configs/demo.yaml out=runs/first
-  goku train configs/demo.yaml out=runs/first optimizer.lr=3e-4 train.steps=2000
-  goku train configs/demo.yaml out=runs/first --dry-run
-  torchrun --nproc-per-node 2 -m goku.cli train configs/demo.yaml out=runs/first
+  goku train configs/small.yaml out=runs/first
+  goku train configs/small.yaml out=runs/first optimizer.lr=3e-4 train.steps=2000
+  goku train configs/small.yaml out=runs/first --dry-run
+  torchrun --nproc-per-node 2 -m goku.cli train configs/small.yaml out=runs/first
 
 A run whose folder holds a checkpoint is resumed. SIGTERM or Ctrl-C finishes the step, writes a checkpoint, exits 0."""
 
@@ -34,7 +34,7 @@ _SAMPLE_HELP = """examples:
 _DOCTOR_HELP = """examples:
   goku doctor media/                         a folder of media with sidecar .txt
   goku doctor data.jsonl --max-frames 33 --video-pixels 65536
-  goku doctor data.csv --config configs/demo.yaml --json"""
+  goku doctor data.csv --config configs/small.yaml --json"""
 
 _DEMO_HELP = """examples:
   goku demo                       about 8 minutes on 2 cores; writes demo-out/report.html
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="change the demo's config (e.g. train.steps=50)",
+        help="change the demo's config (e.g. train.steps=800)",
     )
 
     train = verbs.add_parser(
@@ -136,21 +136,34 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    args = parser().parse_args(argv)
+    root = parser()
+    # argparse closes the list of overrides at the first option, but `goku train run.yaml --dry-run a=b` is meant too.
+    args, rest = root.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in r and r[0] != "-" for r in rest)):
+        root.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     verb = {"demo": _demo, "train": _train, "sample": _sample, "doctor": _doctor}[args.verb]
     try:
         return verb(args)
     except (ValueError, OSError, ImportError) as error:
         # Bad input, a missing part, or a machine that says no (disk full): nothing half-written stays, and what was
-        # complete before is still there. Anything else is a fault of ours and keeps its traceback.
+        # complete before is still there.
         print(f"goku {args.verb}: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # the VAE's training diverged
+        print(f"goku {args.verb}: {error}", file=sys.stderr)
+        return 1
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from goku.demo import run_demo
+    from goku.demo import DemoFailed, run_demo
 
-    return run_demo(args.out, media=args.media, overrides=args.overrides)
+    try:
+        return run_demo(args.out, media=args.media, overrides=args.overrides)
+    except DemoFailed as error:
+        print(f"goku demo: {error}", file=sys.stderr)
+        return 1
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -170,18 +183,15 @@ def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.prepare import prepare_datasets, prepare_vae
     from goku.trainer import Trainer, TrainingStopped, stop_signals
 
-    with parallel_context(config.train.device) as context:
-        # Until the loop runs a signal ends the process at once: nothing half-written stays behind, and what was
-        # prepared (latents, embeddings) is kept.
+    with parallel_context(config.train.device) as context, stop_signals() as stop:
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         trainer = Trainer(config, context, training, vae, text, unseen)
-        with stop_signals() as stop:
-            try:
-                trainer.run(stop, profile)
-            except TrainingStopped as error:
-                print(f"goku train: {error}", file=sys.stderr)
-                return 1
+        try:
+            trainer.run(stop, profile)
+        except TrainingStopped as error:
+            print(f"goku train: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

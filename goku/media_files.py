@@ -5,7 +5,9 @@ Media are uint8 `(T, H, W, 3)` arrays; T = 1 is a photograph and becomes PNG, T 
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["Media", "check_media", "media_bytes", "mp4_bytes", "png_bytes", "save", "to_uint8"]
+__all__ = [
+    "Media",
+    "check_media",
+    "file_stem",
+    "media_bytes",
+    "mp4_bytes",
+    "png_bytes",
+    "save",
+    "to_uint8",
+]
 
 Media = npt.NDArray[np.uint8]
 
@@ -38,6 +49,15 @@ def to_uint8(video: Any) -> Media:
     return np.rint(np.clip(x.astype(np.float64) * 127.5 + 127.5, 0.0, 255.0)).astype(np.uint8)
 
 
+def file_stem(name: str) -> str:
+    """`name` (a path, an id, a prompt) as a file name that stays in its folder: letters, digits, dots, dashes.
+
+    Names that differ only in what is replaced or cut get different stems, by a short hash.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80].strip("_")
+    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def png_bytes(frame: npt.NDArray[np.uint8]) -> bytes:
     """One `(H, W, 3)` uint8 frame as PNG."""
     out = io.BytesIO()
@@ -54,15 +74,19 @@ def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
     height, width = video.shape[1:3]
     padded = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        options = {"crf": str(crf), "preset": "medium"}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.width, stream.height = padded.shape[2], padded.shape[1]
-        stream.pix_fmt = "yuv420p"
-        for picture in padded:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    try:
+        with av.open(out, "w", format="mp4") as container:
+            options = {"crf": str(crf), "preset": "medium"}
+            stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+            stream.width, stream.height = padded.shape[2], padded.shape[1]
+            stream.pix_fmt = "yuv420p"
+            for picture in padded:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    except av.error.FFmpegError as error:
+        # Some of these are no OSError, and a caller cannot be asked to know which.
+        raise OSError(f"cannot encode {video.shape} as H.264: {error}") from error
     return out.getvalue()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +55,7 @@ class RunLog:
     ) -> None:
         self._file: IO[str] | None = None
         self._writer: Any = None
+        self._open_writer: Callable[[int], Any] | None = None
         self._bar: Progress | None = None
         self.console = Console(stderr=True)
         if path is None:
@@ -64,7 +67,7 @@ class RunLog:
                 raise ImportError(
                     "train.tensorboard needs tensorboard: pip install 'goku[tensorboard]'"
                 ) from error
-            self._writer = SummaryWriter(str(tensorboard))
+            self._open_writer = lambda step: SummaryWriter(str(tensorboard), purge_step=step)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
@@ -76,9 +79,16 @@ class RunLog:
         if self._file is None:
             return
         self._file.write(
-            json.dumps({"event": event, "step": step, "time": time.time(), **fields}) + "\n"
+            json.dumps(
+                _finite({"event": event, "step": step, "time": time.time(), **fields}),
+                allow_nan=False,
+            )
+            + "\n"
         )
         self._file.flush()
+        if self._open_writer is not None and self._writer is None:
+            # The first event tells where the run begins: points of a killed run beyond it are hidden.
+            self._writer = self._open_writer(step)
         if self._writer is not None:
             for name, value in fields.items():
                 if isinstance(value, int | float):
@@ -116,6 +126,15 @@ class RunLog:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as None: JSON has neither, and a reader must not choke on a diverged step."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -39,10 +39,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed: > 0")
         for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed: >= 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}; allowed: two numbers in [0, 1)")

@@ -9,10 +9,11 @@ one rank had more packs than another or none at all. Sequence parallelism and hy
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,17 @@ __all__ = ["ParallelContext", "broadcast_module", "parallel_context", "reduce_gr
 _BUCKET_ELEMENTS = 1 << 23
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class ParallelContext:
     """This process among the others.
 
     rank, world: position and number of processes; device: where this rank computes; group: the process group for
     gradients and statistics, None when world is 1 (every method is then the identity); host_group: a gloo group of
-    the same processes for what stays on the host (checkpoint plans would otherwise travel through GPU memory).
+    the same processes for what stays on the host (checkpoint plans would otherwise travel through GPU memory) and
+    for waiting, with a timeout of a day.
     """
 
     rank: int
@@ -51,10 +56,41 @@ class ParallelContext:
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """The small picklable `value` of every rank, by rank, on every rank; over the host group."""
+        values: list[Any] = [value] * self.world
+        if self.host_group is not None:
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
     def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.group is not None:
-            self.all_sum(torch.zeros(1, device=self.device))
+        """Wait for every rank, however long it works."""
+        self.gather(None)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and return its result; when one rank fails, every rank raises.
+
+        For work that one rank may do or fail alone (train a VAE, write a file): a rank that leaves by an exception
+        would keep the others waiting in the next collective. ValueError, OSError, ImportError and ArithmeticError
+        are agreed on; a rank that did not fail itself raises a ValueError that names the rank that did.
+        """
+        result: T | None = None
+        failure: ValueError | OSError | ImportError | ArithmeticError | None = None
+        try:
+            result = work()
+        except (ValueError, OSError, ImportError, ArithmeticError) as error:
+            failure = error
+        messages = self.gather(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ValueError(f"rank {rank}: {message}")
+        return cast(T, result)
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do `work` on the main rank while the others wait; when it fails, every rank raises."""
+        self.together(lambda: work() if self.is_main else None)
 
 
 @contextmanager
@@ -63,9 +99,9 @@ def parallel_context(
 ) -> Iterator[ParallelContext]:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    device: "auto" (CUDA when there is one), "cpu" or "cuda". timeout_minutes bounds every collective, so that a lost
-    peer ends the job instead of hanging it; it must exceed the longest work that one rank does alone (preparing the
-    VAE). Raises ValueError for a device that is absent. The process group is destroyed on the way out.
+    device: "auto" (CUDA when there is one), "cpu" or "cuda". timeout_minutes bounds the collectives of a training step,
+    so that a lost peer ends the job instead of hanging it. Raises ValueError for a device that is absent. The process
+    group is destroyed on the way out.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed: 'auto', 'cpu', 'cuda'")
@@ -85,7 +121,8 @@ def parallel_context(
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
         world_group = dist.group.WORLD
-        host_group = dist.new_group(backend="gloo") if cuda else world_group
+        # One rank may train a VAE or draw samples for hours; a rank that dies is noticed by its closed connection.
+        host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         yield ParallelContext(rank, world, where, world_group, host_group)
     finally:
         dist.destroy_process_group()

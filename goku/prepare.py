@@ -11,6 +11,7 @@ from torch import Tensor
 
 from goku.data import CachedDataset, DataConfig, decode_all, prepare, read_records
 from goku.metrics import RunLog, progress_bar
+from goku.packing import cut_grid
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 from goku.text import TextCache, TextEncoder, load_text_encoder
@@ -22,8 +23,9 @@ __all__ = ["prepare_datasets", "prepare_vae"]
 def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
     """Load the VAE at config.vae.path; when there is none and `vae.train` is given, train one on the data first.
 
-    Training runs on rank 0 and the others wait. Raises ValueError when the folder is absent without `vae.train`, or
-    its geometry is not that of `vae.model`.
+    Training runs on the main rank and the others wait; what fails there is raised everywhere. Raises ValueError when
+    the folder is absent without `vae.train`, or its number of latent channels is not that of `vae.model` (of an
+    existing VAE nothing else matters to the run); FloatingPointError when the training diverges.
     """
     path = Path(config.vae.path)
     # Its config.json is written last: a folder without one is a training that was cut off while it wrote.
@@ -32,9 +34,8 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
         raise ValueError(
             f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"
         )
-    if absent and context.is_main:
-        _train(config, context, path)
-    context.barrier()
+    if absent:
+        context.on_main(lambda: _train(config, context, path))
     vae = load_vae(path)
     if vae.channels != config.vae.model.channels:
         raise ValueError(
@@ -46,7 +47,16 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
 
 def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     assert config.vae.train is not None
-    clips: list[Tensor] = decode_all(read_records(config.data.path), config.data)
+    _check_text(config, load_text_encoder(config.text))
+    if config.unseen is not None:
+        read_records(config.unseen)
+    records = read_records(config.data.path)
+    clips: list[Tensor] = decode_all(records, config.data)
+    for record, clip in zip(records, clips, strict=not config.data.skip_bad):
+        # What training would refuse is better refused before minutes of work.
+        frames, height, width = clip.shape[1:]
+        grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
+        cut_grid(grid, config.packing.tokens_per_pack, record.name, config.packing.overlong)
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps)
 
@@ -70,11 +80,7 @@ def prepare_datasets(
 ) -> tuple[CachedDataset, CachedDataset | None, TextEncoder]:
     """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder)."""
     text = load_text_encoder(config.text)
-    if text.dim != config.model.text_dim:
-        raise ValueError(
-            f"model.text_dim is {config.model.text_dim}, but the text encoder's embeddings are "
-            f"{text.dim} wide; they must be equal"
-        )
+    _check_text(config, text)
     cache = Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
     texts = TextCache(cache / "text", text)
     training = _prepare(config.data, vae, texts, cache, context, "latents")
@@ -84,6 +90,14 @@ def prepare_datasets(
             replace(config.data, path=config.unseen), vae, texts, cache, context, "unseen latents"
         )
     return training, unseen, text
+
+
+def _check_text(config: RunConfig, text: TextEncoder) -> None:
+    if text.dim != config.model.text_dim:
+        raise ValueError(
+            f"model.text_dim is {config.model.text_dim}, but the text encoder's embeddings are "
+            f"{text.dim} wide; they must be equal"
+        )
 
 
 @torch.no_grad()
@@ -98,14 +112,19 @@ def _prepare(
     console = RunLog(None, total_steps=0).console
     with progress_bar(console) as bar:
         task = bar.add_task(label, total=None, info="", visible=context.is_main)
-        dataset = prepare(
-            data,
-            vae,
-            texts,
-            cache_dir=cache,
-            rank=context.rank,
-            world=context.world,
-            barrier=context.barrier,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+
+        def on_item(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return context.together(
+            lambda: prepare(
+                data,
+                vae,
+                texts,
+                cache_dir=cache,
+                rank=context.rank,
+                world=context.world,
+                barrier=context.barrier,
+                progress=on_item,
+            )
         )
-    return dataset

@@ -2,20 +2,23 @@
 
 A step takes the next samples of the endless shuffled stream while they fit `packing.tokens_per_step`; that set depends
 on (seed, step) alone. The ranks share it as packs of at most `packing.tokens_per_pack` tokens, sum their gradients, and
-take one optimizer step. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one bit
-for bit on one process, and to fp32 rounding on another number of processes.
+take one optimizer step. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one:
+bit for bit on one process (proven on a CPU; a GPU's eager attention backward may not be deterministic), and to fp32
+rounding on another number of processes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from goku.batch import Batch, BatchBuilder
 from goku.data import CachedDataset
 from goku.data.stream import ShuffledStream
 from goku.flow import per_sample_mse, weighted_loss
+from goku.media_files import file_stem
 from goku.metrics import RunLog
 from goku.model import GokuTransformer
 from goku.optimizer import EMA, build_adamw, learning_rate
@@ -41,23 +45,36 @@ from goku.text import TextEncoder
 from goku.vae import VideoVAE
 from goku_runtime import checkpoint
 
-__all__ = ["Trainer", "TrainingStopped", "stop_signals"]
+__all__ = ["StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on (too many non-finite steps in a row); the last checkpoint is intact."""
 
 
+class StopRequest(threading.Event):
+    """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process."""
+
+    graceful = False
+
+
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set: the loop then finishes its step, writes a checkpoint and returns."""
-    event = threading.Event()
-    previous = {
-        number: signal.signal(number, lambda *_: event.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+def stop_signals() -> Iterator[StopRequest]:
+    """What SIGTERM and SIGINT do inside: while training, finish the step, write a checkpoint and return.
+
+    Before the loop (a VAE in training, latents being encoded), or at a second signal, the process leaves at once by
+    SystemExit(128 + signal), which cleans up half-written files on its way.
+    """
+    request = StopRequest()
+
+    def handle(number: int, _frame: object) -> None:
+        if request.is_set() or not request.graceful:
+            raise SystemExit(128 + number)
+        request.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield event
+        yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -89,7 +106,13 @@ class Trainer:
         self.ema = EMA(config.ema, self.model)
         self.optimizer = build_adamw(config.optimizer, self.model)
         self.step = self.position = self.skipped = 0
-        self.fingerprint = _fingerprint(self.builder)
+        self.fingerprints = {
+            "data": dataset.fingerprint(),
+            "grids": hashlib.sha256(json.dumps(self.builder.grids).encode()).hexdigest(),
+            "vae": vae.fingerprint(),
+            "text": text.fingerprint(),
+            "precision": str(self.dtype),
+        }
         self.peak_flops = flops.peak_flops(self.device, self.dtype)
 
     def _builder(self, dataset: CachedDataset) -> BatchBuilder:
@@ -101,20 +124,20 @@ class Trainer:
     # ---- the loop
 
     def run(self, stop: threading.Event, profile: bool = False) -> str:
-        """Train until `train.steps` or a stop signal; returns "finished" or "stopped". Resumes by itself."""
+        """Train until `train.steps` or a stop signal; returns "finished" or "stopped". Resumes by itself.
+
+        Raises ValueError when `out` belongs to an incompatible run or is in use, TrainingStopped when the loss stays
+        non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
+        """
         train = self.config.train
-        with self._open_log() as log:
+        with self._folder() as log:
             resumed = self.resume()
-            self._write_config()
-            log.event(
-                "resume" if resumed else "start",
-                self.step,
-                world=self.context.world,
-                dtype=str(self.dtype),
-            )
-            log.message(
-                f"{'resumed at' if resumed else 'starting at'} step {self.step} of {train.steps} in {self.out}"
-            )
+            self.context.on_main(self._write_config)
+            event, word = ("resume", "resumed") if resumed else ("start", "starting")
+            log.event(event, self.step, world=self.context.world, dtype=str(self.dtype))
+            log.message(f"{word} at step {self.step} of {train.steps} in {self.out}")
+            if isinstance(stop, StopRequest):
+                stop.graceful = True
             if not resumed:
                 self.evaluate(log)
                 self.sample(log)
@@ -123,16 +146,17 @@ class Trainer:
                     stopping = self.train_step(log, stop)
                     if profiler is not None:
                         profiler.step()
-                    if _due(self.step, train.eval_every, train.steps):
+                    last = self.step == train.steps
+                    if _due(self.step, train.eval_every, last):
                         self.evaluate(log)
-                    if _due(self.step, train.sample_every, train.steps):
+                    if _due(self.step, train.sample_every, last):
                         self.sample(log)
-                    if stopping or _due(self.step, train.checkpoint_every, train.steps):
+                    if stopping or last or _due(self.step, train.checkpoint_every, last):
                         self.save(log)
-                    if stopping:
+                    if stopping and not last:
                         log.event("stop", self.step)
                         log.message(
-                            f"stopped by a signal after step {self.step}; checkpoint written, run again to resume"
+                            f"stopped by a signal after step {self.step}; run again to resume"
                         )
                         return "stopped"
             log.event("finish", self.step)
@@ -174,6 +198,7 @@ class Trainer:
         if self.step % train.log_every == 0 or self.step == train.steps:
             self._log_step(log, statistics, norm, lr, seconds, positions, lengths, shares)
         if self.skipped > train.max_skipped_steps:
+            log.event("gave_up", self.step, skipped=self.skipped)
             raise TrainingStopped(
                 f"{self.skipped} steps in a row had a non-finite gradient norm; stopped at step {self.step}"
             )
@@ -281,10 +306,10 @@ class Trainer:
         return statistics
 
     def sample(self, log: RunLog) -> None:
-        """Draw the first training captions with fixed seeds into out/samples/step_N.
+        """Draw the first training captions with fixed seeds into out/samples/step_N; each rank draws its share.
 
-        Each rank draws its share and no collective is involved, so a rank that fails or is slow cannot hang another;
-        a failure is logged and training goes on.
+        A rank that fails says so and goes on: every rank reaches the exchange of results at the end, which waits for
+        the slowest. Failures are logged and training continues.
         """
         train = self.config.train
         items = self.builder.dataset.items[: train.sample_captions] if train.sample_every else []
@@ -293,28 +318,30 @@ class Trainer:
             Request(items[i].caption, items[i].height, items[i].width, items[i].frames, seed=i)
             for i in mine
         ]
-        if not requests:
-            return
         settings = SampleConfig(
             steps=train.sample_steps,
             shift=self.config.flow.shift,
             tokens_per_pack=self.config.packing.tokens_per_pack,
             precision=self.dtype,
         )
+        folder = self.out / "samples" / f"step_{self.step:07d}"
+        drawn: list[tuple[str, str]] = []
+        failure: str | None = None
         try:
             videos = generate(
                 self.ema.module, self.vae, self.text.encode, requests, settings, self.device
             )
             for i, video in zip(mine, videos, strict=True):
-                path = save_media(
-                    video, self.out / "samples" / f"step_{self.step:07d}" / items[i].name
-                )
-                log.event(
-                    "sample", self.step, name=items[i].name, path=str(path.relative_to(self.out))
-                )
+                path = save_media(video, folder / file_stem(items[i].name))
+                drawn.append((items[i].name, str(path.relative_to(self.out))))
         except (OSError, RuntimeError, ValueError) as error:
-            log.event("sample_failed", self.step, error=str(error))
-            log.message(f"sampling at step {self.step} failed on rank {self.context.rank}: {error}")
+            failure = f"rank {self.context.rank}: {error}"
+        for names, problem in self.context.gather((drawn, failure)):
+            for name, saved in names:
+                log.event("sample", self.step, name=name, path=saved)
+            if problem is not None:
+                log.event("sample_failed", self.step, error=problem)
+                log.message(f"sampling at step {self.step} failed: {problem}")
 
     # ---- state
 
@@ -340,13 +367,19 @@ class Trainer:
                 "position": self.position,
                 "ema_updates": self.ema.updates,
                 "skipped": self.skipped,
-                "dataset": self.fingerprint,
+                "fingerprints": self.fingerprints,
                 "learning_rate": learning_rate(
                     self.config.optimizer, self.step, self.config.train.steps
                 ),
-                "config": parser.to_dict(self.config),
+                "config": self._saved_config(),
             },
         }
+
+    def _saved_config(self) -> dict[str, Any]:
+        """The resolved config; the VAE's folder absolute, so that sampling finds it from anywhere."""
+        config = parser.to_dict(self.config)
+        config["vae"]["path"] = str(Path(self.config.vae.path).absolute())
+        return config
 
     def save(self, log: RunLog) -> None:
         """Write checkpoints/step_N on all ranks, then move `latest` and remove what retention does not keep."""
@@ -354,10 +387,12 @@ class Trainer:
         path = root / f"step_{self.step:07d}"
         started = time.perf_counter()
         checkpoint.save(self.state(), path, overwrite=True, process_group=self.context.host_group)
-        if self.context.is_main:
+
+        def keep() -> None:
             checkpoint.set_latest(root, path.name)
             checkpoint.prune(root, self.config.train.keep_checkpoints)
-        self.context.barrier()
+
+        self.context.on_main(keep)
         log.event(
             "checkpoint",
             self.step,
@@ -371,15 +406,19 @@ class Trainer:
         Raises ValueError with the differences when that checkpoint belongs to another run (config or data), and
         CheckpointError when it is damaged.
         """
-        path = checkpoint.latest(self.out / "checkpoints")
+        root = self.out / "checkpoints"
+        # The main rank looks, since looking also removes what a crash left.
+        found = self.context.together(
+            lambda: checkpoint.latest(root) if self.context.is_main else None
+        )
+        path = self.context.gather(found)[0]
         if path is None:
             return False
         run = checkpoint.read_values(path)["run"]
         lines = resume_differences(run["config"], self.config)
-        if run["dataset"] != self.fingerprint:
-            lines.append(
-                "data: the items (names, captions, sizes) differ from those the checkpoint was trained on"
-            )
+        for name, value in self.fingerprints.items():
+            if run["fingerprints"].get(name) != value:
+                lines.append(_FINGERPRINTS[name])
         if lines:
             raise ValueError(
                 f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "
@@ -395,24 +434,28 @@ class Trainer:
         return True
 
     def _write_config(self) -> None:
-        if self.context.is_main:
-            target = self.out / "config.yaml"
-            partial = target.with_name(".partial-config.yaml")
-            partial.write_text(parser.dump(self.config), encoding="utf-8")
-            partial.replace(target)
+        target = self.out / "config.yaml"
+        partial = target.with_name(".partial-config.yaml")
+        partial.write_text(parser.dump(self.config), encoding="utf-8")
+        partial.replace(target)
 
     @contextmanager
-    def _open_log(self) -> Iterator[RunLog]:
-        main, train = self.context.is_main, self.config.train
-        log = RunLog(
-            self.out / "train.jsonl" if main else None,
-            total_steps=train.steps,
-            tensorboard=self.out / "tensorboard" if main and train.tensorboard else None,
-        )
-        try:
-            yield log
-        finally:
-            log.close()
+    def _folder(self) -> Iterator[RunLog]:
+        """The run's folder, held for this run alone, and its log."""
+        opened: list[RunLog] = []
+        with ExitStack() as stack:
+
+            def enter() -> None:
+                tensorboard = self.out / "tensorboard" if self.config.train.tensorboard else None
+                steps = self.config.train.steps
+                stack.enter_context(_locked(self.out))
+                opened.append(
+                    RunLog(self.out / "train.jsonl", total_steps=steps, tensorboard=tensorboard)
+                )
+                stack.callback(opened[0].close)
+
+            self.context.on_main(enter)
+            yield opened[0] if opened else RunLog(None, total_steps=0)
 
     @contextmanager
     def _profiler(self, enabled: bool) -> Iterator[Any]:
@@ -430,13 +473,32 @@ class Trainer:
             yield profiler
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last)
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
 
 
-def _fingerprint(builder: BatchBuilder) -> str:
-    rows = [
-        [item.name, item.caption, list(grid)]
-        for item, grid in zip(builder.dataset.items, builder.grids, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` against a second run; the lock ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"out is {folder}, which another run is writing to; allowed: one run a folder"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# What a checkpoint and the run that continues it must share beside the config, and what to say if they do not.
+_FINGERPRINTS = {
+    "data": "data: the items (names, captions, weights, pixels, geometry) or the VAE differ from the checkpoint's",
+    "grids": "data: packing.overlong cuts other samples than in the checkpoint's run",
+    "vae": "vae.path: holds another VAE than the checkpoint was trained with",
+    "text": "text: another encoder than the checkpoint was trained with",
+    "precision": "train.precision: 'auto' means another dtype on this machine",
+}

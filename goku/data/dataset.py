@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +103,20 @@ class CachedDataset:
         """(length, dim) embedding of the empty prompt, for classifier-free guidance."""
         return self._text.get([""])[0]
 
+    def fingerprint(self) -> str:
+        """Hash of all that training sees: names, captions, weights, and latents by their content
+        (VAE, geometry and media file). The same wherever the dataset lies."""
+        rows = [
+            [
+                e.record.name,
+                e.record.text,
+                e.record.weight,
+                e.key,
+            ]  # in order: the stream counts on it
+            for e in self._entries
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
     def pixels(self, index: int) -> Tensor:
         """(3, T, H, W) uint8: what the latent was encoded from, decoded anew."""
         return decode(self._entries[index].record, self.config)
@@ -147,13 +163,16 @@ def prepare(
     texts = text if isinstance(text, TextCache) else TextCache(Path(cache_dir) / "text", text)
     filler = _Filler(config, vae, LatentCache(cache_dir), device)
     share = found.records[rank::world]
-    outcomes = list(filler.fill(share, progress))
-    captions = [*dict.fromkeys(record.text for record in share), ""]
-    for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
-        texts.get(captions[start : start + _CAPTIONS_AT_ONCE])
+    try:
+        outcomes = list(filler.fill(share, progress))
+        captions = [*dict.fromkeys(record.text for record in share), ""]
+        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+            texts.get(captions[start : start + _CAPTIONS_AT_ONCE])
+    finally:
+        # Also when this rank failed (disk full): the others must not wait for it for ever.
+        if barrier is not None:
+            barrier()
     if world > 1:
-        assert barrier is not None
-        barrier()
         outcomes = list(filler.fill(found.records, None))
     entries = [outcome for outcome in outcomes if isinstance(outcome, _Entry)]
     problems = [*found.problems, *(o for o in outcomes if isinstance(o, Problem))]

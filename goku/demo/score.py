@@ -173,7 +173,10 @@ def verdict(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The verdict in one line."""
+    """The verdict in one line; with `unseen_first` and `unseen_last` in `result`, those too."""
+    unseen = ""
+    if "unseen_first" in result:
+        unseen = f"; on unseen media {result['unseen_first']:.3f} -> {result['unseen_last']:.3f} (not judged)"
     missed = [criterion["key"] for criterion in result["criteria"] if not criterion["passed"]]
     return (
         f"{'PASS' if result['passed'] else 'FAIL (' + ', '.join(missed) + ')'}: "
@@ -181,7 +184,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['samples']} samples over {result['captions']} captions; "
         f"PSNR {result['psnr']:.1f} dB (mean image {result['mean_image_psnr']:.1f}, "
         f"VAE {result['vae_psnr']:.1f}); "
-        f"loss on fixed noise {result['loss_first']:.3f} -> {result['loss_last']:.3f}"
+        f"loss on fixed noise {result['loss_first']:.3f} -> {result['loss_last']:.3f}" + unseen
     )
 
 

@@ -19,9 +19,9 @@ from goku.data import CachedDataset, ShuffledStream
 from goku.demo.catalogue import TRAINING, UNSEEN
 from goku.demo.report import Item, Pack, Report, Sample, readme_picture, write_report
 from goku.demo.score import psnr, summary, verdict
-from goku.media_files import save, to_uint8
+from goku.media_files import file_stem, save, to_uint8
 from goku.metrics import read_log
-from goku.packing import partition, step_positions
+from goku.packing import cut_grid, partition, sample_cost, step_positions
 from goku.parallelize import ParallelContext, parallel_context
 from goku.precision import autocast_dtype
 from goku.prepare import prepare_datasets, prepare_vae
@@ -59,12 +59,13 @@ def conclude(run: DemoRun, say: Callable[[str], None]) -> int:
         vae = prepare_vae(run.config, context)
         dataset, _, _ = prepare_datasets(run.config, context, vae)
         training = [to_uint8(dataset.pixels(i)) for i in range(len(dataset.items))]
-        reconstructions = _reconstruct(dataset, vae)
+        reconstructions = _reconstruct(dataset, vae, context)
         samples = _sample(run, dataset, context)
         run.timings["sampling"] = time.monotonic() - started
 
     log = read_log(run.out / "run" / "train.jsonl")
-    losses = [event["fixed_loss"] for event in log if event["event"] == "eval"]
+    evaluations = [event for event in log if event["event"] == "eval"]
+    losses = [event["fixed_loss"] for event in evaluations]
     owners = [owner for owner in range(len(training)) for _ in SAMPLE_SEEDS]
     result = verdict(
         [picture for row in samples for picture in row],
@@ -74,6 +75,9 @@ def conclude(run: DemoRun, say: Callable[[str], None]) -> int:
         first_loss=losses[0],
         last_loss=losses[-1],
     )
+    if "unseen_loss" in evaluations[0]:
+        result["unseen_first"] = evaluations[0]["unseen_loss"]
+        result["unseen_last"] = evaluations[-1]["unseen_loss"]
     items = _items(run, dataset, training, reconstructions, samples, result, log)
     _write(run, dataset, items, result, log)
     say(f"open {run.out / 'report.html'}")
@@ -81,12 +85,10 @@ def conclude(run: DemoRun, say: Callable[[str], None]) -> int:
     return 0 if result["passed"] else 1
 
 
-def _reconstruct(dataset: CachedDataset, vae: VideoVAE) -> list[Picture]:
-    pictures = []
+def _reconstruct(dataset: CachedDataset, vae: VideoVAE, context: ParallelContext) -> list[Picture]:
+    latents = (dataset.read(i).mean[None].to(context.device) for i in range(len(dataset.items)))
     with torch.no_grad():
-        for i in range(len(dataset.items)):
-            pictures.append(to_uint8(vae.decode(dataset.read(i).mean[None])[0].clamp(-1, 1)))
-    return pictures
+        return [to_uint8(vae.decode(latent)[0].clamp(-1, 1).cpu()) for latent in latents]
 
 
 def _sample(run: DemoRun, dataset: CachedDataset, context: ParallelContext) -> list[list[Picture]]:
@@ -107,7 +109,7 @@ def _sample(run: DemoRun, dataset: CachedDataset, context: ParallelContext) -> l
     rows = [pictures[i : i + len(SAMPLE_SEEDS)] for i in range(0, len(pictures), len(SAMPLE_SEEDS))]
     for item, row in zip(dataset.items, rows, strict=True):
         for seed, picture in zip(SAMPLE_SEEDS, row, strict=True):
-            save(run.out / "samples" / f"{item.name}_seed{seed}", picture)
+            save(run.out / "samples" / f"{file_stem(item.name)}_seed{seed}", picture)
     return rows
 
 
@@ -192,17 +194,27 @@ def _write(
 
 def _packs(config: RunConfig, dataset: CachedDataset) -> list[Pack]:
     """The packs of the first step, as the trainer made them."""
-    stream, items = ShuffledStream(len(dataset.items), config.seed), dataset.items
-    budget = config.packing.tokens_per_pack
-    positions = step_positions(
-        0, lambda p: items[stream.item(p)].tokens, config.packing.tokens_per_step
+    stream, items, packing = (
+        ShuffledStream(len(dataset.items), config.seed),
+        dataset.items,
+        config.packing,
     )
-    chosen = [items[stream.item(p)] for p in positions]
-    lengths = [item.tokens for item in chosen]
-    packs = partition(lengths, [float(n) for n in lengths], 1, budget)[0]
+    budget = packing.tokens_per_pack
+    tokens = []
+    for item in items:
+        t, h, w = cut_grid(item.grid, budget, item.name, packing.overlong)
+        tokens.append(t * h * w)
+    positions = step_positions(0, lambda p: tokens[stream.item(p)], packing.tokens_per_step)
+    chosen = [stream.item(p) for p in positions]
+    lengths = [tokens[i] for i in chosen]
+    packs = partition(lengths, [sample_cost(n, config.model.dim) for n in lengths], 1, budget)[0]
     return [
-        Pack(label=f"step 1, pack {k + 1}", names=[chosen[i].name for i in pack], capacity=budget)
-        for k, pack in enumerate(packs)
+        Pack(
+            label=f"step 1, pack {number}",
+            names=[items[chosen[k]].name for k in pack],
+            capacity=budget,
+        )
+        for number, pack in enumerate(packs, start=1)
     ]
 
 

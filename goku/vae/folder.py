@@ -25,6 +25,7 @@ def write_folder(
     nothing half-written left behind.
     """
     folder = Path(directory)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     passing = {name: folder / f".{name}.partial" for name in (WEIGHTS, CONFIG)}
@@ -39,6 +40,8 @@ def write_folder(
     finally:
         for path in passing.values():
             path.unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def read_folder(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -99,7 +99,7 @@ def train_vae(
     log: called every `config.log_every` steps and at the last with step (from 1), loss, mse, psnr
         (dB, of the step's crops, noise included), kl, grad_norm and lr.
     progress: called after every step with (steps done, steps in all).
-    Raises ValueError for clips of another shape or dtype, and when the loss stops being finite.
+    Raises ValueError for clips of another shape or dtype, FloatingPointError when the loss stops being finite.
     """
     config = config if config is not None else VAETrainConfig()
     if not clips:
@@ -143,7 +143,9 @@ def train_vae(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), config.clip_norm, foreach=True)
         if not bool(torch.isfinite(norm)):
-            raise ValueError(f"VAE training diverged at step {step + 1}: loss {loss.item()}")
+            raise FloatingPointError(
+                f"VAE training diverged at step {step + 1}: loss {loss.item()}"
+            )
         optimizer.step()
         done = step + 1
         if log is not None and (done % config.log_every == 0 or done == config.steps):

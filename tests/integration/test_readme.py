@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from goku.cli import parser
+from goku import cli
 from goku.dry_run import describe
 from goku.run_config import load_run_config
 
@@ -47,9 +47,9 @@ def test_python_examples_run(code: str, tmp_path: Path) -> None:
 
 
 def _commands() -> list[str]:
-    lines = {
-        line.split("#")[0].split("   ")[0].strip() for b in _blocks("") for line in b.splitlines()
-    }
+    helps = [cli._TRAIN_HELP, cli._SAMPLE_HELP, cli._DOCTOR_HELP, cli._DEMO_HELP]
+    text = "\n".join([*_blocks(""), *helps])
+    lines = {line.split("#")[0].strip().split("   ")[0].strip() for line in text.splitlines()}
     # Without the placeholders of a synopsis ([...], RUN).
     return sorted(c for c in lines if c.startswith("goku ") and not re.search(r"\[|\.\.\.", c))
 
@@ -61,8 +61,10 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("line", _commands())
 def test_command_lines_are_understood(line: str) -> None:
-    arguments = parser().parse_args(shlex.split(line)[1:])
+    arguments = cli.parser().parse_args(shlex.split(line)[1:])
     assert arguments.verb == line.split()[1]
+    for path in re.findall(r"configs/\S+\.yaml", line):
+        assert (ROOT / path).is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
