@@ -54,7 +54,7 @@ def file_stem(name: str) -> str:
 
     Names that differ only in what is replaced or cut get different stems, by a short hash.
     """
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80].strip("_")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80].strip("._")
     return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

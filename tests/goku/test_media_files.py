@@ -73,3 +73,20 @@ def test_save_chooses_the_suffix(tmp_path: Path) -> None:
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="media of shape"):
         media_files.media_bytes(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/data/a.png", "..", ".hidden", "", "a/b", "x" * 300]
+)
+def test_stems_stay_in_their_folder(name: str, tmp_path: Path) -> None:
+    stem = media_files.file_stem(name)
+    assert 0 < len(stem) < 100
+    assert (tmp_path / stem).resolve().parent == tmp_path.resolve()
+    assert not stem.startswith(".")
+
+
+def test_stems_keep_plain_names_and_tell_others_apart() -> None:
+    assert media_files.file_stem("clip-0_a.mp4") == "clip-0_a.mp4"
+    assert (
+        media_files.file_stem("a/b") != media_files.file_stem("a_b") != media_files.file_stem("a b")
+    )

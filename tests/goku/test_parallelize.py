@@ -74,3 +74,25 @@ def test_absent_or_unknown_device_is_named():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda"), parallel_context("cuda"):
             pass
+
+
+def _one_fails(rank: int, world: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work() -> int:
+        if rank == 1:
+            raise OSError(28, "No space left on device")
+        return 7
+
+    with parallel_context("cpu", timeout_minutes=1) as context:
+        assert context.gather(rank * 10) == [0, 10, 20]
+        assert context.together(lambda: rank) == rank
+        with pytest.raises(OSError if rank == 1 else ValueError, match="No space left") as caught:
+            context.together(work)
+        assert rank == 1 or str(caught.value).startswith("rank 1: ")
+        context.on_main(lambda: None)
+
+
+def test_when_one_rank_fails_all_raise_and_none_waits():
+    mp.spawn(_one_fails, args=(3, _free_port()), nprocs=3, join=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,31 @@ def _assert_same_state(ours: Trainer, theirs: Trainer) -> None:
     a, b = _tensors(ours.state()), _tensors(theirs.state())
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert ours.state()["run"]["position"] == theirs.state()["run"]["position"]
+    for name in ("step", "position", "ema_updates", "skipped"):
+        assert ours.state()["run"][name] == theirs.state()["run"][name]
+
+
+def _fixed_losses(out: Path) -> dict[int, float]:
+    return {
+        e["step"]: e["fixed_loss"] for e in read_log(out / "train.jsonl") if e["event"] == "eval"
+    }
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """start(config): training as a process that does not outlive the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(config: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "goku.cli", "train", str(config)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -125,12 +150,12 @@ def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config:
 
 
 def test_killed_by_sigkill_then_resumed_is_bit_identical(
-    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any, start: Any
 ) -> None:
     config = write_config(tmp_path / "killed", train={"checkpoint_every": 2, "steps": 4000})
     out = tmp_path / "killed"
-    process = _start(config)
-    _wait_for(out, lambda e: e["event"] == "step" and e["step"] >= 5, process)
+    process = start(config)
+    _wait_for(out / "train.jsonl", lambda e: e["event"] == "step" and e["step"] >= 5, process)
     process.kill()
     assert process.wait(timeout=60) == -signal.SIGKILL
     # Constant schedule: the length of the run may change on resume.
@@ -154,12 +179,12 @@ def test_killed_by_sigkill_then_resumed_is_bit_identical(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_finishes_the_step_and_exits_0(
-    write_config: Callable[..., Path], tmp_path: Path, number: signal.Signals
+    write_config: Callable[..., Path], tmp_path: Path, number: signal.Signals, start: Any
 ) -> None:
     out = tmp_path / "signalled"
     config = write_config(out, train={"steps": 100000, "checkpoint_every": 0})
-    process = _start(config)
-    _wait_for(out, lambda e: e["event"] == "step" and e["step"] >= 3, process)
+    process = start(config)
+    _wait_for(out / "train.jsonl", lambda e: e["event"] == "step" and e["step"] >= 3, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == 0
     log = read_log(out / "train.jsonl")
@@ -169,28 +194,122 @@ def test_a_stop_signal_finishes_the_step_and_exits_0(
     assert checkpoint.verify(out / "checkpoints" / f"step_{last:07d}").total_bytes > 0
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_take_the_same_samples_to_the_same_losses(
-    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any, processes: int
+def test_one_then_two_then_four_processes_take_the_same_samples_to_the_same_losses(
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any
 ) -> None:
     out = tmp_path / "several"
-    # Half the steps on one process, the rest on several: a resume at another size.
-    config = write_config(out, train={"steps": 4})
+    config = write_config(out, train={"steps": 3})
     _run(config)
-    result = goku("train", config, "train.steps=8", processes=processes)
-    assert result.returncode == 0, result.stderr
+    for processes, steps in ((2, 6), (4, 8)):
+        result = goku("train", config, f"train.steps={steps}", processes=processes)
+        assert result.returncode == 0, result.stderr
+    worlds = [
+        e["world"] for e in read_log(out / "train.jsonl") if e["event"] in ("start", "resume")
+    ]
+    assert worlds == [1, 2, 4]
     ours, theirs = _steps(out), _steps(whole.out)
     assert ours.keys() == theirs.keys()
     for step in theirs:
         assert ours[step]["positions"] == theirs[step]["positions"]
+        assert ours[step]["tokens"] == theirs[step]["tokens"]
         # fp32: sums over samples in another order
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6)
         assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5)
-    evaluations = [e["fixed_loss"] for e in read_log(out / "train.jsonl") if e["event"] == "eval"]
-    expected = [
-        e["fixed_loss"] for e in read_log(whole.out / "train.jsonl") if e["event"] == "eval"
-    ]
-    assert evaluations == pytest.approx(expected, rel=1e-6)
+    final = [_fixed_losses(folder)[8] for folder in (out, whole.out)]
+    assert final[0] == pytest.approx(final[1], rel=1e-6)
+
+
+def test_back_from_two_processes_to_one(
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any
+) -> None:
+    config = write_config(tmp_path / "back", train={"steps": 4})
+    result = goku("train", config, processes=2)
+    assert result.returncode == 0, result.stderr
+    _run(config, "train.steps=8")
+    ours, theirs = _steps(tmp_path / "back"), _steps(whole.out)
+    assert [ours[k]["positions"] for k in ours] == [theirs[k]["positions"] for k in theirs]
+    for step in theirs:
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6)
+
+
+def test_samples_of_all_ranks_are_logged_and_one_rank_may_fail(
+    write_config: Callable[..., Path], tmp_path: Path, goku: Any
+) -> None:
+    out = tmp_path / "sampled"
+    # At step 2 the second item's file cannot be written, on rank 1 alone: a folder is in its place.
+    (out / "samples" / "step_0000002" / "clip1.mp4.mp4").mkdir(parents=True)
+    train = {"steps": 2, "sample_every": 1, "sample_steps": 2}
+    config = write_config(out, train=train)
+    result = goku("train", config, processes=2)
+    assert result.returncode == 0, result.stderr
+    log = read_log(out / "train.jsonl")
+    drawn = {(e["step"], e["name"]) for e in log if e["event"] == "sample"}
+    names = {"clip0.mp4", "clip1.mp4", "image0.png", "image1.png"}
+    assert {name for step, name in drawn if step == 1} == names
+    assert "clip0.mp4" in {name for step, name in drawn if step == 2}
+    failed = [e for e in log if e["event"] == "sample_failed"]
+    assert [e["step"] for e in failed] == [2]
+    assert failed[0]["error"].startswith("rank 1: ")
+    assert log[-1]["event"] == "finish"
+
+
+def test_what_fails_on_one_rank_ends_all_with_its_message(
+    write_config: Callable[..., Path], tmp_path: Path, goku: Any
+) -> None:
+    # Only the main rank trains the VAE, and only it finds out that nothing can be read.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = write_config(
+        tmp_path / "failing",
+        data={"path": str(empty)},
+        vae={"path": str(tmp_path / "novae"), "train": {"steps": 2}},
+    )
+    result = goku("train", config, processes=2)
+    assert result.returncode != 0
+    assert "Connection closed by peer" not in result.stderr
+    assert result.stderr.count(f"{empty}") >= 2
+    assert "rank 0: " in result.stderr
+    assert not (tmp_path / "novae").exists()
+
+
+def test_a_signal_while_the_vae_trains_leaves_nothing_behind(
+    write_config: Callable[..., Path], tmp_path: Path, start: Any
+) -> None:
+    out, vae = tmp_path / "early", tmp_path / "early-vae"
+    train = {"steps": 100000, "log_every": 1, "crop": 16, "positions": 8}
+    process = start(write_config(out, vae={"path": str(vae), "train": train}))
+    _wait_for(out / "vae.jsonl", lambda e: e["step"] >= 2, process)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not vae.exists()
+
+
+def test_two_runs_do_not_share_a_folder(
+    write_config: Callable[..., Path], tmp_path: Path, goku: Any, start: Any
+) -> None:
+    out = tmp_path / "shared"
+    config = write_config(out, train={"steps": 100000, "checkpoint_every": 0})
+    first = start(config)
+    _wait_for(out / "train.jsonl", lambda e: e["event"] == "step", first)
+    result = goku("train", config)
+    assert result.returncode == 2
+    assert "another run" in result.stderr
+    assert first.poll() is None
+
+
+def test_names_of_items_cannot_leave_the_samples_folder(
+    media: Path, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    manifest = tmp_path / "data.jsonl"
+    rows = [{"path": str(media / f"image{i}.png"), "text": f"picture {i}"} for i in range(2)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = sorted(media.iterdir())
+    train = {"steps": 1, "sample_every": 1, "sample_steps": 1}
+    run = _run(write_config(tmp_path / "named", data={"path": str(manifest)}, train=train))
+    drawn = [e for e in read_log(run.out / "train.jsonl") if e["event"] == "sample"]
+    assert len({e["path"] for e in drawn}) == 4
+    assert all((run.out / e["path"]).resolve().is_relative_to(run.out / "samples") for e in drawn)
+    assert sorted(media.iterdir()) == before
 
 
 def test_a_non_finite_step_changes_nothing_and_too_many_stop_the_run(
@@ -247,17 +366,8 @@ def test_profile_writes_a_trace(write_config: Callable[..., Path], tmp_path: Pat
     assert "aten::" in trace.read_text()
 
 
-def _start(config: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "goku.cli", "train", str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def _wait_for(out: Path, reached: Callable[[Any], bool], process: subprocess.Popen[bytes]) -> None:
+def _wait_for(log: Path, reached: Callable[[Any], bool], process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    log = out / "train.jsonl"
     while not (log.exists() and any(reached(e) for e in read_log(log))):
         assert process.poll() is None, f"ended by itself with {process.returncode}"
         assert time.monotonic() < deadline
