@@ -189,7 +189,8 @@ def _write(
         ),
     )
     write_report(out / "report.html", report)
-    (out / "picture.png").write_bytes(readme_picture(items))
+    if any(item.shareable for item in items):
+        (out / "picture.png").write_bytes(readme_picture(items))
 
 
 def _packs(config: RunConfig, dataset: CachedDataset) -> list[Pack]:
