@@ -43,8 +43,10 @@ def describe(config: RunConfig) -> str:
     tokens = config.packing.tokens_per_step
     states = {"weights": 4, "gradients": 4, "AdamW moments": 8, "EMA": 4}
     activations = saved_bytes_per_token(config, 2 if dtype == torch.bfloat16 else 4) * pack
-    # One sample that fills the pack: the most attention work that the budget allows.
-    work = flops.training_flops(config.model, [tokens], [config.text.max_tokens])
+    # Every pack one sample that fills it: the most attention that the budget allows. Text comes on top, sample by
+    # sample, and is small beside it.
+    packs = [pack] * (tokens // pack) + ([tokens % pack] if tokens % pack else [])
+    work = flops.training_flops(config.model, packs, [config.text.max_tokens] * len(packs))
     rows = [
         ("parameters", f"{count:,} ({blocks:,} in the blocks)"),
         (
@@ -53,7 +55,7 @@ def describe(config: RunConfig) -> str:
         ),
         ("processes", f"{world} (data parallel)"),
         ("tokens per step", f"{tokens:,} at most, in packs of {pack:,}"),
-        ("FLOPs per step", f"{work:.3e} at most (forward and backward)"),
+        ("FLOPs per step", f"about {work:.3e} at most (forward and backward)"),
         *((f"memory: {name}", _bytes(count * size)) for name, size in states.items()),
         (
             "memory: activations",

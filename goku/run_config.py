@@ -101,6 +101,11 @@ class RunConfig:
                 f"model.latent_channels is {self.model.latent_channels}, but vae.model.channels is "
                 f"{self.vae.model.channels}; they must be equal"
             )
+        if self.text.path is None and self.text.tiny_dim != self.model.text_dim:
+            raise ValueError(
+                f"model.text_dim is {self.model.text_dim}, but the embedded text encoder is text.tiny_dim = "
+                f"{self.text.tiny_dim} wide; make them equal, or set text.path to an encoder's folder"
+            )
 
 
 def load_run_config(
