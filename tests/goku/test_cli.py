@@ -1,0 +1,124 @@
+"""The command line itself: help that helps, and a wrong call that says so with exit code 2."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from goku.cli import main, parser
+
+VERBS = ["demo", "train", "sample", "doctor"]
+
+
+def _exit_code(*arguments: str) -> int:
+    """argparse leaves by SystemExit; a verb returns."""
+    try:
+        return main(list(arguments))
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def test_the_main_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code("--help") == 0
+    printed = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"\n    {verb} " in printed
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_examples_that_parse(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(verb, "--help") == 0
+    printed = capsys.readouterr().out
+    examples = printed[printed.index("examples:") :].splitlines()[1:]
+    commands = [line.strip() for line in examples if f"goku {verb}" in line or "goku.cli" in line]
+    assert len(commands) >= 2
+    for command in commands:
+        # What stands behind the verb, without the explanation that is set apart by spaces.
+        words = command.split(f" {verb}", 1)[1].split("    ")[0]
+        assert parser().parse_args([verb, *shlex.split(words)]).verb == verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["required", "{demo,train,sample,doctor}"]),
+        (["trian"], ["trian", "train"]),
+        (["train"], ["config"]),
+        (["sample"], ["run"]),
+        (["doctor"], ["dataset"]),
+        (["sample", "run", "--height", "tall"], ["--height", "tall", "int"]),
+        (["sample", "run", "--method", "rk4"], ["--method", "rk4", "euler", "heun"]),
+        (["sample", "run", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["doctor", "media", "--fast"], ["--fast"]),
+    ],
+)
+def test_a_wrong_call_exits_2_and_says_what_is_wrong(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(*arguments) == 2
+    printed, error = capsys.readouterr()
+    assert printed == ""
+    assert "usage: goku" in error
+    assert all(word in error for word in words), error
+
+
+def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only bad input becomes a line: a fault in the program must be seen as one."""
+
+    def broken(*_: object) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr("goku.run_config.load_run_config", broken)
+    with pytest.raises(KeyError, match="a fault"):
+        main(["train", "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad value"), OSError(28, "No space left"), ImportError("not installed")]
+)
+def test_bad_input_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("goku.run_config.load_run_config", refuse)
+    assert main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == f"goku train: {error}\n"
+
+
+def test_a_dry_run_prints_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "{out: run, data: {path: media}, vae: {path: vae}, model: {preset: tiny},"
+        " packing: {tokens_per_step: 64, tokens_per_pack: 64}}"
+    )
+    assert main(["train", str(config), "--dry-run", "optimizer.lr=1e-3"]) == 0
+    printed = capsys.readouterr().out
+    assert "  lr: 0.001\n" in printed
+    assert "parameters" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_help_is_there_without_importing_torch() -> None:
+    """A help text in a tenth of a second; the module is run as the command runs it."""
+    code = (
+        "import sys, goku.cli\n"
+        "try:\n    goku.cli.main(['--help'])\n"
+        "except SystemExit as error:\n"
+        "    assert error.code == 0 and 'torch' not in sys.modules\n"
+        "else:\n    raise AssertionError('help returned')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "examples" not in result.stderr
+    assert result.stdout.startswith("usage: goku")
