@@ -203,13 +203,15 @@ def _sample(args: argparse.Namespace) -> int:
 
     prompts = list(args.prompt)
     if args.prompts is not None:
-        prompts += [
-            line.strip()
-            for line in args.prompts.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        try:
+            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {args.prompts} is not UTF-8 text: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("no prompt given; allowed: --prompt TEXT (repeatable) or --prompts FILE")
+    if args.fps < 1:
+        raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; allowed: >= 1")
     cases = [
@@ -231,17 +233,14 @@ def _sample(args: argparse.Namespace) -> int:
         loaded: Loaded = load_for_sampling(args.run, context.device)
         with progress_bar(RunLog(None, total_steps=0).console) as bar:
             task = bar.add_task("sample", total=None, info="", visible=context.is_main)
-            videos = generate_share(
-                loaded,
-                requests,
-                settings,
-                context,
-                lambda k, n: bar.update(task, completed=k, total=n),
-            )
-        for index, video in videos:
-            row, prompt, seed = cases[index]
-            path = save_media(video, args.out / f"{row:04d}_seed{seed}", args.fps)
-            print(f"{path}  {prompt}")
+
+            def on_step(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            for index, video in generate_share(loaded, requests, settings, context, on_step):
+                row, prompt, seed = cases[index]
+                path = save_media(video, args.out / f"{row:04d}_seed{seed}", args.fps)
+                print(f"{path}  {prompt}", flush=True)
     return 0
 
 

@@ -39,6 +39,7 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
         refresh_per_second=4,
+        disable=not console.is_terminal,
     )
 
 

@@ -6,7 +6,8 @@ the result does not depend on which other requests share the pack, nor on the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ __all__ = [
     "Loaded",
     "Request",
     "SampleConfig",
+    "find_checkpoint",
     "generate",
     "generate_share",
     "load_for_sampling",
@@ -75,6 +77,17 @@ class SampleConfig:
     tokens_per_pack: int = 16384
     precision: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens_per_pack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: >= 1")
+        if self.method not in ("euler", "heun"):
+            raise ValueError(f"method is {self.method!r}; allowed: 'euler', 'heun'")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance is {self.guidance}; allowed: a finite number, 1 being none")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift is {self.shift}; allowed: a finite number > 0, 1 being none")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -86,12 +99,25 @@ class Loaded:
     step: int
 
 
+def find_checkpoint(root: Path) -> Path | None:
+    """The latest whole checkpoint in `root`, None when there never was one.
+
+    Raises CheckpointError naming the damaged files when there are checkpoints but none is whole: starting anew in
+    their place would be the last thing wanted.
+    """
+    path = checkpoint.latest(root)
+    if path is None and root.is_dir():
+        for damaged in sorted(root.glob("step_*"), reverse=True):
+            checkpoint.verify(damaged)
+    return path
+
+
 def load_for_sampling(run: Path, device: torch.device) -> Loaded:
     """Load the EMA weights of a run folder's latest checkpoint (or of one checkpoint folder), verified first.
 
     Raises ValueError when there is no checkpoint, it is damaged, or the VAE does not fit the model.
     """
-    path = run if (run / "manifest.json").exists() else checkpoint.latest(run / "checkpoints")
+    path = run if (run / "manifest.json").exists() else find_checkpoint(run / "checkpoints")
     if path is None:
         raise ValueError(
             f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it"
@@ -208,21 +234,22 @@ def generate_share(
     config: SampleConfig,
     context: ParallelContext,
     progress: Callable[[int, int], None] | None = None,
-) -> list[tuple[int, Tensor]]:
-    """This rank's share of the requests (every world-th one) as (index, video); no rank waits for another."""
-    mine = list(range(context.rank, len(requests), context.world))
-    if not mine:
-        return []
-    videos = generate(
-        loaded.model,
-        loaded.vae,
-        loaded.text.encode,
-        [requests[i] for i in mine],
-        config,
-        context.device,
-        progress,
-    )
-    return list(zip(mine, videos, strict=True))
+) -> Iterator[tuple[int, Tensor]]:
+    """This rank's share of the requests (every world-th one) as (index, video), each as soon as it is done.
+
+    Each request is a pack of its own: the bits of a matrix product depend on the number of its rows, and a sample must
+    not depend on the number of processes. No rank waits for another. progress(done, total) counts integration steps.
+    """
+    mine = range(context.rank, len(requests), context.world)
+    for number, index in enumerate(mine):
+
+        def on_step(done: int, total: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * total + done, len(mine) * total)
+
+        one = [requests[index]]
+        model, vae, prompts = loaded.model, loaded.vae, loaded.text.encode
+        yield index, generate(model, vae, prompts, one, config, context.device, on_step)[0]
 
 
 def save_media(video: Tensor, stem: Path, fps: int = 12) -> Path:

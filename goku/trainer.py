@@ -39,7 +39,7 @@ from goku.packing import efficiency, partition, sample_cost, step_positions
 from goku.parallelize import ParallelContext, broadcast_module, reduce_gradients
 from goku.precision import autocast, autocast_dtype
 from goku.run_config import RunConfig, resume_differences
-from goku.sampler import Request, SampleConfig, generate, save_media
+from goku.sampler import Request, SampleConfig, find_checkpoint, generate, save_media
 from goku.statistics import StepStatistics
 from goku.text import TextEncoder
 from goku.vae import VideoVAE
@@ -131,7 +131,7 @@ class Trainer:
         """
         train = self.config.train
         with self._folder() as log:
-            resumed = self.resume()
+            resumed = self.resume(log)
             self.context.on_main(self._write_config)
             event, word = ("resume", "resumed") if resumed else ("start", "starting")
             log.event(event, self.step, world=self.context.world, dtype=str(self.dtype))
@@ -400,7 +400,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    def resume(self) -> bool:
+    def resume(self, log: RunLog) -> bool:
         """Continue from the latest checkpoint of `out`, if there is one.
 
         Raises ValueError with the differences when that checkpoint belongs to another run (config or data), and
@@ -409,11 +409,15 @@ class Trainer:
         root = self.out / "checkpoints"
         # The main rank looks, since looking also removes what a crash left.
         found = self.context.together(
-            lambda: checkpoint.latest(root) if self.context.is_main else None
+            lambda: find_checkpoint(root) if self.context.is_main else None
         )
         path = self.context.gather(found)[0]
         if path is None:
             return False
+        newest = max(root.glob("step_*"), key=lambda p: p.name, default=path)
+        if newest.name > path.name:
+            log.event("damaged", self.step, path=str(newest), used=str(path))
+            log.message(f"{newest} is damaged: going on from {path}")
         run = checkpoint.read_values(path)["run"]
         lines = resume_differences(run["config"], self.config)
         for name, value in self.fingerprints.items():
@@ -436,8 +440,11 @@ class Trainer:
     def _write_config(self) -> None:
         target = self.out / "config.yaml"
         partial = target.with_name(".partial-config.yaml")
-        partial.write_text(parser.dump(self.config), encoding="utf-8")
-        partial.replace(target)
+        try:
+            partial.write_text(parser.dump(self.config), encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @contextmanager
     def _folder(self) -> Iterator[RunLog]:

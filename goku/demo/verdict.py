@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from goku import config as parser
 from goku.data import CachedDataset, ShuffledStream
@@ -20,7 +21,7 @@ from goku.demo.catalogue import TRAINING, UNSEEN
 from goku.demo.report import Item, Pack, Report, Sample, readme_picture, write_report
 from goku.demo.score import psnr, summary, verdict
 from goku.media_files import file_stem, save, to_uint8
-from goku.metrics import read_log
+from goku.metrics import progress_bar, read_log
 from goku.packing import cut_grid, partition, sample_cost, step_positions
 from goku.parallelize import ParallelContext, parallel_context
 from goku.precision import autocast_dtype
@@ -102,10 +103,16 @@ def _sample(run: DemoRun, dataset: CachedDataset, context: ParallelContext) -> l
     settings = SampleConfig(
         steps=SAMPLE_STEPS,
         shift=run.config.flow.shift,
-        tokens_per_pack=2 * run.config.packing.tokens_per_pack,
         precision=autocast_dtype(run.config.train.precision, context.device),
     )
-    pictures = [to_uint8(video) for _, video in generate_share(loaded, requests, settings, context)]
+    with progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("sample", total=None, info="")
+
+        def on_step(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        shares = generate_share(loaded, requests, settings, context, on_step)
+        pictures = [to_uint8(video) for _, video in shares]
     rows = [pictures[i : i + len(SAMPLE_SEEDS)] for i in range(0, len(pictures), len(SAMPLE_SEEDS))]
     for item, row in zip(dataset.items, rows, strict=True):
         for seed, picture in zip(SAMPLE_SEEDS, row, strict=True):

@@ -177,9 +177,9 @@ def test_shares_of_any_number_of_processes_are_the_same_bits(loaded: Loaded) -> 
         recorder: Any = LatentRecorder(loaded.vae)
         for rank in range(world):
             context = ParallelContext(rank, world, CPU, None)
-            mine = generate_share(replace(loaded, vae=recorder), REQUESTS, SETTINGS, context)
-            assert not videos.keys() & dict(mine).keys()
-            videos |= dict(mine)
+            mine = dict(generate_share(replace(loaded, vae=recorder), REQUESTS, SETTINGS, context))
+            assert not videos.keys() & mine.keys()
+            videos |= mine
         assert sorted(videos) == list(range(len(REQUESTS)))
         return videos, {latent.numpy().tobytes() for latent in recorder.latents}
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from goku.metrics import read_log
+from goku.metrics import RunLog, read_log
 from goku.parallelize import parallel_context
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
@@ -173,7 +173,7 @@ def test_killed_by_sigkill_then_resumed_is_bit_identical(
             theirs[k]["positions"],
         )
     loaded = _trainer(config, f"train.steps={step}")
-    assert loaded.resume()
+    assert loaded.resume(RunLog(None, total_steps=0))
     _assert_same_state(loaded, reference)
 
 
