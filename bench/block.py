@@ -20,7 +20,7 @@ from goku.model import PRESETS, GokuBlock, ModelConfig
 from goku.model.initialise import initialise
 from goku_kernels import Packing
 
-SOURCES = ("goku/model", "kernels/goku_kernels")
+SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py")
 
 # After patchify: clips of 17 and 49 frames at 288x512, and images of 480x864. 19,728 tokens.
 GRIDS = ((5, 18, 32), (5, 18, 32), (13, 18, 32), *[(1, 30, 54)] * 4)
@@ -41,6 +41,7 @@ def step(
     initialise(block, 0)
     torch.nn.init.normal_(block.norm1.linear.weight, std=0.02)  # an open gate costs as a shut one
     block.to(device, stored)
+    block.norm1.float()  # the modulation stays fp32, as the operators' mixed case has it
     packing = Packing.from_grids(grids, device=device)
     text_packing = Packing.from_lengths([TEXT_TOKENS] * packing.batch, device=device)
 
@@ -48,7 +49,7 @@ def step(
         return torch.randn(rows, width, device=device).to(dtype)
 
     x = draw(packing.total, config.dim, stored).requires_grad_()
-    c = draw(packing.batch, config.dim, stored)
+    c = draw(packing.batch, config.dim, torch.float32)
     text = draw(text_packing.total, config.text_dim, torch.bfloat16)
     gradient = draw(packing.total, config.dim, stored)
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._checks import compute_dtype, readable
 
@@ -203,9 +205,14 @@ def gated_residual_adaln(
         return y.to(residual.dtype), out
 
 
-def _split(x: Tensor, cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
+def _offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[list[int], list[int]]:
+    """Both on the host, each read once a call (on a CUDA device that waits for it)."""
+    q = cu_seqlens_q.tolist()
+    return q, q if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.tolist()
+
+
+def _split(x: Tensor, offsets: list[int]) -> tuple[list[Tensor], Tensor]:
     """The samples of x (T, ...), and the padding rows after the last one."""
-    offsets = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(offsets)]
     # split, not slices: its backward is one concatenation instead of one full gradient per sample.
     *parts, padding = x.split([*lengths, x.shape[0] - offsets[-1]])
@@ -219,15 +226,18 @@ def _expand_heads(x: Tensor, heads: int) -> Tensor:
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *,
-    softmax_scale: float, return_lse: bool,
+    softmax_scale: float, return_lse: bool, deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(scale * q k^T) v within every sample: see the public function."""
-    qs, q_padding = _split(q, cu_seqlens_q)
-    ks, _ = _split(k, cu_seqlens_k)
-    vs, _ = _split(v, cu_seqlens_k)
+    q_offsets, k_offsets = _offsets(cu_seqlens_q, cu_seqlens_k)
+    qs, q_padding = _split(q, q_offsets)
+    ks, _ = _split(k, k_offsets)
+    vs, _ = _split(v, k_offsets)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    with without_autocast(q):
+    # The fused CUDA backends add up dq by atomics; the plain one multiplies matrices.
+    plain = sdpa_kernel(SDPBackend.MATH) if deterministic and q.is_cuda else nullcontext()
+    with without_autocast(q), plain:
         for qi, ki, vi in zip(qs, ks, vs, strict=True):
             if qi.shape[0] == 0:
                 continue
@@ -284,7 +294,7 @@ def varlen_attention_backward(
     dtype = compute_dtype(q)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
     heads, kv_heads = q.shape[1], k.shape[1]
-    q_offsets, k_offsets = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    q_offsets, k_offsets = _offsets(cu_seqlens_q, cu_seqlens_k)
     with without_autocast(q):
         for i in range(len(q_offsets) - 1):
             a, b = q_offsets[i], q_offsets[i + 1]

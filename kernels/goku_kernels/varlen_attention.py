@@ -62,7 +62,8 @@ def varlen_attention(
             output and gradients zero, lse -inf.
         max_seqlen_q, max_seqlen_k: upper bounds of the segments' lengths; never change the result.
         softmax_scale: default 1/sqrt(D).
-        deterministic: equal bits on every run (the reference always is).
+        deterministic: equal bits on every run, backward included (on a CPU the reference always is;
+            on a GPU it then takes torch's plain attention with the scores in memory).
         return_lse: also return the natural log of the sum of exponentials.
         backend: None, "torch", "triton", "cuda" or "flash".
 
@@ -75,13 +76,12 @@ def varlen_attention(
         RuntimeError: a backend that this installation does not have.
     """
     backend = check.choose_backend(_OP, backend, _BACKENDS)
-    if torch.is_autocast_enabled(q.device.type):
-        low = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(low) for x in (q, k, v))
+    q, k, v = _as_autocast(q, k, v)
     scale = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     return reference.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale, return_lse=return_lse
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale, return_lse=return_lse,
+        deterministic=deterministic,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -147,17 +147,39 @@ def varlen_attention_backward(
         RuntimeError: a backend that this installation does not have.
     """
     backend = check.choose_backend(_OP, backend, _BACKENDS)
+    dtypes = [x.dtype for x in (q, k, v)]
+    # As the forward did: its lse belongs to these values of q and k.
+    q, k, v, dout, out = _as_autocast(q, k, v, dout, out)
     scale = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     for name, x in (("dout", dout), ("out", out)):
+        # Any strides: autograd hands on expanded and transposed gradients.
+        if x.dtype not in check.FLOATS:
+            raise ValueError(f"{_OP}: {name} has dtype {x.dtype}: allowed are {list(check.FLOATS)}")
         check.check_shape(_OP, name, x, tuple(q.shape))
         check.check_device(_OP, name, x, q.device)
     for name, rows in (("lse", lse), ("dlse", dlse)):
         if rows is not None:
             check.check_shape(_OP, name, rows, (q.shape[1], q.shape[0]))
             check.check_device(_OP, name, rows, q.device)
-    return reference.varlen_attention_backward(
+            if rows.dtype != check.compute_dtype(q):
+                raise ValueError(
+                    f"{_OP}: {name} has dtype {rows.dtype}: allowed is {check.compute_dtype(q)}"
+                )
+    gradients = reference.varlen_attention_backward(
         dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale, dlse=dlse
     )
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    return dq, dk, dv
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the active autocast dtype, if any; fp64 and what is no float stay as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    keep = (torch.float64,)
+    return tuple(x if x.dtype in keep or not x.is_floating_point() else x.to(low) for x in tensors)
 
 
 def _check(

@@ -260,3 +260,27 @@ def test_costs():
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 8, "itemsize": 2}
     assert varlen_attention_bytes(10, 20, **shape) == (80 + 80) * 8 * 2 + 4 * 10 * 4
     assert varlen_attention_bytes(10, 20, backward=True, **shape) == (80 + 80) * 8 * 4 + 160
+
+
+def test_the_halves_agree_under_autocast_and_gradients_keep_their_dtype():
+    q, k, v, dout = (torch.randn(7, 2, 8) for _ in range(4))
+    cu = (torch.tensor([0, 3, 7], dtype=torch.int32),) * 2 + (4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = varlen_attention_forward(q, k, v, *cu)
+        grads = varlen_attention_backward(dout, q, k, v, out, lse, *cu)
+    low = [x.bfloat16() for x in (q, k, v)]
+    expected = varlen_attention_backward(dout.bfloat16(), *low, out, lse, *cu)
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    assert all(torch.equal(g, e.float()) for g, e in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("dout", torch.int64), ("out", torch.int64), ("lse", torch.float16)]
+)
+def test_backward_refuses_other_dtypes(name, dtype):
+    q = torch.randn(4, 2, 8)
+    cu = (torch.tensor([0, 4], dtype=torch.int32),) * 2 + (4, 4)
+    tensors = {"dout": q, "out": q, "lse": torch.zeros(2, 4)}
+    tensors[name] = tensors[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} has dtype"):
+        varlen_attention_backward(tensors["dout"], q, q, q, tensors["out"], tensors["lse"], *cu)
