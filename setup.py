@@ -5,8 +5,8 @@ CMakeLists.txt alone. This file only joins the two: it runs CMake (Ninja generat
 whatever CMake installs beside the Python files of the package that it belongs to.
 
 Environment:
-    GOKU_CUDA   0 never builds the CUDA module, 1 requires it, auto (the default) builds it when
-                nvcc is found
+    GOKU_CUDA   0 never builds the CUDA module, 1 requires nvcc for it, auto (the default) builds it
+                when nvcc is found; there is none to build before the first CUDA source
 """
 
 import os
