@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from goku.data.config import DataConfig
-from goku.data.decode import as_tensor, decode, decode_record
+from goku.data.decode import as_tensor, check_file, decode, decode_record
 from goku.data.errors import DataError, DecodeError, Problem
-from goku.data.latents import LatentCache, latent_key, request_key
+from goku.data.latents import FileIdentity, LatentCache, latent_key, request_key
 from goku.data.manifest import Record, scan
 from goku.data.media import Decoded
 from goku.data.transform import VAE_STRIDES, Geometry
@@ -69,6 +69,14 @@ class _Entry:
     record: Record
     geometry: Geometry
     key: str
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a worker made of a file, and the identity of the content it read."""
+
+    decoded: Decoded
+    identity: FileIdentity
 
 
 class CachedDataset:
@@ -233,7 +241,7 @@ class _Filler:
                 outcome = entry
             else:
                 result = next(made)
-                if isinstance(result, Decoded):
+                if isinstance(result, _Read):
                     outcome = self._encode(record, result)
                 else:
                     outcome = Problem(record.name, result.reason)
@@ -256,9 +264,9 @@ class _Filler:
         return _Entry(record, geometry, key) if valid else None
 
     @torch.no_grad()
-    def _encode(self, record: Record, decoded: Decoded) -> _Entry | Problem:
+    def _encode(self, record: Record, read: _Read) -> _Entry | Problem:
+        identity, decoded = read.identity, read.decoded
         geometry = decoded.media.geometry
-        identity = self.cache.identify(record.path)
         key = latent_key(self.fingerprint, identity, record, self.config, geometry)
         shape = (self.vae.channels, *geometry.latent_shape)
         if not self.cache.valid(key, shape):  # another record may show the very same pixels
@@ -281,14 +289,31 @@ class _Filler:
         return _Entry(record, geometry, key)
 
 
-def _identify_and_decode(
-    config: DataConfig, cache_dir: str, record: Record
-) -> Decoded | DecodeError:
-    """In a worker. An expected failure is a value, so that all of them can be collected."""
-    result = _decode_one(config, record)
-    if isinstance(result, Decoded):
-        LatentCache(cache_dir).identify(record.path)
-    return result
+def _identify_and_decode(config: DataConfig, cache_dir: str, record: Record) -> _Read | DecodeError:
+    """In a worker. An expected failure is a value, so that all of them can be collected.
+
+    The identity comes first, and counts only if the file is the same after it was decoded: else
+    another file's pixels would be kept under its key for good.
+    """
+    try:
+        check_file(record)
+        before = _size_and_time(record.path)
+        identity = LatentCache(cache_dir).identify(record.path)
+        decoded = decode_record(record, config)
+        after = _size_and_time(record.path)
+    except DecodeError as error:
+        return error
+    if after != before:
+        return DecodeError(record.path, "changed while it was read")
+    return _Read(decoded, identity)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DecodeError(path, f"changed while it was read: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _decode_one(config: DataConfig, record: Record) -> Decoded | DecodeError:

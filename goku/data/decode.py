@@ -45,7 +45,7 @@ def as_tensor(decoded: Decoded) -> Tensor:
 
 def decode_record(record: Record, config: DataConfig) -> Decoded:
     """As `decode`, with the pixels as an array and what was learnt about the file."""
-    _check_file(record)
+    check_file(record)
     if record.is_image:
         return decode_image(record, config)
     return decode_video(record, config)
@@ -54,13 +54,14 @@ def decode_record(record: Record, config: DataConfig) -> Decoded:
 def probe(record: Record, config: DataConfig) -> Media:
     """What `decode_record` would make of the file, from its headers and first frame only; frame
     counts and damage further in are not seen. Raises DecodeError."""
-    _check_file(record)
+    check_file(record)
     if record.is_image:
         return probe_image(record, config)
     return probe_video(record, config)
 
 
-def _check_file(record: Record) -> None:
+def check_file(record: Record) -> None:
+    """DecodeError unless the record's path is a regular media file that is not empty."""
     path = Path(record.path)
     if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         raise DecodeError(record.path, f"{path.suffix or 'no suffix'} is not a media file")

@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from goku.data.config import DataConfig
+from goku.data.errors import DecodeError
 from goku.data.manifest import Record
 from goku.data.media import DECODE_VERSION
 from goku.data.transform import Geometry
@@ -66,15 +67,21 @@ class LatentCache:
         return FileIdentity(stat.st_size, str(entry["sha256"]))
 
     def identify(self, path: str) -> FileIdentity:
-        """The file's identity, reading the file unless it is known. Raises OSError."""
+        """The file's identity, reading the file unless it is known.
+
+        DecodeError when the file cannot be read, OSError when the cache cannot be written.
+        """
         known = self.known_identity(path)
         if known is not None:
             return known
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        try:
+            with open(path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise DecodeError(path, f"cannot be read: {error.strerror}") from error
         entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
         _write(self._identity_path(path), json.dumps({**entry, "path": path}).encode())
         return FileIdentity(stat.st_size, digest.hexdigest())

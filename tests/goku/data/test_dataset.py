@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from goku.data import (
     prepare,
     read_records,
 )
+from goku.data.dataset import _Filler
+from goku.data.decode import decode_record
 from goku.text import TextCache
 
 
@@ -325,3 +328,62 @@ def test_decode_all(folder: Path, config: DataConfig) -> None:
         decode_all(read_records(folder), config)
     assert [p.name for p in error.value.problems] == ["e.mp4", "f.png", "g.mp4"]
     assert len(decode_all(read_records(folder), replace(config, skip_bad=True))) == 5
+
+
+def paint(path: Path, level: int) -> None:
+    Image.fromarray(np.full((80, 120, 3), level, np.uint8)).save(path)
+
+
+def test_a_file_replaced_while_it_is_read_is_a_bad_item(
+    tmp_path: Path,
+    folder: Path,
+    config: DataConfig,
+    vae: Any,
+    text: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(record: Any, config: DataConfig) -> Any:
+        result = decode_record(record, config)
+        if record.name == "a.png":
+            paint(folder / "a.png", 7)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr("goku.data.dataset.decode_record", read)
+        with pytest.raises(DataError, match=r"1 of 4 .*\n  a\.png: changed while it was read"):
+            prepare(config, vae, text, cache_dir=tmp_path / "cache")
+    again = prepare(config, vae, text, cache_dir=tmp_path / "cache")
+    afresh = prepare(config, vae, text, cache_dir=tmp_path / "afresh")
+    assert torch.equal(again.read(0).mean, afresh.read(0).mean)
+
+
+def test_a_file_replaced_after_it_was_read_does_not_lend_its_key(
+    tmp_path: Path,
+    folder: Path,
+    config: DataConfig,
+    vae: Any,
+    text: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode = _Filler._encode
+
+    def late(filler: Any, record: Any, *result: Any) -> Any:
+        if record.name == "a.png":
+            paint(folder / "a.png", 7)
+        return encode(filler, record, *result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Filler, "_encode", late)
+        prepare(config, vae, text, cache_dir=tmp_path / "cache")
+    again = prepare(config, vae, text, cache_dir=tmp_path / "cache")
+    afresh = prepare(config, vae, text, cache_dir=tmp_path / "afresh")
+    assert torch.equal(again.read(0).mean, afresh.read(0).mean)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_file_that_may_not_be_read_is_a_bad_item(
+    tmp_path: Path, folder: Path, config: DataConfig, vae: Any, text: Any
+) -> None:
+    (folder / "a.png").chmod(0)
+    with pytest.raises(DataError, match=r"1 of 4 .*\n  a\.png: cannot be read: Permission denied"):
+        prepare(config, vae, text, cache_dir=tmp_path / "cache")
