@@ -4,6 +4,9 @@ Temporary directories carry their purpose in a hidden name, so that what a kille
 behind is recognised: ``.NAME.saving-*`` (being written; its writer holds a lock on it, which the
 kernel drops when the process dies), ``.NAME.replaced-*`` (an old checkpoint moved out of the way)
 and ``.NAME.removing-*`` (being deleted).
+
+Whoever makes, moves or sweeps such names holds a lock on the directory that they lie in: a sweep
+never meets one whose owner has not locked it yet, or is half way through two renames.
 """
 
 from __future__ import annotations
@@ -15,11 +18,20 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from goku_runtime.checkpoint.manifest import MANIFEST_NAME
 
-__all__ = ["NewDirectory", "remove", "remove_leftovers", "sync_directory", "write_durably"]
+__all__ = [
+    "NewDirectory",
+    "remove",
+    "remove_leftovers",
+    "sole_access",
+    "sync_directory",
+    "write_durably",
+]
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>saving|replaced|removing)-[0-9a-f]{16}")
 _AT_FDCWD = -100
@@ -69,12 +81,13 @@ class NewDirectory:
         self.path = _temporary(target, "saving")
         try:
             remove_leftovers(target.parent)
-            self.path.mkdir()
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            with sole_access(target.parent):
+                self.path.mkdir()
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                _lock(self._lock, wait=True)
         except OSError:
             self._remove_parents()
             raise
-        _lock(self._lock)
 
     def publish(self) -> None:
         """Puts the directory in its place, at once. Its files must be durable already.
@@ -86,7 +99,8 @@ class NewDirectory:
         sync_directory(self.path)
         replaced = None
         if self.overwrite and os.path.lexists(self.target):
-            replaced = _swap(self.path, self.target)
+            with sole_access(self.target.parent):
+                replaced = _swap(self.path, self.target)
         else:
             try:
                 os.rename(self.path, self.target)
@@ -120,8 +134,13 @@ def remove_leftovers(parent: Path) -> None:
     """Removes what killed processes left in a directory; puts a replaced checkpoint back.
 
     A ``saving`` directory whose writer lives is left alone. Where the file system has no locks, all
-    of them are.
+    of them are. Waits for others who make or sweep temporary directories there.
     """
+    with sole_access(parent):
+        _sweep(parent)
+
+
+def _sweep(parent: Path) -> None:
     for path in list(parent.iterdir()):
         found = _TEMPORARY.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
@@ -140,9 +159,28 @@ def remove_leftovers(parent: Path) -> None:
 def remove(path: Path) -> None:
     """Deletes a checkpoint so that at no moment a part of it looks like one."""
     hidden = _temporary(path, "removing")
-    os.rename(path, hidden)
-    sync_directory(path.parent)
-    shutil.rmtree(hidden)
+    with sole_access(path.parent):  # a sweep would delete the same files at the same time
+        os.rename(path, hidden)
+        sync_directory(path.parent)
+        shutil.rmtree(hidden)
+
+
+@contextmanager
+def sole_access(parent: Path) -> Generator[bool]:
+    """Holds the lock of a directory, waiting for it; not to be nested.
+
+    Gives False, and holds nothing, where the file system has no locks.
+    """
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        locked = _lock(descriptor, wait=True)
+        try:
+            yield locked
+        finally:
+            if locked:  # a process forked meanwhile has the descriptor too: closing is not enough
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
 
 
 def _temporary(target: Path, purpose: str) -> Path:
@@ -174,10 +212,10 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _lock(descriptor: int) -> bool:
-    """Takes the lock if it is free. False also where the file system has no locks."""
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Takes the lock; without `wait` only if it is free. False where there are no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True
@@ -189,7 +227,7 @@ def _is_abandoned(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return _lock(descriptor)
+        return _lock(descriptor, wait=False)
     finally:
         os.close(descriptor)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +162,110 @@ def test_parents_made_for_a_failed_save_are_removed(tmp_path: Path) -> None:
     new = NewDirectory(tmp_path / "a" / "b" / "c", overwrite=False)
     new.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def opens_its_own(arguments: tuple[Any, ...]) -> bool:
+    return threading.current_thread() is threading.main_thread() and ".saving-" in str(arguments[0])
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "open"])
+def test_a_sweep_spares_a_directory_that_is_not_locked_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str
+) -> None:
+    """Another one sweeps just when the writer has made, or opened, its directory."""
+    owner = Path if moment == "mkdir" else os
+    real = getattr(owner, moment)
+    sweep = threading.Thread(target=remove_leftovers, args=(tmp_path,))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        if opens_its_own(arguments):
+            sweep.start()
+            sweep.join(0.5)  # it waits for the writer, or else has swept by now
+        return result
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    new = NewDirectory(tmp_path / "c", overwrite=False)
+    monkeypatch.undo()
+    sweep.join(10)
+    assert not sweep.is_alive()
+    remove_leftovers(tmp_path)
+    assert new.path.is_dir()
+    new.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_gets_its_lock_though_another_one_probes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = os.open
+    release = threading.Timer(0.3, lambda: None)
+
+    def probed(*arguments: Any, **options: Any) -> int:
+        if opens_its_own(arguments):
+            probe = real(*arguments, **options)
+            fcntl.flock(probe, fcntl.LOCK_EX)
+            release.function = lambda: os.close(probe)
+            release.start()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, "open", probed)
+    new = NewDirectory(tmp_path / "c", overwrite=False)
+    monkeypatch.undo()
+    release.join()
+    remove_leftovers(tmp_path)
+    assert new.path.is_dir()
+    new.discard()
+
+
+def test_a_sweep_waits_for_both_renames(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would put the old checkpoint back between them, and the second one would fail."""
+    monkeypatch.setattr(directory_module, "_exchange", lambda left, right: False)
+    save({"step": 0}, tmp_path / "c")
+    real = os.rename
+    sweep = threading.Thread(target=remove_leftovers, args=(tmp_path,))
+
+    def interrupted(source: Path, target: Path) -> None:
+        real(source, target)
+        if source == tmp_path / "c":
+            sweep.start()
+            sweep.join(0.5)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    save({"step": 1}, tmp_path / "c", overwrite=True)
+    sweep.join(10)
+    state = {"step": -1}
+    load(state, tmp_path / "c")
+    assert state == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_sweep_waits_for_a_removal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save({"step": 0}, tmp_path / "c")
+    real = os.rename
+    sweep = threading.Thread(target=remove_leftovers, args=(tmp_path,))
+
+    def interrupted(source: Path, target: Path) -> None:
+        real(source, target)
+        sweep.start()
+        sweep.join(0.5)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    directory_module.remove(tmp_path / "c")
+    sweep.join(10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Saving works; what may belong to a living writer is left alone."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".c.saving-0123456789abcdef").mkdir()
+    save({"step": 0}, tmp_path / "c")
+    save({"step": 1}, tmp_path / "c", overwrite=True)
+    assert latest(tmp_path) == tmp_path / "c"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"c", ".c.saving-0123456789abcdef"}
