@@ -230,7 +230,12 @@ class GokuVAE(nn.Module):
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors; `goku.vae.load_vae` reads them. OSError."""
-        config = {"_class": type(self).__name__, "strides": list(STRIDES), **asdict(self.config)}
+        config = {
+            "_class": type(self).__name__,
+            "strides": list(STRIDES),
+            **asdict(self.config),
+            "fingerprint": self.fingerprint(),
+        }
         write_folder(directory, config, self.state_dict())
 
     def _cast(self, x: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ def write_folder(
 ) -> None:
     """Writes both files, each under a passing name first; the configuration comes last.
 
-    So a new folder with a config.json holds whole weights. OSError where the disk says no, with
-    nothing half-written left behind.
+    So a new folder with a config.json holds whole weights, also after a power cut. A kill between
+    the two renames over an older VAE leaves new weights beside the old configuration; whoever
+    reads them has to notice (`load_vae` compares the fingerprint). OSError where the disk says no,
+    with nothing half-written left behind.
     """
     folder = Path(directory)
     made = not folder.exists()
@@ -35,13 +37,25 @@ def write_folder(
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(f"cannot write {passing[WEIGHTS]}: {error}") from error
         passing[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for path in passing.values():
+            _sync(path)
         for name, path in passing.items():
             os.replace(path, folder / name)
+            _sync(folder)
     finally:
         for path in passing.values():
             path.unlink(missing_ok=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """To the disk itself: a file's content, or which names a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_folder(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -20,14 +20,27 @@ def load_vae(directory: str | os.PathLike[str]) -> GokuVAE:
     """The VAE that `GokuVAE.save` wrote, on the CPU, in the dtype that was saved, in eval mode.
 
     Raises ValueError that names the file: missing, truncated, altered, another class, strides other
-    than 4x8x8, a size out of range, weights that do not fit the configuration or are not finite.
+    than 4x8x8, a size out of range, weights that do not fit the configuration or are not finite,
+    a latent_std that is not positive, no fingerprint or another than the weights'.
     """
     written, state = read_folder(directory)
-    vae = GokuVAE(_parse(written, Path(directory) / CONFIG))
-    path = Path(directory) / WEIGHTS
+    config, path = Path(directory) / CONFIG, Path(directory) / WEIGHTS
+    fingerprint = written.pop("fingerprint", None)
+    vae = GokuVAE(_parse(written, config))
     _check_fit(state, vae.state_dict(), path)
+    if not isinstance(fingerprint, str):
+        raise ValueError(
+            f"{config}: fingerprint = {fingerprint!r}; the one that GokuVAE.save writes is "
+            f"required, for without it altered weights cannot be told"
+        )
     vae.to(next(iter(state.values())).dtype)
     vae.load_state_dict(state)
+    found = vae.fingerprint()
+    if found != fingerprint:
+        raise ValueError(
+            f"{path} was altered since it was saved, or is not of the {CONFIG} beside it: its "
+            f"fingerprint is {found}, {CONFIG} says {fingerprint}"
+        )
     return vae.eval()
 
 
@@ -62,6 +75,8 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path
             )
         if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: {name} ({value.dtype}) holds values that are not finite")
+    if not bool((state["latent_std"] > 0).all()):
+        raise ValueError(f"{path}: latent_std holds values <= 0, allowed are positive ones")
     dtypes = sorted({str(value.dtype) for value in state.values()})
     if len(dtypes) != 1:
         raise ValueError(f"{path} mixes dtypes {', '.join(dtypes)}: one is allowed")

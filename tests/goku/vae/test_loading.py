@@ -1,6 +1,7 @@
 """Saving and loading: the same VAE comes back, and whatever does not fit is refused by name."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return apply
 
 
+def flip_two_bits(folder: Path) -> None:
+    """In the lowest byte of two numbers: finite, and far too small to see."""
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-4] ^= 1
+    content[-400] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -104,6 +113,13 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
         (weights(lambda s: s.pop("latent_std")), r"missing or unknown latent_std"),
         (weights(lambda s: s.update(extra=torch.ones(1))), r"missing or unknown extra"),
         (weights(lambda s: s["latent_mean"].fill_(float("nan"))), r"latent_mean .* not finite"),
+        (weights(lambda s: s["latent_std"][0].fill_(0)), r"model\.safetensors: latent_std .* <= 0"),
+        (weights(lambda s: s["latent_std"][1].fill_(-1)), r"latent_std holds values <= 0"),
+        (weights(lambda s: s["latent_mean"].add_(1)), r"model\.safetensors was altered since"),
+        (flip_two_bits, r"model\.safetensors was altered since it was saved"),
+        (edit(fingerprint=None), r"config\.json: fingerprint = None.*GokuVAE\.save.*required"),
+        (edit(fingerprint=7), r"config\.json: fingerprint = 7"),
+        (edit(fingerprint="0" * 64), r"model\.safetensors was altered .* config\.json says 0{64}"),
         (
             weights(lambda s: s.update(latent_mean=s["latent_mean"].double())),
             r"mixes dtypes torch\.float32, torch\.float64",
@@ -135,3 +151,48 @@ def test_write_folder_names_what_safetensors_refuses(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(OSError, match="taken"):
         write_folder(tmp_path / "taken", {}, {"a": torch.ones(1)})
+
+
+def test_a_kill_between_the_two_renames_is_noticed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == CONFIG:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        GokuVAE(SMALL, seed=9).save(folder)
+    # Both are whole and fit each other; only the fingerprint tells.
+    with pytest.raises(ValueError, match=r"is not of the config\.json beside it"):
+        load_vae(folder)
+
+
+def test_files_are_on_the_disk_before_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"rename {target.name}")
+        replace(source, target)
+
+    def synced(descriptor: int) -> None:
+        done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.replace", renamed)
+    monkeypatch.setattr("os.fsync", synced)
+    GokuVAE(SMALL).save(tmp_path / "vae")
+    assert done == [
+        f"sync .{WEIGHTS}.partial",
+        f"sync .{CONFIG}.partial",
+        f"rename {WEIGHTS}",
+        "sync vae",
+        f"rename {CONFIG}",
+        "sync vae",
+    ]
