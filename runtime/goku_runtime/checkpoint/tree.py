@@ -138,9 +138,33 @@ def parse_tree(text: bytes, where: str) -> Any:
         if not _is_dict(tree):
             raise CheckpointError("no JSON object")
         decode(tree)
+        _check_names(tree, "", set())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error
     return tree
+
+
+def _check_names(node: Any, where: str, seen: set[str] | None) -> None:
+    """Refuses a tensor under a name that is not its key or is in `seen`; all of them without one.
+
+    A tensor that two leaves refer to would be loaded into one of them only.
+    """
+    name = _tensor_name(node)
+    if name is not None:
+        if seen is None:
+            raise CheckpointError(f"{where}: a tensor inside a list")
+        if name != where:
+            raise CheckpointError(f"{where}: refers to {name!r}, a tensor of another key")
+        if name in seen:
+            raise CheckpointError(f"{where}: two tensors have this name")
+        seen.add(name)
+    elif _is_dict(node):
+        for key, child in _children(node):
+            _check_names(child, _join(where, key), seen)
+    elif isinstance(node, (list, dict)):
+        items = node if isinstance(node, list) else node.get("$tuple", [])
+        for i, item in enumerate(items):
+            _check_names(item, f"{where}[{i}]", None)
 
 
 def decode(node: Any) -> Any:

@@ -371,10 +371,37 @@ def test_a_bad_record_after_good_ones_changes_nothing(checkpoint: Path) -> None:
         (b"[" * 100_000, "is damaged"),
         (b'{"w": {"$tensor": "w"}, "v": {"$tensor": "v"}, "step": {"$code": 1}}', "unknown tag"),
         (b'{"w": {"$tensor": "w"}, "v": {"$tensor": "v"}, "step": {"$dict": [3]}}', "no entry"),
-        (b'{"w": {"$tensor": "x"}, "v": {"$tensor": "v"}, "step": 3}', "lacks 'x'"),
+        (b'{"w": {"$tensor": "x"}, "v": {"$tensor": "v"}, "step": 3}', "w: refers to 'x'"),
+        (b'{"w": {"$tensor": "v"}, "v": {"$tensor": "v"}, "step": 3}', "w: refers to 'v'"),
+        (b'{"w": {"$tensor": "v"}, "v": {"$tensor": "w"}, "step": 3}', "w: refers to 'v'"),
+        (b'{"$dict": [["w", {"$tensor": "w"}], ["w", {"$tensor": "w"}], '
+         b'["v", {"$tensor": "v"}], ["step", 3]]}', "w: two tensors have this name"),
+        (b'{"w": {"$tensor": "w"}, "v": {"$tensor": "v"}, "step": [{"a": {"$tensor": "w"}}]}',
+         r"step\[0\]\.a: a tensor inside a list"),
+        (b'{"w": {"$tensor": "w"}, "v": {"$tensor": "v"}, '
+         b'"step": {"$tuple": [1, [{"a": {"$tensor": "step[1][0].a"}}]]}}',
+         r"step\[1\]\[0\]\.a: a tensor inside a list"),
     ],
-)
+)  # fmt: skip
 def test_values_that_are_none(checkpoint: Path, tree: bytes, words: str) -> None:
     (checkpoint / "state.json").write_bytes(tree)
     seal(checkpoint)
     refused(checkpoint, words)
+
+
+def test_two_leaves_of_one_tensor(tmp_path: Path) -> None:
+    """They have the shape that is wanted, so nothing else would tell; also where a part is loaded.
+
+    The dotted keys "a.b" and "a", "b" are one name: here both leaves bear their own.
+    """
+    save({"a": {"b": torch.ones(2)}, "a.b": 1, "c": torch.zeros(2)}, tmp_path / "c")
+    tree = json.loads((tmp_path / "c" / "state.json").read_bytes())
+    tree["a.b"] = {"$tensor": "a.b"}
+    (tmp_path / "c" / "state.json").write_text(json.dumps(tree))
+    seal(tmp_path / "c")
+    state: dict[str, Any] = {"a": {"b": torch.full((2,), -1.0)}, "a.b": torch.full((2,), -1.0)}
+    with pytest.raises(CheckpointError, match=r"a\.b: two tensors have this name"):
+        load(state, tmp_path / "c", partial=True)
+    assert torch.equal(state["a"]["b"], torch.full((2,), -1.0))
+    with pytest.raises(CheckpointError, match="two tensors"):
+        read_values(tmp_path / "c")
