@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,54 @@ def _tensor(name: object, record: _Record) -> TensorStorageMetadata:
         chunks.append(ChunkStorageMetadata(offsets, sizes))
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
         raise ValueError(f"the parts of {name!r} do not fill {tuple(size)}")
+    overlap = _overlap(chunks)
+    if overlap:
+        places = " and ".join(f"{tuple(c.sizes)} at {tuple(c.offsets)}" for c in overlap)
+        raise ValueError(f"parts of {name!r} overlap: {places}")
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> tuple[ChunkStorageMetadata, ...]:
+    """Two chunks that share an element, or nothing.
+
+    Cuts the chunks into groups, again and again, wherever a cut through an axis meets none of them.
+    For the grids that DTensors make, n chunks in d axes, that is O(d^2 n log n). What no cut divides
+    is compared pair by pair, O(n^2).
+    """
+    groups = [[chunk for chunk in chunks if 0 not in chunk.sizes]]
+    while groups:
+        group = groups.pop()
+        if len(group) < 2:
+            continue
+        for axis in range(len(group[0].sizes)):
+            parts = _cut(group, axis)
+            if len(parts) > 1:
+                groups += parts
+                break
+        else:
+            for pair in combinations(group, 2):
+                if not _disjoint(*pair):
+                    return pair
+    return ()
+
+
+def _cut(group: list[ChunkStorageMetadata], axis: int) -> list[list[ChunkStorageMetadata]]:
+    """The parts of a group between all the places of an axis that lie inside of no chunk."""
+    parts: list[list[ChunkStorageMetadata]] = []
+    end = 0
+    for chunk in sorted(group, key=lambda each: each.offsets[axis]):
+        if not parts or chunk.offsets[axis] >= end:
+            parts.append([])
+        parts[-1].append(chunk)
+        end = max(end, chunk.offsets[axis] + chunk.sizes[axis])
+    return parts
+
+
+def _disjoint(left: ChunkStorageMetadata, right: ChunkStorageMetadata) -> bool:
+    return any(
+        a + n <= b or b + m <= a
+        for a, n, b, m in zip(left.offsets, left.sizes, right.offsets, right.sizes, strict=True)
+    )
 
 
 def _storage(name: object, record: _Record, files: Mapping[str, FileSum]) -> _StorageInfo:

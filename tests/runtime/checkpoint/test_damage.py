@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import random
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from goku_runtime.checkpoint import CheckpointError, crc32c, load, read_values, save, verify
+from goku_runtime.checkpoint import metadata as metadata_module
 
 WEIGHT = torch.arange(6, dtype=torch.float32).reshape(2, 3)
 DATA = "__0_0.distcp"
@@ -405,3 +409,84 @@ def test_two_leaves_of_one_tensor(tmp_path: Path) -> None:
     assert torch.equal(state["a"]["b"], torch.full((2,), -1.0))
     with pytest.raises(CheckpointError, match="two tensors"):
         read_values(tmp_path / "c")
+
+
+# --- parts of a tensor --------------------------------------------------------------------------
+
+
+Part = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+
+
+def split_w(checkpoint: Path, *parts: Part) -> None:
+    """Stores w in these parts, each with a record of its own that holds only ones."""
+    metadata = good_metadata(checkpoint)
+    metadata.state_dict_metadata["w"] = entry((2, 3), *parts)
+    storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+    for index in [index for index in storage if index.fqn == "w"]:
+        del storage[index]
+    with open(checkpoint / DATA, "ab") as stream:
+        for offsets, sizes in parts:
+            record = record_of(torch.ones(sizes))
+            place = _StorageInfo(DATA, stream.tell(), len(record))
+            storage[MetadataIndex("w", torch.Size(offsets))] = place
+            stream.write(record)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(checkpoint)
+
+
+def test_parts_that_fill_a_tensor(checkpoint: Path) -> None:
+    split_w(checkpoint, ((0, 2), (2, 1)), ((0, 0), (1, 2)), ((1, 0), (1, 2)), ((2, 0), (0, 3)))
+    state = wanted()
+    load(state, checkpoint)
+    assert torch.equal(state["w"], torch.ones(2, 3))
+
+
+def test_parts_that_overlap(checkpoint: Path) -> None:
+    """Six elements of six, but one column twice and another never."""
+    split_w(checkpoint, ((0, 0), (2, 2)), ((0, 1), (2, 1)))
+    refused(checkpoint, r"parts of 'w' overlap: \(2, 2\) at \(0, 0\) and \(2, 1\) at \(0, 1\)")
+
+
+def test_overlap_against_counting() -> None:
+    draw = random.Random(0)
+    outcomes = set()
+    for _ in range(2000):
+        size = [draw.randint(1, 4) for _ in range(draw.randint(0, 3))]
+        parts, counts = [], torch.zeros(size, dtype=torch.int)
+        for _ in range(draw.randint(0, 4)):
+            offsets = [draw.randint(0, n) for n in size]
+            sizes = [draw.randint(0, n - o) for n, o in zip(size, offsets, strict=True)]
+            parts.append((tuple(offsets), tuple(sizes)))
+            counts[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] += 1
+        found = metadata_module._overlap(entry(tuple(size), *parts).chunks)
+        assert bool(found) == bool((counts > 1).any()), (size, parts)
+        outcomes.add(bool(found))
+    assert outcomes == {True, False}
+
+
+def test_a_layout_that_no_cut_divides() -> None:
+    """Four blades around a hub."""
+    wheel = [
+        ((0, 0), (1, 2)),
+        ((0, 2), (2, 1)),
+        ((2, 1), (1, 2)),
+        ((1, 0), (2, 1)),
+        ((1, 1), (1, 1)),
+    ]
+    chunks = entry((3, 3), *wheel).chunks
+    assert metadata_module._overlap(chunks) == ()
+    assert metadata_module._overlap([*chunks, chunks[0]]) == (chunks[0], chunks[0])
+
+
+@pytest.mark.parametrize("grid", [(10_000,), (1, 10_000), (100, 100), (22, 22, 22)], ids=str)
+def test_thousands_of_parts_take_no_time(grid: tuple[int, ...]) -> None:
+    parts: list[Part] = [
+        (tuple(3 * i for i in place), (3,) * len(grid))
+        for place in itertools.product(*map(range, grid))
+    ]
+    random.Random(0).shuffle(parts)
+    chunks = entry(tuple(3 * n for n in grid), *parts).chunks
+    assert len(chunks) == math.prod(grid)
+    start = time.process_time()
+    assert metadata_module._overlap(chunks) == ()
+    assert time.process_time() - start < 2  # a tenth of it; 50 million pairs are not compared
