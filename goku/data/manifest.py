@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +36,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # Facts about the media that other tools write; we measure them, so they are not read.
 _MEASURED = ("height", "width", "fps", "aspect_ratio", "resolution", "duration")
 _FOLDER_MANIFESTS = ("metadata.jsonl", "metadata.csv")
+# Where a row stands, and its columns, or what is wrong with it.
+_Row = tuple[str, Mapping[str, object] | str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Record:
 @dataclass(frozen=True)
 class Scan:
     """`records` that can be tried, `problems` of those that cannot, `notes` on what was passed by
-    (files that are neither media nor caption), in dataset order."""
+    (files that are neither media nor caption, media that a folder's manifest does not list), in
+    dataset order."""
 
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
@@ -92,7 +97,8 @@ def scan(path: str | Path) -> Scan:
     an empty folder, a manifest that is not text or lacks the path or text column.
     """
     source = Path(path).expanduser().absolute()
-    if source.is_dir():
+    is_folder = source.is_dir()
+    if is_folder:
         present = [source / name for name in _FOLDER_MANIFESTS if (source / name).is_file()]
         if len(present) > 1:
             raise DataError(f"{source}: holds both {' and '.join(_FOLDER_MANIFESTS)}; keep one")
@@ -107,10 +113,11 @@ def scan(path: str | Path) -> Scan:
         rows = _csv_rows(source)
     else:
         raise DataError(f"{source}: a dataset is a folder, a .jsonl or a .csv file")
-    found = _unique(_scan_rows(source, rows))
+    listed = list(rows)
+    found = _unique(_scan_rows(source, listed))
     if not found.listed:
         raise DataError(f"{source}: the manifest lists no items")
-    return found
+    return replace(found, notes=_unlisted(source, listed)) if is_folder else found
 
 
 def _scan_folder(folder: Path) -> Scan:
@@ -118,11 +125,7 @@ def _scan_folder(folder: Path) -> Scan:
     problems: list[Problem] = []
     other: list[str] = []
     captions: Counter[Path] = Counter()
-    files = sorted(
-        (file.relative_to(folder), file)
-        for file in folder.rglob("*")
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    )
+    files = _files(folder)
     for relative, file in files:
         suffix = file.suffix.lower()
         if suffix == ".txt":
@@ -167,6 +170,40 @@ def _scan_folder(folder: Path) -> Scan:
     return Scan(tuple(records), tuple(problems), tuple(notes))
 
 
+def _files(folder: Path) -> list[tuple[Path, Path]]:
+    """(relative, absolute) path of every file that is not hidden, sorted."""
+    return sorted(
+        (file.relative_to(folder), file)
+        for file in folder.rglob("*")
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    )
+
+
+def _unlisted(manifest: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
+    """A note on the media in the manifest's folder that no row names, a bad row included."""
+    listed = {
+        os.path.normpath(_located(value, manifest.parent))
+        for _, row in rows
+        if not isinstance(row, str)
+        for value in (row.get(name) for name in ALIASES["path"])
+        if isinstance(value, str)
+    }
+    others = [
+        relative.as_posix()
+        for relative, file in _files(manifest.parent)
+        if file.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
+        and os.path.normpath(file) not in listed
+    ]
+    if not others:
+        return ()
+    return (f"{len(others)} media not listed in {manifest.name}: {_some(others)}",)
+
+
+def _located(path: str, root: Path) -> Path:
+    media = Path(path.strip()).expanduser()
+    return media if media.is_absolute() else root / media
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -174,7 +211,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: the manifest is not UTF-8 text: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object] | str]]:
+def _jsonl_rows(path: Path) -> Iterator[_Row]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -190,8 +227,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object] | str]]:
             yield where, f"a JSON object is needed, not {type(row).__name__}"
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object] | str]]:
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    # Not splitlines: it also splits at U+2028, U+0085, VT and FF, which a caption may hold.
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     columns = [name for name in (reader.fieldnames or []) if name]
     for field in ("path", "text"):
         if not set(ALIASES[field]) & set(columns):
@@ -214,7 +252,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object] | str]]:
             yield where, {k: v for k, v in row.items() if v not in (None, "")}
 
 
-def _scan_rows(source: Path, rows: Iterator[tuple[str, Mapping[str, object] | str]]) -> Scan:
+def _scan_rows(source: Path, rows: Iterable[_Row]) -> Scan:
     records: list[Record] = []
     problems: list[Problem] = []
     for where, row in rows:
@@ -240,8 +278,7 @@ def _record(row: Mapping[str, object], root: Path, where: str) -> Record:
         raise ValueError(_missing("media path", "path", path))
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{path}: {_missing('caption', 'text', text)}")
-    media = Path(path.strip()).expanduser()
-    media = media if media.is_absolute() else root / media
+    media = _located(path, root)
     if media.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         raise ValueError(
             f"{path}: {media.suffix or 'no suffix'} is not a media file; allowed are "

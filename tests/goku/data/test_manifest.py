@@ -191,3 +191,31 @@ def test_a_long_list_of_problems_is_shortened(tmp_path: Path) -> None:
         read_records(tmp_path)
     assert len(error.value.problems) == 60
     assert "... and 10 more" in str(error.value)
+
+
+@pytest.mark.parametrize("strange", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_csv_rows_end_at_line_feeds_alone(tmp_path: Path, strange: str) -> None:
+    csv = tmp_path / "data.csv"
+    csv.write_text(f"path,text\r\na.mp4,one{strange}two\r\nb.mp4,three\r\n", encoding="utf-8")
+    assert [r.text for r in read_records(csv)] == [f"one{strange}two", "three"]
+    csv.write_text(f"path,text\na.mp4,one{strange}two\nb.mp4,x,y\n", encoding="utf-8")
+    assert list(reasons(csv)) == ["data.csv:3"]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_media_that_a_folders_manifest_does_not_list_are_noted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sub").mkdir()
+    for file in ("a.png", "sub/b.mp4", "sub/c.JPG", "d.png", ".hidden.png", "notes.md", "d.txt"):
+        (tmp_path / file).touch()
+    # A row that cannot be used lists its media all the same.
+    rows = [("sub/../a.png", "x"), ("d.png", "")]
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"path": path, "text": text}) for path, text in rows]
+    else:
+        lines = ["path,text", *(f"{path},{text}" for path, text in rows)]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    found = scan(tmp_path)
+    assert found.notes == (f"2 media not listed in {name}: sub/b.mp4, sub/c.JPG",)
+    assert (len(found.records), len(found.problems)) == (1, 1)
+    # Who names the manifest itself has chosen.
+    assert scan(tmp_path / name).notes == ()
