@@ -78,7 +78,7 @@ def _media(record: Record, config: DataConfig, height: int, width: int, *, exact
 
 
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
         levels = np.asarray(image, dtype=np.int64)

@@ -5,7 +5,8 @@
     <cache>/latents/  mean and logvar, fp32 (C, T, H, W), un-normalised
 
 A latent's key is the sha256 of the VAE's fingerprint, the geometry (resize, crop, frames), the
-first frame and fps, and the media file's size and content hash. Hashing reads each new file once,
+first frame and fps, the versions of the decoding libraries, and the media file's size and content
+hash. So an update of Pillow, PyAV or FFmpeg makes latents anew. Hashing reads each new file once,
 at the speed of the disk or about 1 GB/s a core; a file whose content changes while its size and
 modification time do not is missed.
 
@@ -33,7 +34,7 @@ from torch import Tensor
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
 from goku.data.manifest import Record
-from goku.data.media import DECODE_VERSION
+from goku.data.media import DECODE_VERSION, decoder_version
 from goku.data.transform import Geometry
 
 _FORMAT = "goku-latent-1"
@@ -151,6 +152,7 @@ def request_key(identity: FileIdentity, record: Record, config: DataConfig) -> s
     return _key(
         {
             "decode": DECODE_VERSION,
+            "decoder": decoder_version(record),
             "file": asdict(identity),
             "start_frame": record.start_frame,
             "num_frames": record.num_frames,
@@ -169,11 +171,13 @@ def latent_key(
     config: DataConfig,
     geometry: Geometry,
 ) -> str:
-    """Key of one item's latent: VAE, geometry with crop and frames, first frame, fps, file."""
+    """Key of one item's latent: VAE, geometry with crop and frames, first frame, fps, decoder,
+    file."""
     return _key(
         {
             "format": _FORMAT,
             "decode": DECODE_VERSION,
+            "decoder": decoder_version(record),
             "vae": vae_fingerprint,
             "geometry": asdict(geometry),
             "start_frame": record.start_frame,

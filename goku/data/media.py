@@ -5,16 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 import numpy.typing as npt
+import PIL
 
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
 from goku.data.manifest import Record
 from goku.data.transform import Geometry, plan
 
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 """Part of every cache key: raise it whenever the same file would give other pixels."""
+
+
+def decoder_version(record: Record) -> dict[str, str]:
+    """Part of the record's cache keys: the libraries whose other version may give other pixels.
+
+    Pillow reads images and resizes the frames of videos too, which PyAV reads by FFmpeg.
+    """
+    versions = {"pillow": PIL.__version__}
+    if not record.is_image:
+        versions["av"] = av.__version__
+        for name, version in av.library_versions.items():
+            versions[name] = ".".join(str(part) for part in version)
+    return versions
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,14 @@ def test_transparency_is_laid_on_white(tmp_path: Path, rgb: np.ndarray) -> None:
     assert (pixels(tmp_path / "p.png") == 255).all()
 
 
+def test_a_transparent_colour_is_laid_on_white(tmp_path: Path, rgb: np.ndarray) -> None:
+    rgb[10:20, 30:50] = (1, 2, 3)
+    Image.fromarray(rgb).save(tmp_path / "a.png", transparency=(1, 2, 3))
+    clear = (rgb == (1, 2, 3)).all(-1, keepdims=True)
+    assert clear.sum() >= 200
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), np.where(clear, 255, rgb))
+
+
 def test_never_enlarged_unless_asked(tmp_path: Path) -> None:
     small = np.full((40, 40, 3), 7, dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "a.png")

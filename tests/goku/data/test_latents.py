@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -174,3 +175,28 @@ def test_request_key_covers_what_a_geometry_depends_on() -> None:
     assert len(set(different)) == len(different)
     assert key(image_pixels=10**6) == key()
     assert key(replace(RECORD, path="/x/a.png"), image_pixels=10**6) != key()
+
+
+def test_keys_change_with_the_libraries_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = replace(RECORD, path="/x/a.png", num_frames=None)
+
+    def keys(record: Record) -> tuple[str, str]:
+        return (
+            request_key(IDENTITY, record, CONFIG),
+            latent_key("v", IDENTITY, record, CONFIG, GEOMETRY),
+        )
+
+    video, image = [keys(RECORD)], [keys(picture)]
+    for name, value in (
+        ("av.__version__", "0.0.1"),
+        ("av.library_versions", {**av.library_versions, "libavcodec": (1, 2, 3)}),
+    ):
+        monkeypatch.setattr(name, value)
+        video.append(keys(RECORD))
+        assert keys(picture) == image[0]
+    monkeypatch.setattr("PIL.__version__", "0.0.1")
+    video.append(keys(RECORD))  # its frames are resized by Pillow
+    image.append(keys(picture))
+    for found in (video, image):
+        for kind in zip(*found, strict=True):
+            assert len(set(kind)) == len(found)
