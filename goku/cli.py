@@ -248,14 +248,19 @@ def _doctor(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from goku.data import DataConfig, doctor
-    from goku.packing import PackingConfig
+    from goku.packing import PackingConfig, sample_cost
     from goku.run_config import load_run_config
 
+    cost = None
     if args.config is not None:
         run = load_run_config(
             args.config, [f"data.path={json.dumps(str(args.dataset))}", "out=unused"]
         )
-        data, packing = run.data, run.packing
+        data, packing, model = run.data, run.packing, run.model
+
+        def cost(length: int) -> float:  # the trainer's
+            return sample_cost(length, model.dim, text_dim=model.text_dim)
+
     else:
         data, packing = (
             DataConfig(path=str(args.dataset)),
@@ -270,7 +275,7 @@ def _doctor(args: argparse.Namespace) -> int:
     packing = replace(
         packing, **{name: value for name, value in given.items() if value is not None}
     )
-    report = doctor(data, packing, quick=args.quick)
+    report = doctor(data, packing, quick=args.quick, cost=cost)
     print(report.to_json() if args.json else report.to_text())
     return 0 if report.ok else 2
 

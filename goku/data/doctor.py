@@ -31,6 +31,7 @@ def doctor(
     seed: int = 0,
     ranks: int = 1,
     latent_channels: int = 16,
+    cost: Callable[[int], float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DoctorReport:
     """Examine the dataset at config.path for training with `config` and `packing`.
@@ -40,6 +41,9 @@ def doctor(
             the headers. Otherwise everything that training would decode is decoded.
         seed, ranks: of the run whose steps and packs are laid out.
         latent_channels: of the VAE, for the predicted size of the cache.
+        cost: of a sample of so many tokens, by which the run's packs are balanced (for training
+            `goku.packing.sample_cost` with the model's widths); None means length**2, attention
+            alone.
         progress: called as progress(done, total).
 
     Unusable items are in the report, not raised; DataError is raised when there is no dataset to
@@ -69,7 +73,7 @@ def doctor(
         items=tuple(items),
         unusable=tuple(problems),
         notes=found.notes,
-        packing=_lay_out([item.tokens for item in items], packing, seed, ranks),
+        packing=_lay_out([i.tokens for i in items], packing, seed, ranks, cost or _attention),
         # mean and logvar, fp32; a file's header adds less than 1 kB.
         cache_bytes=sum(2 * 4 * latent_channels * 4 * _encoded_tokens(item) for item in items),
     )
@@ -114,8 +118,16 @@ def _encoded_tokens(item: ItemReport) -> int:
     return ((item.encoded_frames - 1) // 4 + 1) * (item.height // 16) * (item.width // 16)
 
 
+def _attention(length: int) -> float:
+    return float(length) ** 2
+
+
 def _lay_out(
-    tokens: Sequence[int], packing: PackingConfig, seed: int, ranks: int
+    tokens: Sequence[int],
+    packing: PackingConfig,
+    seed: int,
+    ranks: int,
+    cost: Callable[[int], float],
 ) -> PackingReport | None:
     """The steps that begin in the first epoch, and the packs of the first 256 of them."""
     if not tokens:
@@ -132,7 +144,7 @@ def _lay_out(
         positions = step_positions(position, length_of, packing.tokens_per_step)
         if steps < _STEPS_PACKED:
             lengths = [length_of(p) for p in positions]
-            costs = [float(length) ** 2 for length in lengths]
+            costs = [cost(length) for length in lengths]
             plan = partition(lengths, costs, ranks, packing.tokens_per_pack)
             flat = [pack for rank in plan for pack in rank]
             shares.append(efficiency(flat, lengths, packing.tokens_per_pack))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from goku.cli import main, parser
+from goku.packing import sample_cost
+from goku.run_config import load_run_config
 
 VERBS = ["demo", "train", "sample", "doctor"]
 
@@ -66,6 +70,27 @@ def test_a_wrong_call_exits_2_and_says_what_is_wrong(
     assert printed == ""
     assert "usage: goku" in error
     assert all(word in error for word in words), error
+
+
+def test_the_doctor_balances_as_the_config_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs: list[Callable[[int], float] | None] = []
+
+    def record(*_: object, cost: Callable[[int], float] | None, **__: object) -> SimpleNamespace:
+        costs.append(cost)
+        return SimpleNamespace(ok=True, to_text=lambda: "fine")
+
+    monkeypatch.setattr("goku.data.doctor", record)
+    config = Path(__file__).parents[2] / "configs" / "small.yaml"
+    model = load_run_config(config, [f"data.path={tmp_path}", "out=unused"]).model
+    assert main(["doctor", str(tmp_path), "--config", str(config)]) == 0
+    assert main(["doctor", str(tmp_path)]) == 0
+    given, default = costs
+    assert default is None
+    assert given is not None
+    for length in (1, 100, 5000):
+        assert given(length) == sample_cost(length, model.dim, text_dim=model.text_dim)
 
 
 def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from goku.data import DataConfig, DataError, ShuffledStream, doctor, prepare
-from goku.packing import PackingConfig
+from goku.packing import PackingConfig, partition
 
 PACKING = PackingConfig(tokens_per_step=100, tokens_per_pack=70)
 
@@ -152,3 +153,31 @@ def test_nothing_usable(config: DataConfig, tmp_path: Path) -> None:
 
 def test_slow_clips_are_noted(config: DataConfig) -> None:
     assert "2 clips slower than fps" in doctor(replace(config, fps=48.0), PACKING).to_text()
+
+
+def test_packs_are_balanced_by_the_given_cost(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[int], list[float]]] = []
+
+    def recorded(lengths: list[int], costs: list[float], *rest: Any) -> Any:
+        seen.append((lengths, costs))
+        return partition(lengths, costs, *rest)
+
+    # By name: goku.data.doctor is also the function.
+    monkeypatch.setattr(importlib.import_module("goku.data.doctor"), "partition", recorded)
+    doctor(config, PACKING)
+    assert seen
+    assert all(costs == [length**2 for length in lengths] for lengths, costs in seen)
+    seen.clear()
+    doctor(config, PACKING, cost=lambda length: 3.0 * length + 1)
+    assert seen
+    assert all(costs == [3.0 * length + 1 for length in lengths] for lengths, costs in seen)
+
+
+def test_an_unlisted_file_is_shown(config: DataConfig, folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text('{"path": "a.png", "text": "x"}\n')
+    assert (
+        "3 media not listed in metadata.jsonl: b.jpg, c.mp4, d.mkv"
+        in doctor(config, PACKING).to_text()
+    )
