@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -270,6 +271,15 @@ def _pretrained(
         )
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"text encoder path {str(folder)!r} holds no *.safetensors file")
+    if (
+        (folder / "spiece.model").is_file()
+        and not (folder / "tokenizer.json").is_file()
+        and find_spec("sentencepiece") is None
+    ):
+        raise ValueError(
+            f"text encoder path {str(folder)!r} holds spiece.model, but needs tokenizer.json "
+            f"(convert once with sentencepiece installed: pip install 'goku[text]')"
+        )
     try:
         loaded: Any = T5EncoderModel.from_pretrained(
             folder,

@@ -282,6 +282,19 @@ def test_bad_folders_are_named(checkpoint: Path, tmp_path: Path) -> None:
     refused(wordy, "the tokenizer has 23 tokens, the model only 16")
 
 
+def test_a_sentencepiece_model_alone_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(checkpoint, tmp_path / "spiece")
+    (folder / "spiece.model").write_bytes(b"\n\x0b\n\x04</s>")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    assert load_text_encoder(TextConfig(path=str(folder))).dim == 24
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"needs tokenizer\.json \(convert once with") as caught:
+        load_text_encoder(TextConfig(path=str(folder)))
+    assert str(folder) in str(caught.value)
+
+
 def test_non_finite_embeddings_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path / "broken")
     model = T5EncoderModel.from_pretrained(folder)
