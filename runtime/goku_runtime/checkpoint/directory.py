@@ -3,7 +3,7 @@
 Temporary directories carry their purpose in a hidden name, so that what a killed process left
 behind is recognised: ``.NAME.saving-*`` (being written; its writer holds a lock on it, which the
 kernel drops when the process dies), ``.NAME.replaced-*`` (an old checkpoint moved out of the way)
-and ``.NAME.removing-*`` (being deleted).
+and ``.NAME.removing-*`` (being deleted). A file ``.latest.*`` is the next pointer, being written.
 
 Whoever makes, moves or sweeps such names holds a lock on the directory that they lie in: a sweep
 never meets one whose owner has not locked it yet, or is half way through two renames.
@@ -19,13 +19,15 @@ import re
 import secrets
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from goku_runtime.checkpoint.manifest import MANIFEST_NAME
 
 __all__ = [
+    "POINTER_NAME",
     "NewDirectory",
+    "next_pointer",
     "remove",
     "remove_leftovers",
     "sole_access",
@@ -33,7 +35,9 @@ __all__ = [
     "write_durably",
 ]
 
+POINTER_NAME = "latest"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>saving|replaced|removing)-[0-9a-f]{16}")
+_NEXT_POINTER = re.compile(rf"\.{POINTER_NAME}\.[0-9a-f]{{16}}")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -134,14 +138,17 @@ def remove_leftovers(parent: Path) -> None:
     """Removes what killed processes left in a directory; puts a replaced checkpoint back.
 
     A ``saving`` directory whose writer lives is left alone. Where the file system has no locks, all
-    of them are. Waits for others who make or sweep temporary directories there.
+    of them are, and pointers that may be being written. Waits for others who make or sweep temporary directories there.
     """
-    with sole_access(parent):
-        _sweep(parent)
+    with sole_access(parent) as locked:
+        _sweep(parent, locked)
 
 
-def _sweep(parent: Path) -> None:
+def _sweep(parent: Path, locked: bool) -> None:
     for path in list(parent.iterdir()):
+        if locked and _NEXT_POINTER.fullmatch(path.name) and not path.is_dir():
+            with suppress(OSError):
+                path.unlink()
         found = _TEMPORARY.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
             continue
@@ -181,6 +188,11 @@ def sole_access(parent: Path) -> Generator[bool]:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def next_pointer(root: Path) -> Path:
+    """A new name for a pointer that is being written. Write and rename it with `sole_access`."""
+    return root / f".{POINTER_NAME}.{secrets.token_hex(8)}"
 
 
 def _temporary(target: Path, purpose: str) -> Path:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from pathlib import Path
 
 from goku_runtime.checkpoint.directory import (
+    POINTER_NAME,
+    next_pointer,
     remove,
     remove_leftovers,
+    sole_access,
     sync_directory,
     write_durably,
 )
 from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
 
 __all__ = ["POINTER_NAME", "latest", "prune", "set_latest"]
-
-POINTER_NAME = "latest"
 
 
 def set_latest(root: str | os.PathLike[str], name: str) -> None:
@@ -34,12 +34,13 @@ def set_latest(root: str | os.PathLike[str], name: str) -> None:
     problems = _problems(root, name)
     if problems:
         raise CheckpointError(f"{root / name} cannot become the latest: " + "; ".join(problems))
-    temporary = root / f".{POINTER_NAME}.{secrets.token_hex(8)}"
-    try:
-        write_durably(temporary, f"{name}\n".encode())
-        os.replace(temporary, root / POINTER_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = next_pointer(root)
+    with sole_access(root):
+        try:
+            write_durably(temporary, f"{name}\n".encode())
+            os.replace(temporary, root / POINTER_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
     sync_directory(root)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from goku_runtime.checkpoint import CheckpointError, latest, load, prune, save, set_latest
+from goku_runtime.checkpoint.directory import remove_leftovers
 
 
 def make(root: Path, *names: str) -> None:
@@ -71,6 +77,75 @@ def test_only_a_complete_checkpoint_becomes_the_latest(tmp_path: Path, name: str
         set_latest(tmp_path, name)
     assert latest(tmp_path) == tmp_path / "good"
     assert names(tmp_path) == {"good", "half", "latest"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing is cleaned up."""
+
+
+def kill_before_replace(monkeypatch: pytest.MonkeyPatch, root: Path, name: str) -> Path:
+    """set_latest up to its rename; returns the file that it leaves."""
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        with pytest.raises(Killed):
+            set_latest(root, name)
+    (left,) = (path for path in root.iterdir() if path.name.startswith(".latest."))
+    return left
+
+
+@pytest.mark.parametrize("sweep", ["save", "prune", "latest"])
+def test_killed_before_the_pointer_is_in_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sweep: str
+) -> None:
+    make(tmp_path, "a", "b")
+    kill_before_replace(monkeypatch, tmp_path, "a")
+    others = [".latest.swp", ".latest.0123456789abcdef0", "latest.0123456789abcdef"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".latest.0123456789abcdef").mkdir()
+    if sweep == "save":
+        save({"w": torch.zeros(8), "name": "b"}, tmp_path / "b", overwrite=True)
+    elif sweep == "prune":
+        prune(tmp_path, 2)
+    else:
+        assert latest(tmp_path) == tmp_path / "b"
+    assert names(tmp_path) == {"a", "b", *others, ".latest.0123456789abcdef"}
+
+
+def test_a_pointer_being_written_is_not_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make(tmp_path, "a", "b")
+    real = os.replace
+    sweep = threading.Thread(target=remove_leftovers, args=(tmp_path,))
+
+    def interrupted(source: Path, target: Path) -> None:
+        sweep.start()
+        sweep.join(0.5)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    set_latest(tmp_path, "a")
+    sweep.join(10)
+    assert latest(tmp_path) == tmp_path / "a"
+    assert names(tmp_path) == {"a", "b", "latest"}
+
+
+def test_without_locks_no_pointer_is_swept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    make(tmp_path, "a")
+    left = kill_before_replace(monkeypatch, tmp_path, "a")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    set_latest(tmp_path, "a")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == {"a", "latest", left.name}
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
