@@ -24,7 +24,8 @@ _TRAIN_HELP = """examples:
   goku train configs/small.yaml out=runs/first --dry-run
   torchrun --nproc-per-node 2 -m goku.cli train configs/small.yaml out=runs/first
 
-A run whose folder holds a checkpoint is resumed. SIGTERM or Ctrl-C finishes the step, writes a checkpoint, exits 0."""
+A run whose folder holds a checkpoint is resumed. SIGTERM or Ctrl-C finishes the step, writes a checkpoint, exits 0;
+before the first step (a VAE in training, latents being encoded) it ends at once, and the VAE's training starts over."""
 
 _SAMPLE_HELP = """examples:
   goku sample runs/first --prompt "a cup of coffee" --height 128 --width 160
@@ -80,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved run, its size and memory, and stop",
+        help="print the resolved run, its size and memory, and stop; does not look at the data",
     )
     train.add_argument(
         "--profile", action="store_true", help="write a torch.profiler trace of steps 3-5"
@@ -196,6 +197,7 @@ def _train_run(config: RunConfig, profile: bool) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    from goku.media_files import file_stem
     from goku.metrics import RunLog, progress_bar
     from goku.parallelize import parallel_context
     from goku.precision import autocast_dtype
@@ -239,7 +241,9 @@ def _sample(args: argparse.Namespace) -> int:
 
             for index, video in generate_share(loaded, requests, settings, context, on_step):
                 row, prompt, seed = cases[index]
-                path = save_media(video, args.out / f"{row:04d}_seed{seed}", args.fps)
+                path = save_media(
+                    video, args.out / f"{row:04d}_{file_stem(prompt[:40])}_seed{seed}", args.fps
+                )
                 print(f"{path}  {prompt}", flush=True)
     return 0
 

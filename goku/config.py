@@ -338,8 +338,8 @@ def _suggest(cls: Any, key: str, where: str) -> str:
     if not meant:
         here = [field.name for field in dataclasses.fields(cls) if field.init]
         meant = [_join(where, name) for name in difflib.get_close_matches(key, here, n=1)]
-    hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-    return f"unknown key, known are {_names(cls)}{hint}"
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"unknown key; {hint}Known are {_names(cls)}"
 
 
 def _paths(cls: Any, where: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -56,6 +57,8 @@ def describe(config: RunConfig) -> str:
             f"{str(dtype).removeprefix('torch.')} products, fp32 weights, on {device.type}",
         ),
         ("processes", f"{world} (data parallel)"),
+        ("data", f"{config.data.path} (not looked at; goku doctor does)"),
+        ("VAE", _vae(config)),
         ("tokens per step", f"{tokens:,} at most, in packs of {pack:,}"),
         ("FLOPs per step", f"about {work:.3e} at most (forward and backward)"),
         *((f"memory: {name}", _bytes(count * size)) for name, size in states.items()),
@@ -71,6 +74,16 @@ def describe(config: RunConfig) -> str:
     width = max(len(name) for name, _ in rows)
     return (
         parser.dump(config) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    )
+
+
+def _vae(config: RunConfig) -> str:
+    if (Path(config.vae.path) / "config.json").is_file():
+        return config.vae.path
+    if config.vae.train is None:
+        return f"{config.vae.path} holds none, and there is no vae.train to train one"
+    return (
+        f"none in {config.vae.path} yet: trained on the data first, {config.vae.train.steps} steps"
     )
 
 

@@ -48,11 +48,16 @@ class RunLog:
 
     Every event is one JSON object per line with "event", "step" and "time" (seconds since the epoch), flushed at
     once, so that what was logged survives a kill. `tensorboard` names a directory or is None; asking for it without
-    the package raises ImportError with the way to get it.
+    the package raises ImportError with the way to get it. what: one word for what a step is a step of.
     """
 
     def __init__(
-        self, path: Path | None, *, total_steps: int, tensorboard: Path | None = None
+        self,
+        path: Path | None,
+        *,
+        total_steps: int,
+        tensorboard: Path | None = None,
+        what: str = "train",
     ) -> None:
         self._file: IO[str] | None = None
         self._writer: Any = None
@@ -72,7 +77,7 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
-        self._total = total_steps
+        self._total, self._what = total_steps, what
         self._last_plain = 0.0
 
     def event(self, event: str, step: int, **fields: Any) -> None:
@@ -103,13 +108,13 @@ class RunLog:
             if self._bar is None:
                 self._bar = progress_bar(self.console)
                 self._task = self._bar.add_task(
-                    "train", total=self._total, completed=step, info=info
+                    self._what, total=self._total, completed=step, info=info
                 )
                 self._bar.start()
             self._bar.update(self._task, completed=step, info=info)
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL or step == self._total:
             self._last_plain = time.monotonic()
-            self.message(f"step {step}/{self._total}  {info}")
+            self.message(f"{self._what} {step}/{self._total}  {info}")
 
     def message(self, text: str) -> None:
         """A line for people, above the progress bar."""

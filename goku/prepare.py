@@ -58,18 +58,23 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
         grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
         cut_grid(grid, config.packing.tokens_per_pack, record.name, config.packing.overlong)
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
-    log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps)
+    log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 
     def on_step(fields: dict[str, Any]) -> None:
         step = int(fields.pop("step"))
         log.event("vae_step", step, **fields)
-        log.progress(step, "  ".join(f"{name} {value:.3f}" for name, value in fields.items()))
+        log.progress(step, f"loss {fields['loss']:.4f}  reconstruction {fields['psnr']:.1f} dB")
 
     log.message(
         f"training the VAE on {len(clips)} items: {config.vae.train.steps} steps, kept in {path}"
     )
     try:
         train_vae(vae, clips, config.vae.train, seed=config.seed, log=on_step)
+    except SystemExit:
+        log.message(
+            "stopped while the VAE was trained: nothing of it is kept, run again to start it over"
+        )
+        raise
     finally:
         log.close()
     vae.save(path)

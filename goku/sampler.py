@@ -117,10 +117,16 @@ def load_for_sampling(run: Path, device: torch.device) -> Loaded:
 
     Raises ValueError when there is no checkpoint, it is damaged, or the VAE does not fit the model.
     """
+    if not run.is_dir():
+        raise ValueError(
+            f"{run}: no such folder; allowed: the `out` folder of a training run, or a checkpoint in it"
+        )
     path = run if (run / "manifest.json").exists() else find_checkpoint(run / "checkpoints")
     if path is None:
+        below = [child for child in sorted(run.iterdir()) if (child / "checkpoints").is_dir()]
+        hint = f"; did you mean {below[0]}?" if below else ""
         raise ValueError(
-            f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it"
+            f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it{hint}"
         )
     config = checkpoint.read_values(path)["run"]["config"]
     model = GokuTransformer(parser.parse(ModelConfig, config["model"], where="model"))

@@ -160,6 +160,7 @@ class Trainer:
                         )
                         return "stopped"
             log.event("finish", self.step)
+            log.message(f"finished at step {self.step}; try: goku sample {self.out} --prompt TEXT")
         return "finished"
 
     def train_step(self, log: RunLog, stop: threading.Event) -> bool:

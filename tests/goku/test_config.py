@@ -94,7 +94,7 @@ def test_a_quoted_number_stays_a_string(tmp_path: Path) -> None:
         ({"model": {"dim": 8}, "optimiser": {}}, "optimiser", "did you mean optimizer?"),
         ({"model": {"dim": 8}, "axes_dim": 2}, "axes_dim", "did you mean model.axes_dim?"),
         ({"model": {"dim": 8}, "betas": 2}, "betas", "did you mean optimizer.betas or ema.betas?"),
-        ({"model": {"dim": 8}, "zzz": 2}, "zzz", "known are model, optimizer, ema"),
+        ({"model": {"dim": 8}, "zzz": 2}, "zzz", "Known are model, optimizer, ema"),
         ({"model": {}}, "model.dim", "found nothing; must be an integer"),
         ({}, "model", "must be a section with dim, depth"),
         ({"model": 3}, "model", "found 3; must be a section"),

@@ -345,8 +345,8 @@ def test_other_media_under_the_same_config_are_refused(
 def test_sampling_from_nothing(refused: Any, tmp_path: Path) -> None:
     empty, out = tmp_path / "empty", tmp_path / "samples"
     empty.mkdir()
-    for folder in (empty, tmp_path / "absent"):
-        refused([str(folder), "no checkpoint"], "sample", folder, "--prompt", "x", "--out", out)
+    for folder, words in ((empty, "no checkpoint"), (tmp_path / "absent", "no such folder")):
+        refused([str(folder), words], "sample", folder, "--prompt", "x", "--out", out)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     assert not list(empty.iterdir())
 

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from goku import media_files
 from goku.cli import main
 from goku.flow import time_grid
 from goku.model import GokuTransformer, patchify
@@ -216,7 +217,9 @@ def test_the_command_writes_the_same_files_on_one_and_two_processes(
             *["clip number 1"] * 2,
             *["something else"] * 2,
         ]
-    names = [f"{row:04d}_seed{seed}.mp4" for row in range(4) for seed in (7, 8)]
+    prompts_given = ["first", "picture number 0", "clip number 1", "something else"]
+    stems = [media_files.file_stem(prompt) for prompt in prompts_given]
+    names = [f"{row:04d}_{stems[row]}_seed{seed}.mp4" for row in range(4) for seed in (7, 8)]
     assert sorted(files[0]) == names
     assert files[0] == files[1]
     assert len(set(files[0].values())) == 8
