@@ -35,7 +35,8 @@ def _config(*overrides: str, **model: Any) -> RunConfig:
 
 
 def _rows(text: str) -> dict[str, str]:
-    rows = [re.split(r" {2,}", line, maxsplit=1) for line in text.splitlines()[-12:]]
+    table = text[text.index("\nparameters") :].splitlines()
+    rows = [re.split(r" {2,}", line, maxsplit=1) for line in table]
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
