@@ -52,7 +52,7 @@ def test_every_verb_has_help_with_examples_that_parse(
     ("arguments", "words"),
     [
         ([], ["required", "{demo,train,sample,doctor}"]),
-        (["tarin"], ["trian", "train"]),
+        (["tarin"], ["tarin", "train"]),
         (["train"], ["config"]),
         (["sample"], ["run"]),
         (["doctor"], ["dataset"]),
