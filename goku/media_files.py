@@ -54,8 +54,9 @@ def file_stem(name: str) -> str:
 
     Names that differ only in what is replaced or cut get different stems, by a short hash.
     """
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80].strip("._")
-    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if plain and plain == name else f"{plain}_{digest}".lstrip("_")
 
 
 def png_bytes(frame: npt.NDArray[np.uint8]) -> bytes:
