@@ -82,7 +82,10 @@ class ParallelContext:
             failure = error
         messages = self.gather(None if failure is None else str(failure))
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame: a cycle
         for rank, message in enumerate(messages):
             if message is not None:
                 raise ValueError(f"rank {rank}: {message}")
@@ -119,12 +122,18 @@ def parallel_context(
         yield ParallelContext(0, 1, where, None)
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    context = ParallelContext(rank, world, where, None)
     try:
-        world_group = dist.group.WORLD
+        object.__setattr__(context, "group", dist.group.WORLD)
         # One rank may train a VAE or draw samples for hours; a rank that dies is noticed by its closed connection.
-        host_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        yield ParallelContext(rank, world, where, world_group, host_group)
+        waiting = timedelta(days=1)
+        object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
+        yield context
     finally:
+        # A traceback may keep `context` until the interpreter ends, and a gloo group whose threads still run then
+        # aborts the process ("terminate called"), hiding its exit code: the groups must not outlive this block.
+        object.__setattr__(context, "group", None)
+        object.__setattr__(context, "host_group", None)
         dist.destroy_process_group()
 
 
