@@ -42,9 +42,8 @@ def write_report(path: Path, report: Report) -> None:
             file.write(render(report))
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    finally:
+        Path(scratch).unlink(missing_ok=True)  # gone already when it was renamed
 
 
 def render(report: Report) -> str:
