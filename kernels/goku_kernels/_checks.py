@@ -7,6 +7,8 @@ Order of the checks: dtype, shape, device, stride, then values. Values of `cu_se
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -14,27 +16,64 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Looked for once, without importing it: torch.compile cannot trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 _ABSENT = {
-    "triton": "the Triton kernels come with a later release of goku_kernels",
     "cuda": "the CUDA extension goku_kernels._cuda comes with a later release of goku_kernels",
-    "flash": "the flash-attn binding comes with a later release of goku_kernels",
 }
 
 
-def choose_backend(operator: str, backend: str | None, allowed: Sequence[str]) -> str:
-    """Name of the backend to run: None means the best one present (today: "torch").
+def choose_backend(
+    operator: str,
+    backend: str | None,
+    allowed: Sequence[str],
+    x: Tensor,
+    refusal: str | None = None,
+) -> str:
+    """Name of the backend to run: None means the best one for `x` on this installation.
+
+    Args:
+        operator: for the errors.
+        backend: what the caller asked for.
+        allowed: the operator's backends, "torch" among them.
+        x: a tensor of the tokens; its device decides.
+        refusal: why the Triton kernels cannot take these arguments, None if they can. None as
+            `backend` then means "torch".
 
     Raises:
-        ValueError: `backend` is no backend of this operator.
-        RuntimeError: it is one, but this installation does not have it.
+        ValueError: `backend` is no backend of this operator, or "triton" and `refusal` is given.
+        RuntimeError: it is one, but this installation or device does not have it.
     """
-    if backend is None or backend == "torch":
-        return "torch"
+    if backend is None:
+        usable = refusal is None and x.is_cuda and triton_absent(x.device.type) is None
+        return "triton" if usable else "torch"
     if backend not in allowed:
         raise ValueError(f"{operator}: backend is {backend!r}: allowed are None, {list(allowed)}")
-    raise RuntimeError(
-        f"{operator}: backend {backend!r} is not available: {_ABSENT[backend]}; "
-        'use backend="torch" or None until then'
+    absent = _ABSENT.get(backend)
+    if backend == "triton":
+        absent = triton_absent(x.device.type)
+        if absent is None and refusal is not None:
+            raise ValueError(f"{operator}: {refusal}")
+    if absent is not None:
+        raise RuntimeError(
+            f"{operator}: backend {backend!r} is not available: {absent}; "
+            'backend="torch" or None always is'
+        )
+    return backend
+
+
+def triton_absent(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this type of device; None if they can."""
+    if not _HAS_TRITON:
+        return "the package triton is not installed (the extra [gpu] brings it)"
+    if device_type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device_type == "cpu" else f"the interpreter has no {device_type} tensors"
+    return (
+        f"it needs a CUDA device, the tokens are on {device_type} (TRITON_INTERPRET=1, set before "
+        "the first use, interprets the kernels on a CPU)"
     )
 
 

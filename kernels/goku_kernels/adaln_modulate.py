@@ -5,8 +5,9 @@ Letters in shapes: T tokens, B samples, d width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from . import _checks as check
@@ -16,6 +17,81 @@ _OP = "adaln_modulate"
 _BACKENDS = ("torch", "triton")
 
 Norm = Literal["layer", "rms", "none"]
+
+
+@torch.library.custom_op("goku_kernels::adaln_modulate", mutates_args=())
+def _forward(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None, norm: str,
+    weight: Tensor | None, eps: float, token_offset: int,
+) -> Tensor:  # fmt: skip
+    from .triton import adaln_modulate as kernels
+    from .triton.launch import launcher
+
+    return kernels.forward(
+        x, shift, scale, cu_seqlens, norm, weight, eps, token_offset, run=launcher(x)
+    )
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None, norm: str,
+    weight: Tensor | None, eps: float, token_offset: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("goku_kernels::adaln_modulate_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None,
+    norm: str, weight: Tensor | None, eps: float, token_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from .triton import adaln_modulate as kernels
+    from .triton.launch import launcher
+
+    grads = kernels.backward(
+        dy, x, shift, scale, cu_seqlens, norm, weight, eps, token_offset, run=launcher(x)
+    )
+    dshift, dscale, dweight = (absent(x) if g is None else g for g in grads[3:])
+    return grads.x, dshift, dscale, dweight
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None,
+    norm: str, weight: Tensor | None, eps: float, token_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), like(shift, x), like(scale, x), like(weight, x)
+
+
+def absent(x: Tensor) -> Tensor:
+    """What an operator returns in the place of a gradient that does not exist."""
+    return x.new_empty(0)
+
+
+def like(argument: Tensor | None, x: Tensor) -> Tensor:
+    """A contiguous gradient for `argument`, for fake tensors."""
+    return absent(x) if argument is None else argument.new_empty(argument.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, shift, scale, cu_seqlens, norm, weight, eps, token_offset = inputs
+    ctx.save_for_backward(x, shift, scale, cu_seqlens, weight)
+    ctx.options = (norm, eps, token_offset)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, shift, scale, cu_seqlens, weight = ctx.saved_tensors
+    norm, eps, token_offset = ctx.options
+    dx, dshift, dscale, dweight = _backward(
+        dy, x, shift, scale, cu_seqlens, norm, weight, eps, token_offset
+    )
+    return (
+        dx, None if shift is None else dshift, None if scale is None else dscale, None, None,
+        None if weight is None else dweight, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def adaln_modulate(
@@ -53,13 +129,28 @@ def adaln_modulate(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    backend = check.choose_backend(_OP, backend, _BACKENDS)
     check.check_dense(_OP, "x", x, (None, None))
     modulation = {"shift": shift, "scale": scale}
     check_modulation(_OP, x, modulation, cu_seqlens, norm, weight, eps, token_offset)
+    if check.choose_backend(_OP, backend, _BACKENDS, x, triton_refusal(x)) == "triton":
+        return _forward(x, shift, scale, cu_seqlens, norm, weight, eps, token_offset)
     return reference.adaln_modulate(
         x, shift, scale, cu_seqlens, norm=norm, weight=weight, eps=eps, token_offset=token_offset
     )
+
+
+_LARGEST_WIDTH = 8192
+
+
+def triton_refusal(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take tokens like `x` (T, d); None if they can."""
+    if x.dtype == torch.float64:
+        return f'x has dtype {x.dtype}: allowed with backend="triton" are fp16, bf16 and fp32'
+    if x.shape[1] > _LARGEST_WIDTH:
+        return (
+            f'x has width {x.shape[1]}: allowed with backend="triton" is {_LARGEST_WIDTH} at most'
+        )
+    return None
 
 
 def check_modulation(

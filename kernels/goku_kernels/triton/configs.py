@@ -1,0 +1,53 @@
+"""Launch configurations, shipped as data: configs/<op>.json, one row per kernel, size and chip.
+
+A configuration depends on (op, kernel, width or head_dim, dtype, chip) and on nothing that changes
+from batch to batch, so that no pack ever waits for a tuner. `python -m bench tune OP` measures
+candidates on a GPU and rewrites the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from importlib import resources
+
+import torch
+
+Config = Mapping[str, int]
+
+
+def config(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Config:
+    """Meta-parameters and launch options of `kernel` of operator `op`.
+
+    Args:
+        op, kernel: names as in configs/<op>.json.
+        size: width or head_dim; the row of the smallest size that is not less holds.
+        dtype: of the tokens.
+        chip: 80, 90 or 100 (see `launch.CHIPS`).
+
+    Raises:
+        ValueError: no row for these, with what there is.
+    """
+    name = str(dtype).removeprefix("torch.")
+    rows = [
+        row
+        for row in table(op)
+        if row["kernel"] == kernel and name in row["dtypes"] and row["chip"] == chip
+    ]
+    fitting = [row for row in rows if row["size"] >= size]
+    if not fitting:
+        largest = max((row["size"] for row in rows), default=None)
+        raise ValueError(
+            f"{op}: no configuration of its {kernel} kernel for size {size}, {name}, sm_{chip}: "
+            f"the largest size there is {largest}"
+        )
+    values: Config = min(fitting, key=lambda row: row["size"])["config"]
+    return values
+
+
+@functools.cache
+def table(op: str) -> tuple[Mapping, ...]:
+    """All rows of configs/<op>.json: {kernel, size, dtypes, chip, config}."""
+    file = resources.files(__package__) / "configs" / f"{op}.json"
+    return tuple(json.loads(file.read_text(encoding="utf-8"))["rows"])

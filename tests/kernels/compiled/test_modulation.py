@@ -1,0 +1,35 @@
+"""The kernels of adaln_modulate and gated_residual_adaln, compiled for chips that are not here."""
+
+import importlib
+import re
+
+import pytest
+
+from goku_kernels.triton import adaln_modulate, gated_residual_adaln, modulation
+from goku_kernels.triton.compiling import compile_shipped
+from goku_kernels.triton.configs import table
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [adaln_modulate, gated_residual_adaln],
+    ids=["adaln_modulate", "gated_residual_adaln"],
+)
+def test_every_shipped_configuration_fits(operator, chip, assert_fits):
+    for name, launch, report in compile_shipped(operator, chip):
+        assert_fits(name, report, launch)
+        if report.kernel != "reduce_kernel":
+            # 16 bytes a thread: half of the bandwidth is lost with less.
+            assert re.search(r"LDG(STS)?\.E\.(BYPASS\.)?(LTC128B\.)?128", report.asm["sass"]), name
+            assert "STG.E.128" in report.asm["sass"], name
+
+
+def test_no_integer_is_compiled_in(kernels_of, assert_no_value_is_compiled_in):
+    for kernel in kernels_of(modulation).values():
+        assert_no_value_is_compiled_in(kernel)
+
+
+@pytest.mark.parametrize("operator", [adaln_modulate.OP, gated_residual_adaln.OP])
+def test_what_the_operator_refuses_is_what_has_no_configuration(operator):
+    largest = importlib.import_module("goku_kernels.adaln_modulate")._LARGEST_WIDTH
+    assert {row["size"] for row in table(operator) if row["size"] >= largest} == {largest}
