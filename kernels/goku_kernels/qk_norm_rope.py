@@ -6,7 +6,7 @@ Letters in shapes: T tokens, B samples, H heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -96,7 +96,6 @@ def qk_norm_rope(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    backend = check.choose_backend(_OP, backend, _BACKENDS)
     check.check_choice(_OP, "norm", norm, ("full", "head", "none"))
     check.check_choice(_OP, "pairing", pairing, ("interleaved", "half"))
     check.check_dense(_OP, "q", q, (None, None, None))
@@ -110,12 +109,152 @@ def qk_norm_rope(
     check.check_positive(_OP, "theta", theta)
     check.check_positive(_OP, "eps", eps)
     check.check_count(_OP, "token_offset", token_offset)
+    if check.choose_backend(_OP, backend, _BACKENDS, q, _refusal(q, k)) == "triton":
+        q_out, k_out = torch.ops.goku_kernels.qk_norm_rope(
+            q, k, q_weight, k_weight, cu_seqlens, grid_sizes, list(axes_dim), norm, pairing,
+            rotate_k, float(theta), float(eps), positions, position_offset, position_scale,
+            token_offset,
+        )  # fmt: skip
+        return q_out if k is None else (q_out, k_out)
     return reference.qk_norm_rope(
         q, k, q_weight, k_weight,
         cu_seqlens=cu_seqlens, grid_sizes=grid_sizes, axes_dim=axes_dim, norm=norm, pairing=pairing,
         rotate_k=rotate_k, theta=theta, eps=eps, positions=positions,
         position_offset=position_offset, position_scale=position_scale, token_offset=token_offset,
     )  # fmt: skip
+
+
+# Channels of a token that the Triton kernels hold at once, heads and head_dim rounded up to powers
+# of two: the largest size in triton/configs/qk_norm_rope.json.
+_LARGEST = 8192
+
+
+def _refusal(q: Tensor, k: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take q and k; None if they can."""
+    if q.dtype == torch.float64:
+        return "q has dtype torch.float64: backend 'triton' takes float16, bfloat16 and float32"
+    for name, x in (("q", q), ("k", k)):
+        if x is not None:
+            tile = _padded(x.shape[1]) * _padded(x.shape[2])
+            if tile > _LARGEST:
+                return (
+                    f"{name} has {x.shape[1]} heads of {x.shape[2]} channels, {tile} with "
+                    f"both rounded up to powers of two: backend 'triton' takes up to {_LARGEST}"
+                )
+    return None
+
+
+def _padded(n: int) -> int:
+    size = 1
+    while size < n:
+        size *= 2
+    return size
+
+
+# ---- the custom operators: Triton only -----------------------------------------------------------
+
+_TURN = (
+    "Tensor cu_seqlens, Tensor? grid_sizes, int[] axes_dim, str norm, str pairing, bool rotate_k, "
+    "float theta, float eps, Tensor? positions, Tensor? position_offset, Tensor? position_scale, "
+    "SymInt token_offset"
+)
+
+
+@torch.library.custom_op(
+    "goku_kernels::qk_norm_rope",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, {_TURN})"
+    " -> (Tensor, Tensor)",
+)
+def _qk_norm_rope(
+    q: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, *turn: Any
+) -> tuple[Tensor, Tensor]:
+    """q and k, normed and turned; an empty tensor for k=None."""
+    from .triton import qk_norm_rope as kernels
+    from .triton.launch import launcher
+
+    sides = [kernels.Side(q, q_weight)] + ([] if k is None else [kernels.Side(k, k_weight)])
+    outs = kernels.forward(sides, kernels.Turn(*turn), launcher(q))
+    return outs[0], q.new_empty(0) if k is None else outs[1]
+
+
+@_qk_norm_rope.register_fake
+def _(
+    q: Tensor, k: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None, *turn: Any
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape)
+
+
+@torch.library.custom_op(
+    "goku_kernels::qk_norm_rope_backward",
+    mutates_args=(),
+    schema="(Tensor dq_out, Tensor? dk_out, Tensor q, Tensor? k, Tensor? q_weight, "
+    f"Tensor? k_weight, bool want_q_weight, bool want_k_weight, {_TURN})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _qk_norm_rope_backward(
+    dq_out: Tensor, dk_out: Tensor | None, q: Tensor, k: Tensor | None, q_weight: Tensor | None,
+    k_weight: Tensor | None, want_q_weight: bool, want_k_weight: bool, *turn: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and their weights; an empty tensor for what is absent or not wanted."""
+    from .triton import qk_norm_rope as kernels
+    from .triton.launch import launcher
+
+    sides = [kernels.Side(q, q_weight, dq_out, want_q_weight)]
+    if k is not None:
+        sides.append(kernels.Side(k, k_weight, dk_out, want_k_weight))
+    grads = kernels.backward(sides, kernels.Turn(*turn), launcher(q))
+    empty = q.new_empty
+    dq, dq_weight = grads[0]
+    dk, dk_weight = (empty(0), None) if k is None else grads[1]
+    return (
+        dq,
+        dk,
+        empty(0) if dq_weight is None else dq_weight,
+        empty(0) if dk_weight is None else dk_weight,
+    )
+
+
+@_qk_norm_rope_backward.register_fake
+def _(
+    dq_out: Tensor, dk_out: Tensor | None, q: Tensor, k: Tensor | None, q_weight: Tensor | None,
+    k_weight: Tensor | None, want_q_weight: bool, want_k_weight: bool, *turn: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(0 if k is None else k.shape),
+        q_weight.new_empty(q_weight.shape)
+        if want_q_weight and q_weight is not None
+        else q.new_empty(0),
+        k_weight.new_empty(k_weight.shape)
+        if want_k_weight and k_weight is not None
+        else q.new_empty(0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+
+def _gradient(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = iter(ctx.saved_tensors)
+    q, k, q_weight, k_weight, *turn = (next(tensors) if x is None else x[0] for x in ctx.others)
+    wanted = ctx.needs_input_grad
+    dq, dk, dq_weight, dk_weight = torch.ops.goku_kernels.qk_norm_rope_backward(
+        dq_out, None if k is None else dk_out, q, k, q_weight, k_weight, wanted[2], wanted[3], *turn
+    )
+    return (
+        dq,
+        None if k is None else dk,
+        dq_weight if wanted[2] else None,
+        dk_weight if wanted[3] else None,
+        *[None] * len(turn),
+    )
+
+
+_qk_norm_rope.register_autograd(_gradient, setup_context=_save)
 
 
 def _check_key(q: Tensor, k: Tensor | None, k_weight: Tensor | None, rotate_k: bool) -> None:

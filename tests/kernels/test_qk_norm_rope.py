@@ -244,7 +244,7 @@ def test_refusals(message):
 
 
 def test_an_absent_backend_says_what_brings_it():
-    with pytest.raises(RuntimeError, match=r"'triton' is not available: .* later release"):
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: .*(CUDA|not installed)"):
         call(_P, _Q, backend="triton")
     assert torch.equal(call(_P, _Q, backend="torch"), call(_P, _Q))
 
