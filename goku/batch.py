@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from goku.data import CachedDataset, Item
-from goku.flow import FlowConfig, drop_text, interpolate, sample_times, velocity_target
+from goku.flow import FlowConfig, drop_text, sample_times
 from goku.model import patchify
 from goku.packing import PackingConfig, cut_grid
-from goku.random import Purpose, normal, normal_packed
+from goku.random import Purpose, normal, stream_tensor
 from goku.vae import VideoVAE
 from goku_kernels import Packing
+from goku_kernels.rectified_flow_noise import rectified_flow_noise
 
 __all__ = ["Batch", "BatchBuilder"]
 
@@ -42,7 +43,10 @@ class Batch:
 
 
 class BatchBuilder:
-    """Builds packs from one cached dataset on one device."""
+    """Builds packs from one cached dataset on one device.
+
+    backend: of the noising operator; the numbers are the same on all.
+    """
 
     def __init__(
         self,
@@ -52,7 +56,9 @@ class BatchBuilder:
         packing: PackingConfig,
         seed: int,
         device: torch.device,
+        backend: str | None = None,
     ) -> None:
+        self.backend = backend
         self.dataset, self.vae, self.flow, self.packing = dataset, vae, flow, packing
         self.seed, self.device = seed, device
         self.grids = [
@@ -105,13 +111,20 @@ class BatchBuilder:
         packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
         text_packing = Packing.from_lengths([len(text) for text in texts], device=self.device)
         x1 = torch.cat(latents).to(self.device)
-        lengths = [latent.numel() for latent in latents]
-        x0 = normal_packed(self.seed, keys, lengths, purpose, device=self.device).view_as(x1)
         t = times.to(self.device, torch.float32)
+        x, target = rectified_flow_noise(
+            x1,
+            t,
+            stream_tensor(keys, self.device),
+            packing.cu_seqlens,
+            seed=self.seed,
+            purpose=int(purpose),
+            backend=self.backend,
+        )
         items = [self.dataset.items[i] for i in indices]
         return Batch(
-            x=interpolate(x1, x0, t, packing.segment_ids()),
-            target=velocity_target(x1, x0),
+            x=x,
+            target=target,
             t=t,
             text=torch.cat(texts).to(self.device),
             packing=packing,

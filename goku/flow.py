@@ -20,6 +20,9 @@ from torch import Tensor
 
 from goku.random import Purpose, normal_packed, uniform_each
 from goku_kernels import Packing
+from goku_kernels.rectified_flow_noise import path, velocity
+from goku_kernels.velocity_loss import per_sample_mse as packed_mse
+from goku_kernels.velocity_loss import weighted_loss
 
 __all__ = [
     "FlowConfig",
@@ -167,27 +170,20 @@ def interpolate(
         ValueError: the shapes do not fit.
     """
     _same_shape("x0", x0, "x1", x1)
-    dtype = torch.promote_types(x1.dtype, torch.float32)
     t = torch.as_tensor(t, device=x1.device)
-    t = t if t.is_floating_point() else t.to(dtype)
-    noise_share = (1.0 - t).to(dtype)  # before t is rounded: t near 1 keeps its digits
-    data_share = t.to(dtype)
+    t = t if t.is_floating_point() else t.to(torch.promote_types(x1.dtype, torch.float32))
     if segment_ids is not None:
         if t.dim() != 1 or segment_ids.shape != x1.shape[:1]:
             raise ValueError(
                 f"t has shape {tuple(t.shape)} and segment_ids {tuple(segment_ids.shape)}; "
                 f"allowed are (B,) and ({x1.shape[0]},)"
             )
-        data_share = data_share.index_select(0, segment_ids)
-        noise_share = noise_share.index_select(0, segment_ids)
+        t = t.index_select(0, segment_ids)
     elif t.dim() != 0 and t.shape != x1.shape[:1]:
         raise ValueError(
             f"t has shape {tuple(t.shape)}; without segment_ids allowed are () and ({x1.shape[0]},)"
         )
-    if t.dim() == 1:
-        column = (-1,) + (1,) * (x1.dim() - 1)
-        data_share, noise_share = data_share.view(column), noise_share.view(column)
-    return (data_share * x1.to(dtype) + noise_share * x0.to(dtype)).to(x1.dtype)
+    return path(x1, x0, t.view(t.shape + (1,) * (x1.dim() - t.dim())))
 
 
 def velocity_target(x1: Tensor, x0: Tensor) -> Tensor:
@@ -197,28 +193,29 @@ def velocity_target(x1: Tensor, x0: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     _same_shape("x0", x0, "x1", x1)
-    dtype = torch.promote_types(x1.dtype, torch.float32)
-    return x1.to(dtype) - x0.to(dtype)
+    return velocity(x1, x0)
 
 
-def per_sample_mse(prediction: Tensor, target: Tensor, packing: Packing) -> Tensor:
+def per_sample_mse(
+    prediction: Tensor, target: Tensor, packing: Packing, *, backend: str | None = None
+) -> Tensor:
     """Mean squared error of each packed sample over its tokens and channels.
 
-    Rows are reduced in at least fp32, then each sample's rows by a reduction of their own in fp64:
-    the result is the same in any packing to one rounding. No atomic addition takes part, forward
-    or backward, so that it is deterministic on a GPU too, and nothing synchronises. The cost is one
-    small launch per sample on a (tokens,) vector.
+    That of goku_kernels.velocity_loss, for samples that all have tokens: the same in any packing to
+    one rounding, deterministic, and without a synchronisation. Its share of the loss is
+    :func:`weighted_loss`.
 
     Args:
         prediction: (tokens, channels), any floating dtype.
         target: of prediction's shape.
         packing: whose `total` equals tokens; every sample has at least one token.
+        backend: None, "torch" or "triton".
 
     Returns:
         (B,) in promote(prediction's dtype, target's dtype, float32), differentiable.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or an argument that the operator refuses.
     """
     _same_shape("target", target, "prediction", prediction)
     if prediction.dim() != 2 or prediction.shape[0] != packing.total:
@@ -231,39 +228,7 @@ def per_sample_mse(prediction: Tensor, target: Tensor, packing: Packing) -> Tens
             f"packing.lengths[{packing.lengths.index(0)}] is 0; allowed is 1 or more, "
             "since nothing has no mean"
         )
-    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
-    error = prediction.to(dtype) - target.to(dtype)
-    per_token = (error * error).mean(dim=1).to(torch.float64)
-    means = [rows.mean() for rows in per_token.split(list(packing.lengths))]
-    return torch.stack(means).to(dtype)
-
-
-def weighted_loss(per_sample: Tensor, weights: Tensor, weight_sum: Tensor | float) -> Tensor:
-    """This pack's share of the global weighted mean: sum(w_i * per_sample_i) / weight_sum.
-
-    `weight_sum` is the sum of the weights over the GLOBAL batch, all packs and all ranks. The
-    shares of all packs on all ranks then add up to the loss, and their gradients to its gradient,
-    however the samples are packed; gradients must therefore be summed over ranks, not averaged.
-
-    Args:
-        per_sample: (B,) from :func:`per_sample_mse`.
-        weights: (B,) not negative.
-        weight_sum: a positive number or a tensor of shape () (its value is not checked, as that
-            would synchronise a device).
-
-    Returns:
-        () in promote(per_sample's dtype, weights' dtype).
-
-    Raises:
-        ValueError: the shapes do not fit, or weight_sum is a number that is not positive.
-    """
-    _same_shape("weights", weights, "per_sample", per_sample)
-    if isinstance(weight_sum, Tensor):
-        if weight_sum.dim() != 0:
-            raise ValueError(f"weight_sum has shape {tuple(weight_sum.shape)}; allowed is ()")
-    elif not (math.isfinite(weight_sum) and weight_sum > 0):
-        raise ValueError(f"weight_sum is {weight_sum}; allowed is a finite number above 0")
-    return (per_sample * weights).sum() / weight_sum
+    return packed_mse(prediction, target, packing.cu_seqlens, backend=backend)
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:

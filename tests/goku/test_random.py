@@ -1,4 +1,4 @@
-"""Philox and its normals against published vectors, an implementation in Python integers, libm."""
+"""The streams of random numbers against an implementation in Python integers and libm."""
 
 import math
 
@@ -12,7 +12,7 @@ from goku.random import (
     bits,
     normal,
     normal_packed,
-    philox4x32,
+    stream_tensor,
     uniform,
     uniform_each,
 )
@@ -51,48 +51,6 @@ def reference_normals(words: list[int]) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000",
-         "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-         "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-         "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)  # fmt: skip
-def test_philox_matches_the_known_answers_of_random123(
-    counter: str, key: str, expected: str
-) -> None:
-    counter_words, key_words, answer = (
-        [int(word, 16) for word in text.split()] for text in (counter, key, expected)
-    )
-    assert philox4x32(torch.tensor(counter_words), key_words).tolist() == answer
-    assert reference_philox(tuple(counter_words), tuple(key_words)) == answer
-
-
-@given(
-    counters=st.lists(st.tuples(U32, U32, U32, U32), min_size=1, max_size=9),
-    key=st.tuples(U32, U32),
-)
-def test_philox_matches_unbounded_integers(
-    counters: list[tuple[int, ...]], key: tuple[int, int]
-) -> None:
-    given_counters = torch.tensor(counters)
-    kept = given_counters.clone()
-    expected = [reference_philox(counter, key) for counter in counters]
-    assert philox4x32(given_counters, key).tolist() == expected
-    assert torch.equal(given_counters, kept)  # the in-place steps stay inside
-
-
-def test_philox_keeps_leading_dimensions() -> None:
-    counter = torch.arange(24).reshape(2, 3, 4)
-    flat = philox4x32(counter.reshape(6, 4), (1, 2))
-    assert torch.equal(philox4x32(counter, (1, 2)), flat.reshape(2, 3, 4))
-    assert philox4x32(torch.empty(0, 4, dtype=torch.int64), (1, 2)).shape == (0, 4)
-
-
 @given(seed=U64, stream=U64, n=st.integers(0, 13), purpose=PURPOSES)
 def test_bits_and_uniform_follow_the_counter_layout(
     seed: int, stream: int, n: int, purpose: Purpose
@@ -128,59 +86,13 @@ def test_normals_match_box_muller_in_libm(seed: int, stream: int, n: int, purpos
     assert torch.equal(normal(seed, stream, n, purpose), values.float())  # rounded once
 
 
-def test_normals_at_the_corners_of_box_muller() -> None:
-    from goku.random import _box_muller
-
-    last = 2**32 - 1
-    eighth = 2**29
-    x = torch.tensor([0, last, 2**31, 0, 0, 0, 0, 0, 0])
-    y = torch.tensor([0, 0, 0, 2**30, 2**31, 3 * 2**30, last, eighth, 7 * eighth])
-    cosine, sine = _box_muller(x, y)
-    tail = math.sqrt(48 * math.log(2))
-    assert cosine[0].item() == pytest.approx(tail, rel=1e-15)
-    assert cosine[1].item() == 0.0  # u1 = 1: the logarithm is exactly 0
-    # The reduction to quarter turns is exact, so the axes are exact zeros, unlike libm's.
-    assert sine[[0, 4]].tolist() == [0.0, 0.0]
-    assert cosine[[3, 5]].tolist() == [0.0, 0.0]
-    assert sine[3].item() == cosine[0].item() == -cosine[4].item() == -sine[5].item()
-    assert cosine[7].item() == pytest.approx(sine[7].item(), rel=1e-15)
-    assert cosine[8].item() == pytest.approx(-sine[8].item(), rel=1e-15)
-    assert sine[6].item() == pytest.approx(-tail * math.sin(2 * math.pi * 2.0**-24), rel=1e-9)
-
-
-def test_log_and_trigonometry_are_accurate_over_their_whole_domain() -> None:
-    from goku.random import _cos_sin_of_24_bits, _log_of_24_bits
-
-    # Every 4,099th of the 2^24 arguments (a prime stride) and both ends.
-    k = torch.cat([torch.arange(1, 2**24, 4099), torch.tensor([2**24 - 1])])
-    expected = torch.tensor(
-        [math.log(value * 2.0**-24) for value in k.tolist()], dtype=torch.float64
-    )
-    torch.testing.assert_close(_log_of_24_bits(k), expected, rtol=1e-15, atol=0.0)
-    cosine, sine = _cos_sin_of_24_bits(k)
-    angles = [2 * math.pi * value * 2.0**-24 for value in k.tolist()]
-    # 1e-15: libm is handed an angle of up to 6.28 rounded by up to 4.4e-16.
-    for got, function in ((cosine, math.cos), (sine, math.sin)):
-        values = torch.tensor([function(angle) for angle in angles], dtype=torch.float64)
-        torch.testing.assert_close(got, values, rtol=0.0, atol=1e-15)
-
-
-def test_square_root_is_correctly_rounded() -> None:
-    from goku.random import _log_of_24_bits, _sqrt
-
-    k = torch.cat([torch.arange(1, 2**24, 41), torch.tensor([2**24])])
-    v = _log_of_24_bits(k) * -2.0
-    expected = torch.tensor([math.sqrt(value) for value in v.tolist()], dtype=torch.float64)
-    assert torch.equal(_sqrt(v), expected)  # math.sqrt is the C library's, correctly rounded
-
-
 def test_normals_use_only_correctly_rounded_operations() -> None:
     """The fp64 values equal, bit for bit, the same formula in Python floats, which are IEEE 754.
 
     That is what makes them independent of the device, of SIMD width and of the position in a
     tensor: +, -, * and / have one right answer, the log, cos and sqrt of a library have not.
     """
-    from goku.random import _ATANH, _COS, _SIN
+    from goku_kernels.philox import ATANH, COS, SIN
 
     def horner(x: float, coefficients: tuple[float, ...]) -> float:
         result = x * coefficients[-1]
@@ -196,11 +108,11 @@ def test_normals_use_only_correctly_rounded_operations() -> None:
         if m < math.sqrt(0.5):
             m, power = 2 * m, power - 1
         s = (m - 1) / (m + 1)
-        log = horner(s * s, _ATANH) * s * 2 + (power - 24) * math.log(2.0)
+        log = horner(s * s, ATANH) * s * 2 + (power - 24) * math.log(2.0)
         radius = math.sqrt(log * -2)
         quarter = ((y >> 8) + 2**21) >> 22
         angle = ((y >> 8) - (quarter << 22)) * (2 * math.pi / 2**24)
-        c, s = horner(angle * angle, _COS), horner(angle * angle, _SIN) * angle
+        c, s = horner(angle * angle, COS), horner(angle * angle, SIN) * angle
         c, s = ((c, s), (-s, c), (-c, -s), (s, -c))[quarter % 4]
         expected += [radius * c, radius * s]
     got = normal(11, 2**40 + 3, n, dtype=torch.float64)
@@ -225,7 +137,7 @@ def test_packed_normals_are_the_concatenation(
     parts = [normal(seed, s, n, purpose, dtype=dtype) for s, n in samples]
     expected = torch.cat([torch.empty(0, dtype=dtype), *parts])
     with pytest.MonkeyPatch.context() as patch:  # cut streams at every possible place
-        patch.setattr("goku.random._BLOCKS_PER_PASS_CPU", blocks_per_pass)
+        patch.setattr("goku_kernels.philox._BLOCKS_PER_PASS_CPU", blocks_per_pass)
         packed = normal_packed(seed, streams, lengths, purpose, dtype=dtype)
     assert packed.dtype == dtype
     assert torch.equal(packed, expected)
@@ -310,6 +222,14 @@ def test_neighbouring_streams_are_independent() -> None:
         assert correlation.abs().max().item() < 5.5 / math.sqrt(n)
 
 
+def test_stream_indices_as_tensors_keep_their_bits() -> None:
+    indices = [0, 2**63 - 1, 2**63, 2**64 - 1, 12345678901234567890]
+    tensor = stream_tensor(indices)
+    assert tensor.dtype == torch.int64
+    assert [value % 2**64 for value in tensor.tolist()] == indices
+    assert stream_tensor([]).shape == (0,)
+
+
 def test_purposes_are_frozen() -> None:
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "NOISE": 0, "TIME": 1, "TEXT_DROP": 2, "POSTERIOR": 3,
@@ -330,10 +250,8 @@ FROZEN = ["-0x1.b727cc93567b9p-2", "-0x1.2073fb1ab331cp-3", "0x1.9fa8fc2816224p+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: philox4x32(torch.zeros(4), (0, 0)), "counter has dtype torch.float32"),
-        (lambda: philox4x32(torch.zeros(3).long(), (0, 0)), r"counter has shape \(3,\)"),
-        (lambda: philox4x32(torch.zeros(4, dtype=torch.int64), (0, 2**32)), "key is"),
-        (lambda: philox4x32(torch.zeros(4, dtype=torch.int64), (0,)), "key is"),
+        (lambda: stream_tensor([0, 2**64]), "stream_indices contains 18446744073709551616"),
+        (lambda: stream_tensor([-1]), "stream_indices contains -1"),
         (lambda: bits(-1, 0, 1, Purpose.NOISE), "seed contains -1"),
         (lambda: bits(2**64, 0, 1, Purpose.NOISE), "seed contains 18446744073709551616"),
         (lambda: uniform(0, -5, 1, Purpose.NOISE), "stream_index contains -5"),
