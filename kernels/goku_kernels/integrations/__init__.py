@@ -1,0 +1,1 @@
+"""Goku's operators put into the models of other libraries; nothing is imported here."""
