@@ -1,115 +1,335 @@
-"""One Goku block, forward and backward, on a packed batch of clips and images.
+"""One Goku block, forward and backward: eager, compiled and fused, beside the time to expect.
 
-    python -m bench.block [--device cuda] [--presets tiny goku-2b] [--seconds 5] [--out DIR]
-
-Run from the repository, with the packages installed or on PYTHONPATH; bench/gpu_check sees to that.
+The expected time adds up, at the ceilings measured in the same run, the block's matrix products,
+its attention and the least traffic of everything that is bound by memory. It is what perfect
+kernels one after the other would take; nothing overlaps in it and no launch costs anything.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bench import harness
+from bench import harness, timing
+from bench.cases import REFUSALS, Absent, Results, draw_normal, judge, needs_triton, packing
+from bench.packs import TEXT_TOKENS, Pack, packs
 from goku.flops import block_flops, named_peak
-from goku.model import PRESETS, GokuBlock, ModelConfig
+from goku.model import PRESETS, GokuBlock, KernelConfig, ModelConfig
 from goku.model.initialise import initialise
-from goku_kernels import Packing
+from goku_kernels import (
+    Packing,
+    adaln_modulate_bytes,
+    gated_residual_adaln_bytes,
+    qk_norm_rope_bytes,
+    varlen_attention_flops,
+)
 
-SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py")
+OPERATOR = "block"
+SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py",
+           "bench/timing.py")  # fmt: skip
+# Peers: name -> (backend of the operators, whether torch.compile takes the block).
+PEERS: dict[str, tuple[Literal["torch", "triton"], bool]] = {
+    "eager": ("torch", False),
+    "torch.compile": ("torch", True),
+    "goku fused": ("triton", False),
+    "goku fused, torch.compile": ("triton", True),
+}
+MIXED, PLAIN = "bfloat16 autocast over float32", "bfloat16"
 
-# After patchify: clips of 17 and 49 frames at 288x512, and images of 480x864. 19,728 tokens.
-GRIDS = ((5, 18, 32), (5, 18, 32), (13, 18, 32), *[(1, 30, 54)] * 4)
-# On a CPU: the same mix, a tenth of it.
-SMALL_GRIDS = ((5, 9, 16), (1, 15, 27), (1, 15, 27))
-TEXT_TOKENS = 128
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One block on one pack in one kind of precision."""
+
+    preset: str
+    pack: Pack
+    dtype: str  # MIXED or PLAIN
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return PRESETS[self.preset]
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """Text tokens of every sample."""
+        return [TEXT_TOKENS] * len(self.pack.grids)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of forward and backward."""
+        return 3 * block_flops(self.config, self.pack.lengths, self.text_lengths)
 
 
-def step(
-    config: ModelConfig, grids: Sequence[tuple[int, int, int]], device: torch.device, mixed: bool
-) -> Callable[[], Tensor]:
-    """A call that runs one block forward and backward and returns its output.
+def settings(device_type: str) -> Iterator[Setting]:
+    """What is measured on a device of this type."""
+    cuda = device_type == "cuda"
+    for preset in ("goku-2b", "goku-8b") if cuda else ("tiny",):
+        for pack in packs(device_type):
+            # A 220K pack leaves no room for the eager block of the 8B model on 80 GB.
+            if "220K" not in pack.name and (not cuda or pack.name != "16K, one clip"):
+                yield Setting(preset, pack, MIXED)
+                if "mixed" in pack.name:
+                    yield Setting(preset, pack, PLAIN)
 
-    mixed: fp32 parameters under bf16 autocast; otherwise everything but the modulation is bf16.
+
+# ---- what is run ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Inputs of a block: x (T, d), c (B, d), text (S, text_dim), the gradient of its output."""
+
+    x: Tensor
+    c: Tensor
+    text: Tensor
+    gradient: Tensor
+    packing: Packing
+    text_packing: Packing
+
+    @classmethod
+    def draw(cls, setting: Setting, device: torch.device, seed: int) -> Batch:
+        """Random numbers, all of them representable in bf16."""
+        generator = torch.Generator(device).manual_seed(seed)
+        stored = torch.float32 if setting.dtype == MIXED else torch.bfloat16
+        places = packing(setting.pack, device)
+        text_places = Packing.from_lengths(setting.text_lengths, device=device)
+        width, low = setting.config.dim, torch.bfloat16
+        x, gradient = (
+            draw_normal(generator, places.total, width, dtype=low).to(stored) for _ in range(2)
+        )
+        c = draw_normal(generator, places.batch, width, dtype=low).float()
+        text = draw_normal(generator, text_places.total, setting.config.text_dim, dtype=low)
+        return cls(x.requires_grad_(), c, text, gradient, places, text_places)
+
+
+def make_block(
+    setting: Setting, device: torch.device, backend: Literal["torch", "triton"]
+) -> GokuBlock:
+    """A block with open gates: shut ones would cost the same but hide mistakes.
+
+    Our kernels run as Goku trains, deterministically; the reference as fast as it can, since its
+    deterministic attention holds a matrix of all pairs of tokens.
     """
-    stored = torch.float32 if mixed else torch.bfloat16
-    block = GokuBlock(config)
+    kernels = KernelConfig(backend=backend, deterministic=backend == "triton")
+    block = GokuBlock(setting.config, kernels)
     initialise(block, 0)
-    torch.nn.init.normal_(block.norm1.linear.weight, std=0.02)  # an open gate costs as a shut one
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        block.norm1.linear.weight.normal_(std=0.02, generator=generator)
+        for parameter in block.parameters():
+            parameter.copy_(parameter.bfloat16())  # the same numbers in every precision
+    stored = torch.float32 if setting.dtype == MIXED else torch.bfloat16
     block.to(device, stored)
     block.norm1.float()  # the modulation stays fp32, as the operators' mixed case has it
-    packing = Packing.from_grids(grids, device=device)
-    text_packing = Packing.from_lengths([TEXT_TOKENS] * packing.batch, device=device)
+    return block
 
-    def draw(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(rows, width, device=device).to(dtype)
 
-    x = draw(packing.total, config.dim, stored).requires_grad_()
-    c = draw(packing.batch, config.dim, torch.float32)
-    text = draw(text_packing.total, config.text_dim, torch.bfloat16)
-    gradient = draw(packing.total, config.dim, stored)
+def make_peer(name: str, setting: Setting, device: torch.device) -> GokuBlock:
+    """The block as `name` runs it.
 
-    def run() -> Tensor:
-        block.zero_grad(set_to_none=True)
+    Raises:
+        Absent: it cannot run here; the message says why.
+    """
+    backend, compiled = PEERS[name]
+    if backend == "triton":
+        needs_triton(device)
+    block = make_block(setting, device, backend)
+    if compiled:
+        block.compile()
+    return block
+
+
+def forward(module: torch.nn.Module, batch: Batch, setting: Setting) -> Tensor:
+    """One forward of the block."""
+    kind = batch.x.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=setting.dtype == MIXED):
+        return module(batch.x, batch.c, batch.text, batch.packing, batch.text_packing)
+
+
+def step(module: torch.nn.Module, batch: Batch, setting: Setting) -> Tensor:
+    """One forward and backward; returns the output."""
+    for x in (*module.parameters(), batch.x):
         x.grad = None
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            y = block(x, c, text, packing, text_packing)
-        y.backward(gradient)
-        return y
-
-    return run
+    y = forward(module, batch, setting)
+    y.backward(batch.gradient)
+    return y
 
 
-def rows(presets: Sequence[str], device: torch.device, seconds: float) -> Iterator[harness.Row]:
-    """One row per preset and kind of precision; `seconds` of timing each."""
-    ceiling = harness.matmul_ceiling(device, seconds=min(1.0, seconds))
-    grids = GRIDS if device.type == "cuda" else SMALL_GRIDS
-    lengths = [t * h * w for t, h, w in grids]
-    for preset in presets:
-        config = PRESETS[preset]
-        work = 3 * block_flops(config, lengths, [TEXT_TOKENS] * len(lengths))
-        for mixed in (True, False):
-            run = step(config, grids, device, mixed)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            timing = harness.time_calls(run, device, seconds=seconds)
-            extra: dict[str, float] = {"tokens_per_s": sum(lengths) / timing.median_ms * 1e3}
-            if device.type == "cuda":
-                extra["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-                peak = named_peak(torch.cuda.get_device_name(device))
-                if peak is not None:
-                    extra["mfu"] = work / (timing.median_ms * 1e-3) / peak
-            yield harness.Row(
-                name="block",
-                case=f"{preset} forward+backward",
-                shape={"dim": config.dim, "heads": config.heads, "tokens": sum(lengths),
-                       "grids": grids, "text_tokens": TEXT_TOKENS * len(lengths)},
-                dtype="bfloat16 autocast over float32" if mixed else "bfloat16",
-                timing=timing,
-                work=work,
-                ceiling=ceiling,
-                sources=SOURCES,
-                extra=extra,
-            )  # fmt: skip
-            del run
+def results(module: torch.nn.Module, batch: Batch, setting: Setting) -> Results:
+    """Output and the gradients that pass through all of the block."""
+    y = step(module, batch, setting)
+    assert batch.x.grad is not None
+    parameters = {
+        f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None
+    }
+    return {"output": y.detach(), "gradient of x": batch.x.grad, **parameters}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="One Goku block, forward and backward")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--presets", nargs="+", default=["tiny", "goku-2b"], choices=list(PRESETS))
-    parser.add_argument("--seconds", type=float, default=5.0, help="timing per row")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    for row in rows(options.presets, device, options.seconds):
-        for record in harness.write([row], device, options.out):
-            print(harness.describe(record), flush=True)
+def truth(setting: Setting, batch: Batch) -> Results:
+    """The eager block in fp32 on the same numbers."""
+    exact = dataclasses.replace(setting, dtype=MIXED)  # fp32 parameters
+    fp32 = dataclasses.replace(
+        batch, x=batch.x.detach().float().requires_grad_(), text=batch.text.float(),
+        gradient=batch.gradient.float(),
+    )  # fmt: skip
+    block = make_peer("eager", exact, batch.x.device)
+    found = results(block, fp32, dataclasses.replace(setting, dtype=PLAIN))  # without autocast
+    return {name: x.detach() for name, x in found.items()}
 
 
-if __name__ == "__main__":
-    main()
+# ---- what to expect ----
+
+
+def memory_bytes(setting: Setting) -> float:
+    """Least traffic of a block's memory-bound operators, forward and backward.
+
+    adaLN, three gated residuals, both QK-norms (text keys are normed, not rotated) and the FFN's
+    GELU, whose input is read and output written, and in the backward two read and one written.
+    """
+    config, tokens = setting.config, setting.pack.tokens
+    text = sum(setting.text_lengths)
+    stream = 4 if setting.dtype == MIXED else 2
+    heads = {"heads": config.heads, "head_dim": config.head_dim, "itemsize": 2}
+    total = 0
+    for backward in (False, True):
+        total += adaln_modulate_bytes(tokens, config.dim, itemsize=stream, backward=backward)
+        total += 3 * gated_residual_adaln_bytes(
+            tokens, config.dim, itemsize=stream, backward=backward
+        )
+        total += qk_norm_rope_bytes(tokens, tokens, **heads, backward=backward)
+        total += qk_norm_rope_bytes(tokens, text, **heads, backward=backward)
+        total += tokens * config.mlp_dim * 2 * (3 if backward else 2)
+    return total
+
+
+def attention_flops(setting: Setting) -> float:
+    """FLOPs of both attentions, forward and backward."""
+    config, lengths = setting.config, setting.pack.lengths
+    return sum(
+        varlen_attention_flops(lengths, keys, heads=config.heads, head_dim=config.head_dim,
+                               backward=backward)
+        for keys in (lengths, setting.text_lengths) for backward in (False, True)
+    )  # fmt: skip
+
+
+def attention_rate(
+    setting: Setting, records: Sequence[Mapping[str, Any]], device_name: str
+) -> float | None:
+    """FLOP/s of our attention, forward and backward together, as measured on this pack and chip.
+
+    None unless both directions were measured with the sources as they are now.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in harness.newest(records):
+        wanted = {
+            "name": "varlen_attention", "case": setting.preset, "pack": setting.pack.name,
+            "peer": "goku triton", "status": "measured",
+        }  # fmt: skip
+        here = record["hardware"]["device"] == device_name
+        if here and all(record[k] == v for k, v in wanted.items()) and not harness.is_stale(record):
+            found[record["direction"]] = record
+    if set(found) != {"forward", "backward"}:
+        return None
+    work = sum(record["work"] for record in found.values())
+    return work / (1e-3 * sum(record["median_ms"] for record in found.values()))
+
+
+def expected(
+    setting: Setting, ceilings: timing.Ceilings, attention: float | None
+) -> dict[str, float | str]:
+    """Milliseconds to expect, in parts, and which rate was taken for the attention.
+
+    attention: FLOP/s measured of it; None for the matrix product's.
+    """
+    pairs = attention_flops(setting)
+    ms = {
+        "expected_matmul_ms": 1e3 * (setting.flops - pairs) / ceilings.matmul.value,
+        "expected_attention_ms": 1e3 * pairs / (attention or ceilings.matmul.value),
+        "expected_memory_ms": 1e3 * memory_bytes(setting) / ceilings.copy.value,
+    }
+    source = "the matmul ceiling" if attention is None else "attention as measured"
+    return {**ms, "expected_ms": sum(ms.values()), "attention_rate": source}
+
+
+# ---- measuring ----
+
+
+def measure(
+    setting: Setting, names: Sequence[str], device: torch.device, ceilings: timing.Ceilings,
+    *, seconds: float, records: Sequence[Mapping[str, Any]] = (),
+) -> Iterator[harness.Row]:  # fmt: skip
+    """Rows of one setting, one per peer in `names`.
+
+    records: rows measured before; the attention's rate is looked for among them.
+    """
+    device_name = harness.hardware(device)["device"]
+    prediction = expected(setting, ceilings, attention_rate(setting, records, device_name))
+
+    def row(name: str, **more: Any) -> harness.Row:
+        return harness.Row(
+            name=OPERATOR, case=setting.preset, pack=setting.pack.name, dtype=setting.dtype,
+            shape={"dim": setting.config.dim, "heads": setting.config.heads,
+                   "tokens": setting.pack.tokens, "samples": len(setting.pack.grids),
+                   "text_tokens": sum(setting.text_lengths)},
+            work=setting.flops, ceiling=ceilings.matmul, sources=SOURCES, peer=name,
+            backend=PEERS[name][0], direction="forward+backward", **more,
+        )  # fmt: skip
+
+    batch = Batch.draw(setting, device, 0)
+    exact = truth(setting, batch)
+    same: Results | None = None
+    usable: dict[str, torch.nn.Module] = {}
+    for name in ("eager", *(n for n in names if n != "eager")):
+        status, note = "measured", ""
+        try:
+            module = make_peer(name, setting, device)
+            got = {key: x.detach() for key, x in results(module, batch, setting).items()}
+        except Absent as reason:
+            status, note = "absent", str(reason)
+        except REFUSALS as error:
+            status, note = "failed", f"{type(error).__name__}: {error}"[:400]
+        else:
+            same = same or got  # eager comes first: what plain PyTorch makes of this precision
+            verdict = judge(got, same, exact)
+            if verdict.right:
+                usable[name] = module
+                continue
+            status, note = "wrong", str(verdict)
+        if name in names:
+            yield row(name, status=status, note=note)
+    del exact, same
+
+    peaks = {name: _peak_memory(usable[name], batch, setting) for name in usable if name in names}
+
+    def call(module: torch.nn.Module) -> timing.Call:
+        return (lambda i: None), (lambda state: step(module, batch, setting))
+
+    calls = {name: call(usable[name]) for name in peaks}
+    found = timing.interleaved(calls, device, seconds=seconds)
+    for name, timed in found.items():
+        extra: dict[str, Any] = {"tokens_per_s": setting.pack.tokens / timed.median_ms * 1e3}
+        extra |= prediction
+        if device.type == "cuda":
+            extra["peak_memory_bytes"] = peaks[name]
+            peak = named_peak(device_name)
+            if peak is not None:
+                extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
+        yield row(name, timing=timed, extra=extra)
+
+
+def _peak_memory(module: torch.nn.Module, batch: Batch, setting: Setting) -> int:
+    """Bytes allocated at most during one step, over those before it; 0 on a CPU."""
+    device = batch.x.device
+    if device.type != "cuda":
+        return 0
+    for x in (*module.parameters(), batch.x):
+        x.grad = None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step(module, batch, setting)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,8 +1,9 @@
-"""What every benchmark shares: timing, the ceiling of the same run, and the rows it leaves behind.
+"""Rows: what every benchmark leaves behind, and where a row comes from.
 
-A row says what was measured (shape, dtype, median, p20, p80, share of a ceiling measured in the
-same process) and on what (commit, SHA-256 of the measured sources, hardware, versions), so that a
-report can mark it stale once those sources change. Rows are lines of JSON in one folder of results.
+A row says what was measured (shape, dtype, peer, median, p20, p80, share of a ceiling measured in
+the same process) and on what (commit, SHA-256 of the measured sources, hardware, versions), so that
+a report can mark it stale once those sources change. Rows are lines of JSON in one folder of
+results, one file per benchmark. `bench.timing` measures, `bench.cases` decides what.
 """
 
 from __future__ import annotations
@@ -13,51 +14,43 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.timing import Ceiling, Timing
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-_SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call, over `repeats` calls."""
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """What the hardware did best in the same run: `value` in `unit` ("FLOP/s" or "byte/s")."""
-
-    what: str
-    value: float
-    unit: str
+SCHEMA = 2
+STATUSES = ("measured", "absent", "wrong", "failed")
+# JSON: the launch configurations are a part of what was measured.
+_SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".json")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case.
+    """One measured case, or why there is no measurement of it.
 
     Attributes:
         name: operator or component, the stem of the benchmark's file.
-        case: what of it, such as "forward+backward".
+        case: what of it, such as "goku-2b" or "goku-2b, cross-attention".
         shape: numbers that decide the work.
         dtype: of the tokens, with the kind of mixing.
-        timing: of the case.
-        work: FLOPs or bytes of one call, in the ceiling's unit.
-        ceiling: measured in the same run.
+        work: FLOPs or bytes of one call.
+        ceiling: measured in the same run, in the work's unit per second.
         sources: files or folders measured, relative to the repository.
+        timing: of one call, None where `status` is not "measured".
+        status: "measured", "absent" (not installed), "wrong" (its result is), "failed" (it raised).
+        note: why it is absent, wrong or failed; or what of the operator this peer leaves out.
+        peer: whose code it is.
+        backend: of ours that ran, "" for others.
+        direction: "forward", "backward" or "forward+backward".
+        pack: name of the packed batch.
+        part: whether the peer does only a part of the operator, so that no ratio is taken to it.
         extra: further numbers, such as peak memory in bytes.
     """
 
@@ -65,104 +58,58 @@ class Row:
     case: str
     shape: Mapping[str, Any]
     dtype: str
-    timing: Timing
     work: float
     ceiling: Ceiling
     sources: Sequence[str]
+    timing: Timing | None = None
+    status: str = "measured"
+    note: str = ""
+    peer: str = "eager"
+    backend: str = ""
+    direction: str = "forward"
+    pack: str = ""
+    part: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def percent_of_ceiling(self) -> float:
-        """Achieved rate as a percentage of the ceiling."""
-        return 100 * self.work / (self.timing.median_ms * 1e-3) / self.ceiling.value
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}: allowed are {list(STATUSES)}")
+        if (self.timing is not None) != (self.status == "measured"):
+            raise ValueError(f"status is {self.status!r}: exactly measured rows have a timing")
 
-    def to_json(self, device: torch.device, root: Path = ROOT) -> dict[str, Any]:
-        """The row with everything that says where it comes from."""
-        commit, dirty = revision(root)
+    @property
+    def percent_of_ceiling(self) -> float | None:
+        """Achieved rate as a percentage of the ceiling; None where nothing was measured."""
+        if self.timing is None:
+            return None
+        return round(100 * self.work / (self.timing.median_ms * 1e-3) / self.ceiling.value, 2)
+
+    def to_json(self, where: Mapping[str, Any]) -> dict[str, Any]:
+        """The row, with `where` it comes from (see `origin`)."""
+        timing = asdict(self.timing) if self.timing else dict.fromkeys(_TIMES)
         return {
-            "schema": 1,
+            "schema": SCHEMA,
             "name": self.name,
             "case": self.case,
+            "pack": self.pack,
+            "direction": self.direction,
+            "peer": self.peer,
+            "backend": self.backend,
+            "part": self.part,
+            "status": self.status,
+            "note": self.note,
             "shape": dict(self.shape),
             "dtype": self.dtype,
-            **asdict(self.timing),
+            **timing,
             "work": self.work,
             "ceiling": asdict(self.ceiling),
-            "percent_of_ceiling": round(self.percent_of_ceiling, 2),
+            "percent_of_ceiling": self.percent_of_ceiling,
             "extra": dict(self.extra),
-            "commit": commit,
-            "dirty": dirty,
-            "sources": list(self.sources),
-            "sources_sha256": source_hash(self.sources, root),
-            "hardware": hardware(device),
-            "versions": versions(),
-            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **where,
         }
 
 
-# ---- timing ----
-
-
-def time_calls(
-    work: Callable[[], object], device: torch.device, *, seconds: float, warm_up: int = 3
-) -> Timing:
-    """Time single calls of `work` for about `seconds`, after `warm_up` calls that do not count.
-
-    On CUDA each call lies between two events on the current stream; at least 3 calls are timed.
-    """
-    for _ in range(warm_up):
-        work()
-    synchronise(device)
-    deadline = time.perf_counter() + seconds
-    times: list[float] = []
-    while len(times) < 3 or time.perf_counter() < deadline:
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            work()
-            times.append(1e3 * (time.perf_counter() - began))
-    return summary(times)
-
-
-def summary(times_ms: Sequence[float]) -> Timing:
-    """Median, 20th and 80th percentile by nearest rank."""
-    ordered = sorted(times_ms)
-    last = len(ordered) - 1
-    median, p20, p80 = (ordered[round(share * last)] for share in (0.5, 0.2, 0.8))
-    return Timing(median, p20, p80, len(ordered))
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until `device` has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_ceiling(
-    device: torch.device, dtype: torch.dtype = torch.bfloat16, *, size: int | None = None,
-    seconds: float = 1.0,
-) -> Ceiling:  # fmt: skip
-    """FLOP/s of a large square matrix product of random operands."""
-    n = size or (8192 if device.type == "cuda" else 512)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    timing = time_calls(lambda: a @ b, device, seconds=seconds)
-    name = str(dtype).removeprefix("torch.")
-    return Ceiling(f"{name} matmul {n}x{n}x{n}", 2 * n**3 / (timing.median_ms * 1e-3), "FLOP/s")
-
-
-def copy_ceiling(device: torch.device, *, size: int | None = None, seconds: float = 1.0) -> Ceiling:
-    """Bytes read and written per second by a copy far larger than the caches."""
-    n = size or (2**30 if device.type == "cuda" else 2**26)
-    source = torch.randint(256, (n,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    timing = time_calls(lambda: target.copy_(source), device, seconds=seconds)
-    return Ceiling(f"copy of {n} bytes", 2 * n / (timing.median_ms * 1e-3), "byte/s")
+_TIMES = ("median_ms", "p20_ms", "p80_ms", "repeats")
 
 
 # ---- where a row comes from ----
@@ -201,6 +148,21 @@ def is_stale(row: Mapping[str, Any], root: Path = ROOT) -> bool:
     if not all((root / source).exists() for source in row["sources"]):
         return True
     return source_hash(row["sources"], root) != row["sources_sha256"]
+
+
+def origin(sources: Sequence[str], device: torch.device, root: Path = ROOT) -> dict[str, Any]:
+    """What a row says of where it comes from; one look at the clocks and the repository."""
+    commit, dirty = revision(root)
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "sources": list(sources),
+        "sources_sha256": source_hash(sources, root),
+        "device_type": device.type,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def revision(root: Path = ROOT) -> tuple[str, bool]:
@@ -265,33 +227,79 @@ def _output(*command: str) -> str:
 
 
 def write(rows: Iterable[Row], device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """Append rows to `<folder>/<name>.jsonl`, one file per benchmark; returns them as written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Append rows to `<folder>/<name>.jsonl`, one file per benchmark; returns them as written.
+
+    The clocks are read once, here: give it the rows of one problem, right after their timing.
+    """
+    origins: dict[tuple[str, ...], dict[str, Any]] = {}
     written = []
     for row in rows:
-        record = row.to_json(device)
+        key = tuple(row.sources)
+        if key not in origins:
+            origins[key] = origin(row.sources, device)
+        record = row.to_json(origins[key])
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{row.name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         written.append(record)
     return written
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a results folder."""
-    lines = (
-        line
-        for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-    )
-    return [json.loads(line) for line in lines if line]
+    """All rows of a results folder: of the files that are named as a benchmark's module.
+
+    Others there, such as compiled-triton-3.7.1.jsonl of `bench.compiled`, hold something else.
+
+    Raises:
+        ValueError: a line that is no row of this schema, naming file and line.
+    """
+    found = []
+    for path in sorted(p for p in folder.glob("*.jsonl") if p.stem.isidentifier()):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} is no JSON: {error}") from error
+            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+                raise ValueError(f"{path}:{number} has not schema {SCHEMA}, which this reads")
+            found.append(record)
+    return found
+
+
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two rows share when the newer one replaces the older: everything but when and how fast."""
+    hardware = record["hardware"]["device"]
+    keys = ("name", "case", "pack", "direction", "dtype", "peer", "device_type")
+    return (hardware, *(record[key] for key in keys))
+
+
+def newest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last of the rows of each identity, in the order in which identities first appear.
+
+    That a peer was absent later does not undo what was measured of it.
+    """
+    latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for record in records:
+        known = latest.get(identity(record))
+        if known is None or record["status"] != "absent" or known["status"] == "absent":
+            latest[identity(record)] = record
+    return list(latest.values())
 
 
 def describe(record: Mapping[str, Any]) -> str:
     """One printed line of a row."""
+    head = " ".join(
+        str(record[key]) for key in ("name", "case", "pack", "direction", "dtype") if record[key]
+    )
+    head = f"{head}: {record['peer']}"
+    if record["status"] != "measured":
+        return f"{head}: {record['status']}: {record['note']}"
     spread = f"{record['p20_ms']:.3f}..{record['p80_ms']:.3f}"
-    extra = ", ".join(f"{key} {value:,.4g}" for key, value in record["extra"].items()
-                      if isinstance(value, int | float))  # fmt: skip
+    extra = "".join(f", {key} {value:,.4g}" for key, value in record["extra"].items()
+                    if isinstance(value, int | float))  # fmt: skip
     return (
-        f"{record['name']} {record['case']} {record['dtype']}: {record['median_ms']:.3f} ms "
-        f"({spread}), {record['percent_of_ceiling']:.1f}% of {record['ceiling']['what']}, {extra}"
+        f"{head}: {record['median_ms']:.3f} ms ({spread}), "
+        f"{record['percent_of_ceiling']:.1f}% of {record['ceiling']['what']}{extra}"
     )

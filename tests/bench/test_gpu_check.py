@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import gpu_check, harness
+from bench import gpu_check, harness, running
 
 SCRIPT = harness.ROOT / "bench" / "gpu_check.py"
 
@@ -17,7 +17,7 @@ def run(*command, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
 
 
-@pytest.mark.parametrize("what", [[], ["correctness"], ["speed"]])
+@pytest.mark.parametrize("what", [[], ["correctness"], ["block", "--fresh"]])
 def test_without_a_gpu_it_says_so_exits_3_and_writes_nothing(what, tmp_path):
     out = tmp_path / "results"
     done = run(sys.executable, SCRIPT, *what, "--out", out)
@@ -81,8 +81,81 @@ def test_a_step_that_fails_or_hangs_is_a_failure(capfd):
     assert "slow: stopped after 0 s" in capfd.readouterr().out
 
 
-def test_every_listed_benchmark_exists_and_the_steps_fit():
-    assert all((harness.ROOT / "bench" / f"{name}.py").is_file() for name in gpu_check.BENCHMARKS)
-    assert gpu_check.SECONDS < 8 * 60
-    parts = [gpu_check.BUILD_SECONDS, gpu_check.TEST_SECONDS, *gpu_check.BENCHMARKS.values()]
-    assert sum(parts) <= gpu_check.SECONDS
+# ---- what is run, taken up again and kept ----
+
+
+def test_every_benchmark_is_in_one_part_and_each_part_fits():
+    listed = [name for part in gpu_check.BENCHMARKS.values() for name in part]
+    assert sorted(listed) == sorted(running.BENCHMARKS)
+    assert {"correctness", *gpu_check.BENCHMARKS} == set(gpu_check.PARTS)
+    assert gpu_check.PART_SECONDS < 8 * 60
+    for part in gpu_check.BENCHMARKS.values():
+        assert sum(part.values()) <= gpu_check.PART_SECONDS
+        assert min(part.values()) > gpu_check.MARGIN
+    # One file of rows each, and the status.
+    assert len(listed) + 1 == 8
+
+
+def test_the_steps_of_correctness(tmp_path):
+    steps = {step.name: step for step in gpu_check.steps("correctness", tmp_path, fresh=False)}
+    files = [path.name for path in (gpu_check.ROOT / "tests" / "gpu").glob("test_*.py")]
+    assert {f"tests/gpu/{name}" for name in files} | {"training"} == set(steps) - {"build"}
+    assert all(step.known for name, step in steps.items() if name != "build")
+    assert steps["training"].command[1:] == ["-m", "bench.training"]
+
+
+def test_benchmarks_resume_unless_fresh(tmp_path):
+    for fresh in (False, True):
+        for step in gpu_check.steps("memory", tmp_path, fresh):
+            assert ("--resume" in step.command) == (not fresh)
+            assert step.command[step.command.index("--out") + 1] == str(tmp_path)
+            limit = float(step.command[step.command.index("--limit") + 1])
+            assert 0 < limit < step.seconds
+
+
+@pytest.fixture
+def made_up_steps(monkeypatch):
+    ran = []
+
+    def steps(part, out, fresh):
+        for name, known in (("good", True), ("bad", True), ("bench/x", False)):
+            yield gpu_check.Step(name, [name], 1.0, known)
+
+    def run_step(name, command, seconds):
+        ran.append(name)
+        return name != "bad"
+
+    monkeypatch.setattr(gpu_check, "steps", steps)
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    return ran
+
+
+def test_what_went_well_is_not_done_again(made_up_steps, tmp_path, capsys):
+    def run(sources="a", device="H200", fresh=False):
+        made_up_steps.clear()
+        failed = gpu_check.run_part("x", tmp_path, device, fresh=fresh, sources=sources)
+        assert failed == ["bad"]
+        return list(made_up_steps)
+
+    assert run() == ["good", "bad", "bench/x"]
+    assert run() == ["bad", "bench/x"]
+    assert "good: well before" in capsys.readouterr().out
+    assert run(fresh=True) == ["good", "bad", "bench/x"]
+    assert run(sources="b") == ["good", "bad", "bench/x"]
+    assert run(sources="b", device="H100") == ["good", "bad", "bench/x"]
+    assert [path.name for path in tmp_path.iterdir()] == [gpu_check.STATUS]
+    assert set(gpu_check.read_status(tmp_path)) == {"good"}
+
+
+def test_a_part_ends_when_its_time_is_up(made_up_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "PART_SECONDS", 0.5)
+    failed = gpu_check.run_part("x", tmp_path, "H200", fresh=False, sources="a")
+    assert failed == ["good", "bad", "bench/x"]
+    assert made_up_steps == []
+    assert "no time is left" in capsys.readouterr().out
+
+
+def test_the_hash_of_the_sources_is_steady_and_leaves_results_out():
+    first = gpu_check.source_hash()
+    assert first == gpu_check.source_hash()
+    assert len(first) == 64

@@ -1,13 +1,12 @@
 """Rows of measurements: what they hold, and that they know when their sources have changed."""
 
 import json
-import math
 import subprocess
 
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, timing
 
 CPU = torch.device("cpu")
 
@@ -15,12 +14,15 @@ CPU = torch.device("cpu")
 def row(**change):
     given = {
         "name": "thing",
-        "case": "forward",
+        "case": "goku-2b",
+        "pack": "64K, mixed",
+        "direction": "backward",
+        "peer": "eager",
         "shape": {"tokens": 4},
         "dtype": "bfloat16",
-        "timing": harness.Timing(2.0, 1.0, 3.0, 9),
+        "timing": timing.Timing(2.0, 1.0, 3.0, 9),
         "work": 5e9,
-        "ceiling": harness.Ceiling("bfloat16 matmul", 10e12, "FLOP/s"),
+        "ceiling": timing.Ceiling("bfloat16 matmul", 10e12, "FLOP/s"),
         "sources": ("bench/harness.py",),
         "extra": {"tokens_per_s": 2000.0},
     }
@@ -34,15 +36,57 @@ def test_a_row_on_disk_holds_everything_and_comes_back(tmp_path):
     assert [r["name"] for r in rows] == ["other", "thing", "thing"]
     assert rows[1] == written
     assert set(written) == {
-        "schema", "name", "case", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "repeats",
-        "work", "ceiling", "percent_of_ceiling", "extra", "commit", "dirty", "sources",
-        "sources_sha256", "hardware", "versions", "measured_at",
+        "schema", "name", "case", "pack", "direction", "peer", "backend", "part", "status", "note",
+        "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "repeats", "work", "ceiling",
+        "percent_of_ceiling", "extra", "commit", "dirty", "sources", "sources_sha256",
+        "device_type", "hardware", "versions", "measured_at",
     }  # fmt: skip
     # 5 GFLOP in 2 ms are 2.5 TFLOP/s of 10
     assert written["percent_of_ceiling"] == 25.0
+    assert written["device_type"] == "cpu"
     assert written["versions"]["torch"] == torch.__version__
-    assert "thing forward bfloat16: 2.000 ms (1.000..3.000), 25.0%" in harness.describe(written)
+    words = "thing goku-2b 64K, mixed backward bfloat16: eager: 2.000 ms (1.000..3.000), 25.0%"
+    assert words in harness.describe(written)
     json.dumps(rows, allow_nan=False)
+
+
+def test_a_row_without_a_measurement_says_why(tmp_path):
+    absent = row(status="absent", note="no such package", timing=None)
+    (written,) = harness.write([absent], CPU, tmp_path)
+    assert (written["median_ms"], written["percent_of_ceiling"]) == (None, None)
+    assert harness.describe(written).endswith("eager: absent: no such package")
+    with pytest.raises(ValueError, match="exactly measured rows"):
+        row(status="wrong")
+    with pytest.raises(ValueError, match="exactly measured rows"):
+        row(timing=None)
+    with pytest.raises(ValueError, match="status is 'fast'"):
+        row(status="fast")
+
+
+def test_the_newest_row_of_each_peer_counts(tmp_path):
+    rows = [row(), row(peer="other"), row(timing=timing.Timing(1.0, 1.0, 1.0, 3))]
+    rows += [row(status="absent", timing=None), row(peer="third", status="absent", timing=None)]
+    newest = harness.newest(harness.write(rows, CPU, tmp_path))
+    found = [(r["peer"], r["status"], r["median_ms"]) for r in newest]
+    assert found == [
+        ("eager", "measured", 1.0), ("other", "measured", 2.0), ("third", "absent", None)
+    ]  # fmt: skip
+
+
+def test_files_of_other_kinds_are_left_alone(tmp_path):
+    (tmp_path / "compiled-triton-3.7.1.jsonl").write_text('{"kernel": "forward"}\n')
+    (tmp_path / "README.md").write_text("{")
+    harness.write([row()], CPU, tmp_path)
+    assert [r["name"] for r in harness.read(tmp_path)] == ["thing"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"schema": 1}'])
+def test_a_line_that_is_no_row_is_refused_by_place(tmp_path, line):
+    harness.write([row()], CPU, tmp_path)
+    with (tmp_path / "thing.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"thing\.jsonl:2"):
+        harness.read(tmp_path)
 
 
 def test_the_hash_follows_names_and_contents(tmp_path):
@@ -72,28 +116,6 @@ def test_a_row_is_stale_once_its_sources_change_or_go(tmp_path):
     assert harness.is_stale(record, tmp_path)
     source.unlink()
     assert harness.is_stale(record, tmp_path)
-
-
-def test_percentiles():
-    assert harness.summary([5, 1, 4, 2, 3, 6]) == harness.Timing(3, 2, 5, 6)
-    assert harness.summary([7]) == harness.Timing(7, 7, 7, 1)
-
-
-def test_timing_counts_only_calls_after_the_warm_up():
-    calls = []
-    timing = harness.time_calls(lambda: calls.append(0), CPU, seconds=0, warm_up=2)
-    assert len(calls) == 2 + timing.repeats
-    assert timing.repeats >= 3
-    assert 0 <= timing.p20_ms <= timing.median_ms <= timing.p80_ms
-
-
-def test_ceilings_are_rates():
-    product = harness.matmul_ceiling(CPU, torch.float32, size=64, seconds=0)
-    copy = harness.copy_ceiling(CPU, size=2**16, seconds=0)
-    assert (product.what, product.unit) == ("float32 matmul 64x64x64", "FLOP/s")
-    assert (copy.what, copy.unit) == ("copy of 65536 bytes", "byte/s")
-    assert math.isfinite(product.value)
-    assert min(product.value, copy.value) > 0
 
 
 def test_the_revision_is_gits_or_said_to_be_unknown(tmp_path, monkeypatch):

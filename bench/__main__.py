@@ -1,0 +1,136 @@
+"""The benchmarks' command: python -m bench run | report | tune | peers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import harness, peers, report, running, tune
+
+EXAMPLES = """\
+examples, from the repository with the packages installed (or kernels, runtime and . on PYTHONPATH):
+  python -m bench peers                           which peers are installed, and why others are not
+  python -m bench run                             every benchmark, on the GPU if there is one
+  python -m bench run adaln_modulate --only 64K   one operator on the packs of 64K tokens
+  python -m bench run varlen_attention --only goku-2b "one clip" --peers goku flash
+  python -m bench run --resume --limit 440        go on where the last run stopped, for 440 s
+  python -m bench report                          docs/performance.md and its plots from the rows
+  python -m bench tune adaln_modulate             measure launch configurations for this GPU
+
+On a CPU `run` measures small shapes; its rows say so and are never mixed with a GPU's.
+Exit codes: 0 well; 1 a result of ours is wrong or failed, or time ran out; 2 bad input.
+"""
+
+
+def positive(text: str) -> float:
+    """A number >= 0, for argparse."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: allowed are finite numbers >= 0")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        prog="python -m bench", description="Benchmarks of the operators and of one block.",
+        epilog=EXAMPLES, formatter_class=raw,
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure", epilog=EXAMPLES, formatter_class=raw)
+    run.add_argument("operators", nargs="*", metavar="OP",
+                     help=f"all, or some of {', '.join(running.BENCHMARKS)}")  # fmt: skip
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--seconds", type=positive, default=1.0,
+                     help="of timing per problem and direction, all peers together (1)")  # fmt: skip
+    run.add_argument("--only", nargs="+", default=[], metavar="PART",
+                     help="cases with all of these in model, pack or dtype")  # fmt: skip
+    run.add_argument("--peers", nargs="+", default=[], metavar="PART",
+                     help="peers with one of these in their name")  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="leave out what is measured already")
+    run.add_argument("--limit", type=positive, default=None, help="begin nothing after so many s")
+    run.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
+
+    shown = commands.add_parser("report", help="render docs/performance.md and its plots")
+    shown.add_argument("--results", type=Path, default=harness.RESULTS)
+    shown.add_argument("--docs", type=Path, default=harness.ROOT / "docs")
+
+    tuned = commands.add_parser("tune", help="measure launch configurations on this GPU")
+    tuned.add_argument("operator", metavar="OP", help=", ".join(running.OPERATORS))
+    tuned.add_argument("--seconds", type=positive, default=0.3, help="per candidate (0.3)")
+    tuned.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="kernels to tune")
+    tuned.add_argument("--dry-run", action="store_true", help="print the rows, write nothing")
+
+    commands.add_parser("peers", help="which peers are present and which absent")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "peers":
+            for name, status in peers.status():
+                print(f"{name:24} {status}")
+            return 0
+        if options.command == "report":
+            for path in report.write(options.results, options.docs):
+                print(path)
+            return 0
+        if options.command == "tune":
+            _known([options.operator], running.OPERATORS)
+            tune.main(options.operator, options.seconds, options.only, write=not options.dry_run)
+            return 0
+        return _run(options)
+    except ValueError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = list(options.operators or running.BENCHMARKS)
+    _known(names, running.BENCHMARKS)
+    device = _device(options.device)
+    if device.type == "cpu":
+        print(f"measuring a CPU ({harness.hardware(device)['device']}) on small shapes")
+    limit = float("inf") if options.limit is None else options.limit
+    chosen = running.Options(
+        device=device, out=options.out, seconds=options.seconds, only=options.only,
+        peers=options.peers, resume=options.resume,
+    )  # fmt: skip
+    if not any(work.peers for name in names for work in running.works(name, chosen)):
+        raise ValueError(f"nothing fits --only {options.only} and --peers {options.peers}")
+    began, good = time.monotonic(), True
+    for name in names:
+        left = limit - (time.monotonic() - began)
+        good = running.run(name, dataclasses.replace(chosen, limit=left)) and good
+    return 0 if good else 1
+
+
+def _known(names: Sequence[str], allowed: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"OP is {name!r}: allowed are {', '.join(allowed)}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}: allowed are cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}: there is no CUDA device on this machine")
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

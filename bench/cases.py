@@ -1,0 +1,342 @@
+"""What is measured: problems and peers, and that a peer is right before it is timed.
+
+A `Problem` is one operator at one size; a `Peer` is one way of computing it. Both are declared in
+the operator's own file (`bench/<op>.py`), which ends with a list of peers and a function that lists
+the problems. A peer whose result is wrong is written down as wrong, with its error, and not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import harness, timing
+from bench.packs import Pack
+from goku_kernels import Packing
+from goku_kernels._checks import triton_absent
+
+# Up to this many numbers in the inputs the truth is fp64, above it fp32: one fp64 tensor of a 220K
+# pack at width 3072 takes 5.4 GB, and autograd keeps several.
+FP64_NUMBERS = 2**28
+
+
+class Absent(Exception):
+    """A peer that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one copy of a problem's inputs.
+
+    leaves: floating inputs whose gradients are taken, in the operator's order.
+    rest: everything else by name; tensors that are rotated too (packings are the same in all).
+    """
+
+    leaves: tuple[Tensor, ...]
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = [*self.leaves, *(x for x in self.rest.values() if isinstance(x, Tensor))]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def cast(self, dtype: torch.dtype | None, gradients: bool) -> Inputs:
+        """Copies of the leaves, in `dtype` if it is given, that ask for `gradients` or not."""
+        leaves = []
+        for x in self.leaves:
+            # Strides too: a view of a wider buffer stays as far apart as it was.
+            kind = x.dtype if dtype is None else dtype
+            copy = torch.empty_strided(x.shape, x.stride(), dtype=kind, device=x.device)
+            leaves.append(copy.copy_(x.detach()).requires_grad_(gradients))
+        return Inputs(tuple(leaves), self.rest)
+
+
+Function = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator at one size.
+
+    Attributes:
+        operator: stem of the benchmark's file.
+        case: model, and what else tells it from another problem on the same pack.
+        pack: the packed batch.
+        dtype: of the tokens.
+        shape: the numbers that decide the work, for the row.
+        draw: device, seed -> random inputs (never zeros).
+        reference: the operator in plain PyTorch, in the dtype of the leaves.
+        work: direction -> FLOPs or bytes.
+        unit: "FLOP" or "byte".
+        sources: what is measured, for the row.
+        directions: "forward" and, where it is differentiable, "backward".
+        probe: rows of the first output that are compared, None for all. Gradients are then taken
+            from those rows alone, and `reference` returns those rows alone: attention's truth would
+            not fit otherwise.
+        note: said with every row.
+    """
+
+    operator: str
+    case: str
+    pack: Pack
+    dtype: torch.dtype
+    shape: Mapping[str, Any]
+    draw: Callable[[torch.device, int], Inputs]
+    reference: Function
+    work: Callable[[str], float]
+    unit: str
+    sources: Sequence[str]
+    directions: Sequence[str] = ("forward", "backward")
+    probe: Tensor | None = None
+    note: str = ""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a backward."""
+        return "backward" in self.directions
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of computing an operator, or a part of it.
+
+    Attributes:
+        name: as the report shows it; a part says which ("Liger RMSNorm only").
+        make: problem, device -> the function; raises Absent with the reason.
+        backend: of ours, "" for others' code.
+        reference: what a part computes, in plain PyTorch; None for the whole operator.
+        in_place: writes into its inputs, so it gets its own.
+    """
+
+    name: str
+    make: Callable[[Problem, torch.device], Function]
+    backend: str = ""
+    reference: Function | None = None
+    in_place: bool = False
+
+
+def needs_triton(device: torch.device) -> None:
+    """Raise Absent unless our Triton kernels run, and not in the interpreter, on `device`."""
+    reason = triton_absent(device.type)
+    if reason is None and device.type != "cuda":
+        reason = "Triton's interpreter runs them here, whose time says nothing"
+    if reason is not None:
+        raise Absent(reason)
+
+
+def packing(pack: Pack, device: torch.device) -> Packing:
+    """The pack's Packing on `device`."""
+    return Packing.from_grids(pack.grids, device=device)
+
+
+def draw_normal(
+    generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    """Normal numbers drawn on the generator's device."""
+    drawn = torch.randn(*shape, generator=generator, device=generator.device)
+    return drawn.mul_(scale).to(dtype)
+
+
+# ---- right before fast ----
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a peer is right: its worst result, by how much that is off and what is allowed."""
+
+    right: bool
+    worst: str
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"{self.worst} is off by {self.error:.3g}, allowed are {self.allowed:.3g}"
+
+
+Results = dict[str, Tensor]
+
+
+def results(problem: Problem, function: Function, inputs: Inputs, probed: bool) -> Results:
+    """Outputs and gradients by name, for one fixed random gradient of the outputs.
+
+    probed: `function` returns all rows, of which `problem.probe` are looked at.
+    """
+    outs = function(inputs)
+    rows = problem.probe if probed else None
+    seen = outs if rows is None else (outs[0].index_select(0, rows.to(outs[0].device)), *outs[1:])
+    found = {f"output {i}": x.detach() for i, x in enumerate(seen)}
+    # Of the rows that are not compared, at least that there are numbers in them.
+    found["rows that are no numbers"] = (
+        outs[0].detach().isfinite().logical_not().any()[None].float()
+    )
+    if not problem.differentiable:
+        return found
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    gradients = [
+        torch.randn(x.shape, generator=generator, device=x.device).to(problem.dtype).to(x.dtype)
+        for x in seen
+    ]
+    grads = torch.autograd.grad(seen, inputs.leaves, gradients, allow_unused=True)
+    return found | {f"gradient {i}": g for i, g in enumerate(grads) if g is not None}
+
+
+def judge(got: Results, same: Results, exact: Results, lengths: Sequence[int] = ()) -> Verdict:
+    """FlashAttention's rule: |got - exact| <= 2 * |same - exact| + two roundings, maximum norm.
+
+    Tensors with a row for every token are judged sample by sample, so that a giant does not hide
+    its neighbour. A rounding is one unit in the last place of the largest exact number; two, since
+    some round before the gain of a norm as well as after it. Beside them 16 roundings to fp32 of
+    the largest number of all samples: the attention of a single token has gradient zero, which
+    kernels find as the difference of two fp32 sums.
+
+    Args:
+        got: what is judged.
+        same: plain PyTorch in the same dtype.
+        exact: the truth.
+        lengths: tokens of every sample; () judges whole tensors.
+    """
+    worst = Verdict(True, "nothing", 0.0, 0.0)
+    for name, want in exact.items():
+        if name not in got:
+            return Verdict(False, f"{name} (missing)", float("inf"), 0.0)
+        if want.numel() == 0:
+            continue
+        error, plain, size = (
+            _largest(x, lengths)
+            for x in (got[name].to(want.dtype) - want, same[name].to(want.dtype) - want, want)
+        )
+        allowed = 2 * plain + 2 * torch.finfo(same[name].dtype).eps * size
+        allowed = allowed + 16 * torch.finfo(torch.float32).eps * size.amax(dim=0, keepdim=True)
+        # The sample that is furthest beyond what is allowed; NaN counts as furthest.
+        beyond = (error - allowed).nan_to_num(nan=float("inf"))
+        i = int(beyond.argmax())
+        place = f"{name} of sample {i}" if len(beyond) > 1 else name
+        verdict = Verdict(bool(error[i] <= allowed[i]), place, float(error[i]), float(allowed[i]))
+        if not verdict.right:
+            return verdict
+        if verdict.error * worst.allowed >= worst.error * verdict.allowed:
+            worst = verdict
+    return worst
+
+
+def _largest(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Largest magnitude of each sample where x has a row for every token, else of all: (n,)."""
+    if len(lengths) < 2 or x.shape[:1] != (sum(lengths),):
+        return x.abs().amax().reshape(1)
+    rows = x.abs().flatten(1).amax(1)
+    # NaN has to survive, which not every reduction of a segment lets it.
+    rows = rows.nan_to_num(nan=float("inf"))
+    at = torch.tensor(list(lengths), device=x.device)
+    return torch.segment_reduce(rows, "max", lengths=at, initial=0.0)
+
+
+class Truths:
+    """What is right for one problem: computed once, for the operator and for each part of it."""
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        self.problem, self.inputs = problem, inputs
+        numbers = sum(x.numel() for x in inputs.leaves)
+        self.dtype = torch.float64 if numbers <= FP64_NUMBERS else torch.float32
+        self._known: dict[Function, tuple[Results, Results]] = {}
+
+    def verdict(self, function: Function, reference: Function) -> Verdict:
+        """Judge `function` by `reference`."""
+        if reference not in self._known:
+            same = results(self.problem, reference, self._inputs(None), probed=False)
+            exact = results(self.problem, reference, self._inputs(self.dtype), probed=False)
+            self._known[reference] = (same, exact)
+        same, exact = self._known[reference]
+        probed = self.problem.probe is not None
+        got = results(self.problem, function, self._inputs(None), probed)
+        return judge(got, same, exact, self.problem.pack.lengths)
+
+    def _inputs(self, dtype: torch.dtype | None) -> Inputs:
+        return self.inputs.cast(dtype, self.problem.differentiable)
+
+
+# ---- one problem, all peers ----
+
+# What code that is not ours raises for a shape, dtype or chip that it does not take. Torch's
+# compiler and its lack of memory are RuntimeErrors.
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError)
+
+
+def measure(
+    problem: Problem, peers: Sequence[Peer], device: torch.device, ceilings: timing.Ceilings,
+    *, seconds: float,
+) -> Iterator[harness.Row]:  # fmt: skip
+    """Rows of one problem: every peer in every direction, `seconds` of timing a direction."""
+    ceiling = ceilings.of(problem.unit)
+
+    def row(peer: Peer, direction: str, **more: Any) -> harness.Row:
+        note = more.pop("note", "")
+        return harness.Row(
+            name=problem.operator, case=problem.case, pack=problem.pack.name,
+            shape={**problem.shape, "tokens": problem.pack.tokens,
+                   "samples": len(problem.pack.grids)},
+            dtype=str(problem.dtype).removeprefix("torch."),
+            work=problem.work(direction), ceiling=ceiling, sources=problem.sources,
+            peer=peer.name, backend=peer.backend, direction=direction,
+            part=peer.reference is not None, note=note or problem.note, **more,
+        )  # fmt: skip
+
+    first = problem.draw(device, 0)
+    truths = Truths(problem, first)
+    usable: dict[str, tuple[Peer, Function]] = {}
+    for peer in peers:
+        status, note = "measured", ""
+        try:
+            function = peer.make(problem, device)
+            verdict = truths.verdict(function, peer.reference or problem.reference)
+        except Absent as reason:
+            status, note = "absent", str(reason)
+        except REFUSALS as error:
+            status, note = "failed", f"{type(error).__name__}: {error}"[:400]
+        else:
+            if verdict.right:
+                usable[peer.name] = (peer, function)
+                continue
+            status, note = "wrong", str(verdict)
+        for direction in problem.directions:
+            yield row(peer, direction, status=status, note=note)
+    del truths
+    timing.synchronise(device)
+
+    count = timing.copies_past_cache(first.bytes(), device)
+    gradients = problem.differentiable
+    copies = [first.cast(None, gradients)]
+    copies += [problem.draw(device, i).cast(None, gradients) for i in range(1, count)]
+    del first
+    private = {
+        name: [x.cast(None, gradients) for x in copies]
+        for name, (peer, _) in usable.items()
+        if peer.in_place
+    }
+    for direction in problem.directions:
+        calls = {
+            name: _call(function, private.get(name, copies), direction)
+            for name, (_, function) in usable.items()
+        }
+        found = timing.interleaved(calls, device, seconds=seconds, copies=count)
+        for name, (peer, _) in usable.items():
+            yield row(peer, direction, timing=found[name])
+
+
+def _call(function: Function, copies: Sequence[Inputs], direction: str) -> timing.Call:
+    """The timed call: the forward that keeps what the backward needs, or the backward alone."""
+    if direction == "forward":
+        return (lambda i: copies[i], function)
+
+    def prepare(i: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]:
+        outs = function(copies[i])
+        return outs, copies[i].leaves, [torch.randn_like(x) for x in outs]
+
+    def backward(state: tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]) -> object:
+        outs, leaves, gradients = state
+        return torch.autograd.grad(outs, leaves, gradients, allow_unused=True)
+
+    return prepare, backward

@@ -1,0 +1,76 @@
+"""Bar charts as SVG, written by hand: self-contained, readable on light and on dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+WIDTH, LEFT, RIGHT = 900, 210, 60
+TITLE, BAR, GAP = 22, 16, 14
+_STYLE = (
+    "text{font:12px sans-serif;fill:#1f2328}.t{font-weight:bold}.s{opacity:.45}"
+    "line{stroke:#8c959f}@media(prefers-color-scheme:dark){text{fill:#e6edf3}}"
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, per cent of the ceiling, and whether its row is stale (drawn pale)."""
+
+    label: str
+    percent: float
+    stale: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Bars that share a title."""
+
+    title: str
+    bars: tuple[Bar, ...]
+
+
+def bars(name: str, groups: Sequence[Group]) -> str:
+    """Horizontal bars of per cent of the ceiling; says "not measured" where there are none."""
+    labels = list(dict.fromkeys(bar.label for group in groups for bar in group.bars))
+    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    full = max([100.0, *(bar.percent for group in groups for bar in group.bars)])
+    scale = (WIDTH - LEFT - RIGHT) / full
+    parts: list[str] = [_text(8, 18, f"{name}: per cent of the ceiling of the same run", "t")]
+    y = 18 + TITLE
+    if not groups:
+        parts.append(_text(8, y, "not measured"))
+    for group in groups:
+        parts.append(_text(8, y, group.title))
+        y += 6
+        for bar in group.bars:
+            length = max(1.0, bar.percent * scale)
+            shade = ' class="s"' if bar.stale else ""
+            parts.append(_text(LEFT - 6, y + BAR - 4, bar.label, anchor="end"))
+            parts.append(
+                f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR - 2}" '
+                f'fill="{colour[bar.label]}"{shade}/>'
+            )
+            words = f"{bar.percent:.1f}" + (" (stale)" if bar.stale else "")
+            parts.append(_text(LEFT + length + 4, y + BAR - 4, words))
+            y += BAR
+        y += GAP + 6
+    if groups:
+        limit = LEFT + 100 * scale
+        parts.append(f'<line x1="{limit:.1f}" y1="26" x2="{limit:.1f}" y2="{y - GAP}"/>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" '
+        f'height="{y}" role="img" aria-label="{escape(name)}">\n<style>{_STYLE}</style>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "") -> str:
+    attributes = (f' class="{kind}"' if kind else "") + (
+        f' text-anchor="{anchor}"' if anchor else ""
+    )
+    return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(words)}</text>'

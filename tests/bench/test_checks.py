@@ -1,0 +1,140 @@
+"""The checks of tests/gpu, run on a CPU with the reference: they work, and they can fail.
+
+Every file of tests/gpu is loaded, and what it checks of its operator is done at small sizes.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from bench import checks, harness
+from bench.cases import Inputs
+from bench.packs import Pack
+from goku.model import ModelConfig
+
+CPU = torch.device("cpu")
+MIXED = Pack("mixed", ((2, 3, 4), (1, 1, 1), (0, 1, 1), (1, 5, 3)))
+HUGE, SMALL = Pack("huge", ((3, 4, 5), (1, 2, 3))), Pack("small", ((1, 2, 3),))
+GRAPH = (Pack("two", ((1, 3, 4), (1, 2, 3))), Pack("one and nothing", ((2, 3, 3), (0, 1, 1))))
+CONFIG = ModelConfig(dim=32, depth=1, heads=2, text_dim=16)
+
+
+def gpu_file(stem):
+    path = harness.ROOT / "tests" / "gpu" / f"{stem}.py"
+    spec = importlib.util.spec_from_file_location(stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def problems_of(stem, file, pack, dtype):
+    """What the file checks, on `pack` and small widths."""
+    if stem in ("adaln_modulate", "gated_residual_adaln"):
+        return list(file.variants(pack, dtype, 48))
+    if stem == "qk_norm_rope":
+        return list(file.variants(pack, dtype, CONFIG))
+    if stem == "varlen_attention":
+        return list(file.variants(pack, dtype, 2, 16))
+    return [file.problem("latents", width, pack, dtype) for width in (16, 7)]
+
+
+STEMS = (
+    "adaln_modulate", "gated_residual_adaln", "qk_norm_rope", "varlen_attention",
+    "rectified_flow_noise", "velocity_loss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_check_of_every_operator_runs(stem, dtype):
+    file = gpu_file(f"test_{stem}")
+    checks.all_of(problems_of(stem, file, MIXED, dtype), file.function, CPU, "torch", runs=2)
+    whole = [problems_of(stem, file, pack, dtype)[0] for pack in (HUGE, SMALL)]
+    checks.far_rows(*whole, file.function("torch"), CPU, past=16 * 64)
+    pair = [problems_of(stem, file, pack, dtype)[0] for pack in GRAPH]
+    checks.replays(*pair, file.function("torch"), CPU)
+
+
+def test_attention_with_lse_and_noise_bits():
+    attention = gpu_file("test_varlen_attention")
+    case = attention.with_lse(MIXED, torch.float32, 2, 16)
+    checks.fits(case, attention.both("torch"), CPU)
+    noise = gpu_file("test_rectified_flow_noise")
+    noise.equals_the_reference(noise.problem("latents", 7, MIXED, torch.bfloat16), CPU, "torch")
+
+
+def test_what_is_checked_of_the_block():
+    block = gpu_file("test_block")
+    config = ModelConfig(dim=32, depth=2, heads=2, text_dim=16, latent_channels=4)
+    for autocast in (True, False):
+        block.bf16_is_near_fp32(config, "cpu", "torch", autocast)
+    block.fp32_is_near_fp64(config, "cpu", "torch")
+    block.one_sample_changes_no_other(config, "cpu", "torch")
+    # The reference reads offsets on the host, so it is no one graph; "eager" compiles nothing.
+    assert block.compiled_serves_packs(
+        config, "cpu", "torch", 3, fullgraph=False, compiler="eager"
+    )  # fmt: skip
+
+
+def test_all_files_of_tests_gpu_can_be_loaded():
+    for path in (harness.ROOT / "tests" / "gpu").glob("test_*.py"):
+        assert any(name.startswith("test_") for name in dir(gpu_file(path.stem)))
+
+
+# ---- they can fail ----
+
+
+@pytest.fixture(params=STEMS)
+def operator(request):
+    file = gpu_file(f"test_{request.param}")
+    return [problems_of(request.param, file, p, torch.float32)[0] for p in (HUGE, SMALL)], file
+
+
+def test_a_slightly_wrong_row_is_found(operator):
+    (case, _), file = operator
+    right = file.function("torch")
+
+    def wrong(inputs):
+        first, *others = right(inputs)
+        last = torch.ones_like(first)
+        last[-1:] = 1.001
+        return first * last, *others
+
+    if case.operator == "velocity_loss":  # one number: its only row
+        right_loss = file.function("torch")
+        wrong = lambda inputs: tuple(1.001 * x for x in right_loss(inputs))  # noqa: E731
+    with pytest.raises(AssertionError, match=r"off by"):
+        checks.fits(case, wrong, CPU)
+
+
+def test_runs_that_differ_are_found(operator):
+    (case, _), file = operator
+    calls = []
+
+    def wrong(inputs):
+        calls.append(0)
+        return tuple(x * (1 + 1e-6 * len(calls)) for x in file.function("torch")(inputs))
+
+    with pytest.raises(AssertionError, match="run 1 differs"):
+        checks.deterministic(case, wrong, CPU, runs=2)
+
+
+def test_a_last_sample_taken_for_another_is_found(operator):
+    (case, small), file = operator
+
+    def wrong(inputs):
+        cut = inputs.leaves[0].shape[0] == HUGE.tokens  # only in the huge pack
+        leaves = tuple(
+            x.roll(1, 0) if cut and x.shape[0] == HUGE.tokens else x for x in inputs.leaves
+        )
+        return file.function("torch")(Inputs(leaves, inputs.rest))
+
+    with pytest.raises(AssertionError, match="off by"):
+        checks.far_rows(case, small, wrong, CPU, past=16 * 64)
+
+
+def test_offsets_that_are_not_far_are_refused(operator):
+    (case, small), file = operator
+    with pytest.raises(AssertionError, match="last row lies at"):
+        checks.far_rows(case, small, file.function("torch"), CPU)

@@ -1,0 +1,130 @@
+"""python -m bench: what it runs, takes up again and refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import block, harness, running
+from bench.packs import Pack
+
+PACKS = (Pack("one", ((1, 2, 3),)), Pack("two", ((1, 2, 2), (2, 1, 1))))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Packs of a few tokens, and a block of the smallest model."""
+    for name in running.OPERATORS:  # each has imported the function by name
+        monkeypatch.setattr(f"bench.{name}.packs", lambda kind: PACKS)
+    settings = [block.Setting("tiny-test", pack, block.PLAIN) for pack in PACKS]
+    monkeypatch.setattr(block, "settings", lambda kind: iter(settings))
+
+
+def run(out, *words, seconds="0"):
+    given = ["run", *words, "--device", "cpu", "--seconds", seconds, "--out", str(out)]
+    return command.main(given)
+
+
+def test_every_benchmark_runs_and_says_that_it_is_a_cpu(tmp_path, capsys):
+    assert run(tmp_path, "--peers", "eager", "goku") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("measuring a CPU")
+    assert said.count("goku triton is absent") == len(running.OPERATORS)  # once each
+    rows = harness.read(tmp_path)
+    assert {r["name"] for r in rows} == set(running.BENCHMARKS)
+    assert {r["device_type"] for r in rows} == {"cpu"}
+    assert {r["peer"] for r in rows if r["status"] == "measured"} == {"eager"}
+    assert len(list(tmp_path.iterdir())) == len(running.BENCHMARKS) == 7
+    assert not any(harness.is_stale(r) for r in rows)
+
+
+def test_only_and_peers_choose(tmp_path):
+    assert run(tmp_path, "adaln_modulate", "--only", "goku-8b", "two", "--peers", "eager") == 0
+    rows = harness.read(tmp_path)
+    assert {(r["case"], r["pack"], r["peer"]) for r in rows} == {("goku-8b", "two", "eager")}
+    assert {r["direction"] for r in rows} == {"forward", "backward"}
+
+
+def test_a_run_is_taken_up_where_it_stopped(tmp_path, capsys, monkeypatch):
+    words = ("velocity_loss", "--peers", "eager", "--resume")
+    assert run(tmp_path, *words, "--limit", "0") == 1
+    assert "stopped after" in capsys.readouterr().out
+    assert harness.read(tmp_path) == []
+    assert run(tmp_path, *words, "--only", "one") == 0
+    first = harness.read(tmp_path)
+    assert run(tmp_path, *words) == 0
+    rows = harness.read(tmp_path)
+    assert rows[: len(first)] == first
+    assert {r["pack"] for r in rows[len(first) :]} == {"two"}
+    assert run(tmp_path, *words) == 0
+    assert harness.read(tmp_path) == rows  # nothing was left
+    # Other sources: measured again.
+    monkeypatch.setattr(running, "_hash", lambda sources: "changed")
+    assert run(tmp_path, *words) == 0
+    assert len(harness.read(tmp_path)) == 2 * len(rows)
+
+
+def test_a_wrong_result_of_ours_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    from bench import velocity_loss
+    from bench.cases import Peer
+
+    wrong = lambda inputs: tuple(2 * x for x in velocity_loss.eager(inputs))  # noqa: E731
+    peers = [Peer("eager", lambda p, d: velocity_loss.eager, backend="torch"),
+             Peer("goku triton", lambda p, d: wrong, backend="triton")]  # fmt: skip
+    monkeypatch.setattr(velocity_loss, "PEERS", peers)
+    assert run(tmp_path, "velocity_loss") == 1
+    assert "goku triton: wrong: output 0 is off by" in capsys.readouterr().out
+    assert {r["status"] for r in harness.read(tmp_path)} == {"measured", "wrong"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "fused_thing"], "OP is 'fused_thing': allowed are qk_norm_rope"),
+        (["run", "--only", "no such case"], "nothing fits"),
+        (["run", "--peers", "nobody"], "nothing fits"),
+        (["run", "--device", "tpu"], "--device is 'tpu'"),
+        (["run", "--device", "meta"], "allowed are cpu and cuda"),
+        (["tune", "block"], "OP is 'block'"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_named(words, said, capsys):
+    assert command.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("words", [["run", "--device", "cuda"], ["tune", "adaln_modulate"]])
+def test_a_gpu_that_is_not_there_is_exit_code_2(words, capsys):
+    assert command.main(words) == 2
+    assert "CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["measure"], ["run", "--seconds", "-1"],
+                                   ["run", "--limit", "soon"]])  # fmt: skip
+def test_what_argparse_refuses_is_exit_code_2_too(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(words)
+    assert stop.value.code == 2
+
+
+def test_a_results_folder_that_cannot_be_read_is_exit_code_2(tmp_path, capsys):
+    (tmp_path / "block.jsonl").write_text("not json\n")
+    words = ["report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    assert command.main(words) == 2
+    assert "block.jsonl:1" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+
+
+def test_help_has_examples_and_peers_lists_all():
+    def said(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", *words], capture_output=True, text=True,
+            cwd=harness.ROOT, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    assert "examples" in said("--help")
+    assert "flash-attn 3" in said("peers")

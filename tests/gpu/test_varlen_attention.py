@@ -1,0 +1,133 @@
+"""varlen_attention on a CUDA device, at the sizes it is made for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench import checks
+from bench.cases import Inputs
+from bench.packs import GPU_PACKS, Pack
+from bench.varlen_attention import function, plain, problem
+from goku_kernels import varlen_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE, BACKEND = torch.device("cuda"), "triton"
+PACKS = {pack.name: pack for pack in GPU_PACKS}
+GRAPH = (
+    Pack("three samples", ((5, 18, 32), (1, 16, 16), (1, 32, 32))),
+    Pack("one and empty ones", ((5, 26, 32), (0, 1, 1), (0, 1, 1))),
+)
+TAIL = (1, 16, 16)
+ODD = Pack("odd lengths", ((1, 1, 1), (13, 7, 11), (1, 1, 127), (0, 1, 1), (1, 3, 43), (5, 18, 32)))
+
+
+def views(case):
+    """Queries, keys and values as views of one buffer each as wide as all three."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        leaves = []
+        for x in inputs.leaves:
+            wide = torch.empty(x.shape[0], 3, *x.shape[1:], dtype=x.dtype, device=x.device)
+            leaves.append(wide[:, 1].copy_(x))
+        return Inputs(tuple(leaves), inputs.rest)
+
+    return dataclasses.replace(case, case=f"{case.case}, views", draw=draw)
+
+
+def grouped(case, kv_heads):
+    """Fewer heads of keys and values; the truth repeats them."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        q, k, v = inputs.leaves
+        return Inputs((q, *(x[:, :kv_heads].contiguous() for x in (k, v))), inputs.rest)
+
+    def reference(inputs):
+        q, *others = inputs.leaves
+        repeated = (x.repeat_interleave(q.shape[1] // kv_heads, dim=1) for x in others)
+        return (plain(Inputs((q, *repeated), inputs.rest), case.probe),)
+
+    name = f"{case.case}, {kv_heads} key heads"
+    return dataclasses.replace(case, case=name, draw=draw, reference=reference)
+
+
+def variants(pack, dtype, heads, head_dim):
+    whole = problem("self", heads, head_dim, pack, dtype)
+    yield whole
+    yield problem("cross", heads, head_dim, pack, dtype, cross=True)
+    yield views(whole)
+    yield grouped(whole, heads // 2)
+
+
+def both(backend):
+    """The operator, and with its (out, lse) pair the gradient through lse."""
+
+    def run(inputs):
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        limits = [inputs.rest[name] for name in names]
+        out, lse = varlen_attention(*inputs.leaves, *limits, return_lse=True, backend=backend)
+        return out, lse.t()
+
+    return run
+
+
+def with_lse(pack, dtype, heads, head_dim):
+    """Output and log-sum-exp, every row of them: for small packs."""
+    whole = problem("lse", heads, head_dim, pack, dtype)
+    return dataclasses.replace(whole, reference=both("torch"), probe=None)
+
+
+# Not all pairs: every one compiles its own kernels.
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [*((size, torch.bfloat16) for size in (64, 72, 96, 128)), (64, torch.float16),
+     (128, torch.float16)],
+)  # fmt: skip
+@pytest.mark.parametrize("pack", [PACKS["16K, mixed"], PACKS["16K, many images"], ODD],
+                         ids=lambda pack: pack.name)  # fmt: skip
+def test_every_variant(pack, head_dim, dtype):
+    cases = list(variants(pack, dtype, 1536 // head_dim // 2 * 2, head_dim))
+    checks.all_of(cases, function, DEVICE, BACKEND, runs=2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lse_and_its_gradient(head_dim):
+    checks.fits(with_lse(ODD, torch.bfloat16, 8, head_dim), both(BACKEND), DEVICE)
+
+
+@pytest.mark.parametrize("name", ["64K, one clip", "220K, mixed", "220K, many images"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_large_packs(name, head_dim):
+    case = problem("self", 1792 // head_dim, head_dim, PACKS[name], torch.bfloat16)
+    checks.fits(case, function(BACKEND), DEVICE)
+
+
+def test_100_runs_give_the_same_bits():
+    case = problem("self", 28, 64, PACKS["16K, mixed"], torch.bfloat16)
+    checks.deterministic(case, function(BACKEND, deterministic=True), DEVICE, runs=100)
+
+
+def test_3_runs_at_220k_give_the_same_bits():
+    case = problem("self", 28, 64, PACKS["220K, mixed"], torch.bfloat16)
+    checks.deterministic(case, function(BACKEND, deterministic=True), DEVICE, runs=3)
+
+
+def test_rows_beyond_2_to_the_31():
+    # 240,128 rows of 9,216 elements in samples of 256: little work, far offsets
+    grids = ((1, 16, 16),) * 937 + (TAIL,)
+    pair = (
+        views(problem("self", 48, 64, pack, torch.bfloat16))
+        for pack in (Pack("huge", grids), Pack("small", (TAIL,)))
+    )
+    checks.far_rows(*pair, function(BACKEND), DEVICE)
+
+
+def test_a_graph_serves_another_pack():
+    pair = (problem("self", 8, 64, pack, torch.bfloat16) for pack in GRAPH)
+    checks.replays(*pair, function(BACKEND), DEVICE)
