@@ -10,7 +10,7 @@ from typing import Any, Literal
 from goku import config as parser
 from goku.data import DataConfig
 from goku.flow import FlowConfig
-from goku.model import PRESETS, ModelConfig
+from goku.model import PRESETS, KernelConfig, ModelConfig
 from goku.optimizer import EMAConfig, OptimizerConfig
 from goku.packing import PackingConfig
 from goku.text import TextConfig
@@ -87,6 +87,7 @@ class RunConfig:
     vae: VAESection
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     packing: PackingConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -128,9 +129,9 @@ def load_run_config(
 
 
 # What may differ between a checkpoint and the run that continues it: where and how fast work is done, what is
-# looked at, and how long the run is (under a constant schedule). None of it changes a step's samples or arithmetic,
-# but for train.precision, which is therefore not free. That data.path holds the same items is checked by the
-# dataset's fingerprint.
+# looked at, and how long the run is (under a constant schedule). None of it changes a step's samples or arithmetic
+# (kernels: nothing but the rounding), but for train.precision, which is therefore not free. That data.path holds the
+# same items is checked by the dataset's fingerprint.
 _FREE = (
     "out",
     "unseen",
@@ -139,6 +140,7 @@ _FREE = (
     "data.cache",
     "vae.path",
     "vae.train",
+    "kernels",
     "packing.tokens_per_pack",
     "train",
 )

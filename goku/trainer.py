@@ -99,7 +99,7 @@ class Trainer:
         self.builder = self._builder(dataset)
         self.unseen = None if unseen is None else self._builder(unseen)
         self.stream = ShuffledStream(len(dataset.items), config.seed)
-        self.model = GokuTransformer(config.model)
+        self.model = GokuTransformer(config.model, config.kernels)
         self.model.initialise(config.seed)
         self.model.to(self.device)
         broadcast_module(self.model, context)
@@ -118,8 +118,9 @@ class Trainer:
     def _builder(self, dataset: CachedDataset) -> BatchBuilder:
         config = self.config
         return BatchBuilder(
-            dataset, self.vae, config.flow, config.packing, config.seed, self.device
-        )
+            dataset, self.vae, config.flow, config.packing, config.seed, self.device,
+            backend=config.kernels.operator_backend,
+        )  # fmt: skip
 
     # ---- the loop
 
@@ -214,7 +215,9 @@ class Trainer:
         """(B,) mean squared velocity error of each sample, in fp32."""
         with autocast(self.device, self.dtype):
             prediction = model(batch.x, batch.t, batch.text, batch.packing, batch.text_packing)
-        return per_sample_mse(prediction, batch.target, batch.packing)
+        return per_sample_mse(
+            prediction, batch.target, batch.packing, backend=self.config.kernels.operator_backend
+        )
 
     def _update(self) -> tuple[float, float]:
         """Clip, step, average. The norm is of the reduced gradient, hence equal on all ranks, as is the decision."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .block import GokuBlock
-from .config import PRESETS, ModelConfig, split_axes
+from .config import PRESETS, KernelConfig, ModelConfig, split_axes
 from .patches import patch_grid, patchify, unpatchify
 from .transformer import GokuTransformer
 
@@ -11,6 +11,7 @@ __all__ = [
     "PRESETS",
     "GokuBlock",
     "GokuTransformer",
+    "KernelConfig",
     "ModelConfig",
     "patch_grid",
     "patchify",

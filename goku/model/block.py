@@ -7,6 +7,8 @@ B samples, H heads, D head width, d width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from goku_kernels import (
     varlen_attention,
 )
 
-from .config import ModelConfig
+from .config import KernelConfig, ModelConfig
 
 
 class Modulation(nn.Module):
@@ -43,8 +45,11 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Projections and QK-norm of one attention; cross-attention where the context is text."""
 
-    def __init__(self, config: ModelConfig, context_dim: int, *, rotate_k: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, context_dim: int, kernels: KernelConfig, *, rotate_k: bool
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.config = config
         self.rotate_k = rotate_k
         dim = config.dim
@@ -76,6 +81,7 @@ class Attention(nn.Module):
             rotate_k=self.rotate_k,
             theta=cfg.rope_theta,
             eps=cfg.eps,
+            backend=self.kernels.operator_backend,
         )
         out = varlen_attention(
             q,
@@ -85,6 +91,8 @@ class Attention(nn.Module):
             context_packing.cu_seqlens,
             packing.max_seqlen,
             context_packing.max_seqlen,
+            deterministic=self.kernels.deterministic,
+            backend=self.kernels.operator_backend,
         )
         return self.o_proj(out.flatten(1))
 
@@ -109,13 +117,14 @@ class GokuBlock(nn.Module):
     fuse the norms with the residual sums before them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None) -> None:
         super().__init__()
+        self.kernels = kernels or KernelConfig()
         self.eps = config.eps
         self.norm1 = Modulation(config.dim, rows=6)
-        self.attn1 = Attention(config, config.dim, rotate_k=True)
+        self.attn1 = Attention(config, config.dim, self.kernels, rotate_k=True)
         self.norm2 = nn.RMSNorm(config.dim, eps=config.eps)
-        self.attn2 = Attention(config, config.text_dim, rotate_k=False)
+        self.attn2 = Attention(config, config.text_dim, self.kernels, rotate_k=False)
         self.norm3 = nn.RMSNorm(config.dim, eps=config.eps)
         self.mlp = FeedForward(config.dim, config.mlp_dim)
 
@@ -134,16 +143,27 @@ class GokuBlock(nn.Module):
         Returns:
             (T, d) of x's dtype.
         """
-        cu, eps = packing.cu_seqlens, self.eps
+        cu = packing.cu_seqlens
+        options: Any = {"eps": self.eps, "backend": self.kernels.operator_backend}
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(c)
-        y = adaln_modulate(x, shift_msa, scale_msa, cu, norm="layer", eps=eps)
+        y = adaln_modulate(x, shift_msa, scale_msa, cu, norm="layer", **options)
         branch = self.attn1(y, y, packing, packing)
         y, x = gated_residual_adaln(
-            x, branch, gate_msa, None, None, cu, norm="rms", weight=self.norm2.weight, eps=eps
+            x, branch, gate_msa, None, None, cu, norm="rms", weight=self.norm2.weight, **options
         )
         branch = self.attn2(y, text, packing, text_packing)
         y, x = gated_residual_adaln(
-            x, branch, None, shift_mlp, scale_mlp, cu, norm="rms", weight=self.norm3.weight, eps=eps
+            x,
+            branch,
+            None,
+            shift_mlp,
+            scale_mlp,
+            cu,
+            norm="rms",
+            weight=self.norm3.weight,
+            **options,
         )
-        _, x = gated_residual_adaln(x, self.mlp(y), gate_mlp, None, None, cu, norm="none")
+        _, x = gated_residual_adaln(
+            x, self.mlp(y), gate_mlp, None, None, cu, norm="none", **options
+        )
         return x

@@ -114,6 +114,33 @@ class ModelConfig:
         return split_axes(self.head_dim) if self.axes_dim is None else self.axes_dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Which implementation of the `goku_kernels` operators a model calls; part of no weight.
+
+    Attributes:
+        backend: "auto" takes the fused Triton kernels where they can run (a CUDA device, fp16, bf16
+            or fp32, a supported head width) and the eager reference elsewhere; "triton" and "torch"
+            insist on one.
+        deterministic: equal bits on every run, attention's backward included. Our kernels always
+            are; the reference and flash-attn on a GPU then take their slower ways.
+    """
+
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "triton", "torch"):
+            raise ValueError(
+                f"backend is {self.backend!r}: allowed are 'auto', 'triton' and 'torch'"
+            )
+
+    @property
+    def operator_backend(self) -> str | None:
+        """The `backend` argument of the operators."""
+        return None if self.backend == "auto" else self.backend
+
+
 # The three models of Goku, table 1 ("tiny" ones are ours, for CPUs and tests).
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     {

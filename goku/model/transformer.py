@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from goku_kernels import Packing, adaln_modulate
 
 from .block import GokuBlock, Modulation
-from .config import ModelConfig
+from .config import KernelConfig, ModelConfig
 from .initialise import initialise
 
 
@@ -58,8 +58,9 @@ class TimestepEmbedding(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN without gate, then a Linear to the velocity (ours)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelConfig) -> None:
         super().__init__()
+        self.kernels = kernels
         self.eps = config.eps
         self.modulation = Modulation(config.dim, rows=2)
         self.proj = nn.Linear(config.dim, config.patch_dim)
@@ -67,7 +68,10 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
         """x (T, d), c (B, d) -> (T, patch_dim), in the parameters' dtype, under autocast too."""
         shift, scale = self.modulation(c)
-        y = adaln_modulate(x, shift, scale, packing.cu_seqlens, norm="layer", eps=self.eps)
+        y = adaln_modulate(
+            x, shift, scale, packing.cu_seqlens, norm="layer", eps=self.eps,
+            backend=self.kernels.operator_backend,
+        )  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             return self.proj(y.to(self.proj.weight.dtype))
 
@@ -75,18 +79,21 @@ class FinalLayer(nn.Module):
 class GokuTransformer(nn.Module):
     """Velocity network of the rectified flow over a packed batch of images and clips.
 
+    `kernels` says which implementation of the operators it calls; "auto" by default.
+
     Built ready to train: the constructor calls `initialise(0)` unless it builds on the meta device.
     Under autocast the residual stream, all norms, modulation and gating, the timestep embedding and
     the final layer stay in the parameters' dtype.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelConfig | None = None) -> None:
         super().__init__()
+        kernels = kernels or KernelConfig()
         self.config = config
         self.patch_embed = nn.Linear(config.patch_dim, config.dim)
         self.time_embed = TimestepEmbedding(config.time_channels, config.dim)
-        self.blocks = nn.ModuleList(GokuBlock(config) for _ in range(config.depth))
-        self.final = FinalLayer(config)
+        self.blocks = nn.ModuleList(GokuBlock(config, kernels) for _ in range(config.depth))
+        self.final = FinalLayer(config, kernels)
         if not self.patch_embed.weight.is_meta:
             self.initialise(0)
 

@@ -108,6 +108,8 @@ def test_what_has_no_default_must_be_given(section: str) -> None:
 # --- resume ---------------------------------------------------------------------------------------
 
 FREE = [
+    "kernels.backend=torch",
+    "kernels.deterministic=false",
     "out=runs/b",
     "unseen=other",
     "data.path=moved/media",
