@@ -2,22 +2,154 @@
 
 Letters in shapes: Tq queries, Tk keys, B samples, H query heads, Hk key/value heads, D head_dim.
 The arguments are those of flash_attn_varlen_func.
+
+Every backend runs inside the custom op goku_kernels::varlen_attention, so that torch.compile traces a
+call whole and selective activation checkpointing can name it, whatever computes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
+from . import _flash_attn as flash_attn
 from . import reference
 
 _OP = "varlen_attention"
 _BACKENDS = ("torch", "triton", "cuda", "flash")
+_HEAD_DIMS = (64, 72, 96, 128)
+_AUTOGRAD = [
+    getattr(torch._C.DispatchKey, name)
+    for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+]
+
+
+@torch.library.custom_op("goku_kernels::varlen_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, softmax_scale: float, deterministic: bool, return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        from .triton import varlen_attention as kernels
+        from .triton.launch import launcher
+
+        return kernels.forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, run=launcher(q)
+        )  # fmt: skip
+    if backend == "flash":
+        return flash_attn.forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
+        )
+    result = reference.varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, return_lse=return_lse,
+        deterministic=deterministic,
+    )  # fmt: skip
+    # torch's own attention keeps its lse to itself.
+    out, lse = (
+        result
+        if isinstance(result, tuple)
+        else (result, q.new_empty(0, dtype=check.compute_dtype(q)))
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, softmax_scale: float, deterministic: bool, return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (q.shape[1], q.shape[0]) if return_lse or backend != "torch" else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=check.compute_dtype(q))
+
+
+@torch.library.custom_op("goku_kernels::varlen_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None,
+    dlse: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, softmax_scale: float, deterministic: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # Without out and lse the reference's forward is run again: only "torch" can be asked to.
+    cu = (cu_seqlens_q, cu_seqlens_k)
+    if out is None or lse is None:
+        return _differentiate_reference(dout, q, k, v, dlse, *cu, softmax_scale, deterministic)
+    if backend == "triton":
+        from .triton import varlen_attention as kernels
+        from .triton.launch import launcher
+
+        return kernels.backward(dout, q, k, v, out, lse, dlse, *cu, softmax_scale, run=launcher(q))
+    if backend == "flash":
+        return flash_attn.backward(
+            dout, q, k, v, out, lse, dlse, *cu, max_seqlen_q, max_seqlen_k, softmax_scale,
+            deterministic,
+        )  # fmt: skip
+    dq, dk, dv = reference.varlen_attention_backward(
+        dout, q, k, v, out, lse, *cu, softmax_scale=softmax_scale, dlse=dlse
+    )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None,
+    dlse: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, softmax_scale: float, deterministic: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _differentiate_reference(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, softmax_scale: float, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the reference as torch derives them; without dlse by its fused attention."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return reference.varlen_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale,
+            return_lse=dlse is not None, deterministic=deterministic,
+        )  # fmt: skip
+
+    with contextlib.ExitStack() as recording:
+        # A custom op's body runs below autograd: nothing is recorded until its keys are let in again
+        # (torch.func fails where a dispatch mode, such as a FLOP counter, has called the op).
+        for key in _AUTOGRAD:
+            recording.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        recording.enter_context(torch.enable_grad())
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        result = attend(*inputs)
+        gradient = dout if dlse is None else (dout, dlse)
+        dq, dk, dv = torch.autograd.grad(
+            result, inputs, gradient, allow_unused=True, materialize_grads=True
+        )
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse, backend = inputs
+    saved = (None, None) if backend == "torch" else output
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, *saved)
+    ctx.options = (*options, backend)
+    ctx.empty_lse = backend == "torch" and not return_lse
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = q.new_zeros(q.shape)
+    if ctx.empty_lse:
+        dlse = None
+    gradients = _backward(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *ctx.options)
+    return *gradients, *(None,) * 8
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @overload
@@ -37,23 +169,20 @@ def varlen_attention(
 
 
 def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    deterministic: bool = False,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, softmax_scale: float | None = None,
+    deterministic: bool = False, return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(softmax_scale * q k^T) v, where queries of a sample see its keys, all and only those.
 
-    Differentiable in q, k and v, through lse too. Under autocast q, k and v are cast to its dtype,
-    as torch's own attention does (fp64 stays).
+    Differentiable once in q, k and v, through lse too. Under autocast q, k and v are cast to its
+    dtype, as torch's own attention does (fp64 stays).
+
+    "triton" takes fp16 and bf16, fp32 where torch allows TF32 (torch.set_float32_matmul_precision
+    "high" or "medium": then it multiplies in it), and head_dim 64, 72, 96 and 128; 72 and 96 cost
+    128/72 and 128/96 times their matrix work. Its backward computes the scores twice, seven matrix
+    products where adding dq up by atomics takes five, and always gives equal bits. "flash" is
+    flash-attn 2.7 or newer: fp16 and bf16, no gradient through lse.
 
     Args:
         q: (Tq, H, D) floating, unit inner stride.
@@ -62,8 +191,8 @@ def varlen_attention(
             output and gradients zero, lse -inf.
         max_seqlen_q, max_seqlen_k: upper bounds of the segments' lengths; never change the result.
         softmax_scale: default 1/sqrt(D).
-        deterministic: equal bits on every run, backward included (on a CPU the reference always is;
-            on a GPU it then takes torch's plain attention with the scores in memory).
+        deterministic: equal bits on every run, backward included ("triton" always is, and "torch"
+            on a CPU; on a GPU "torch" then takes plain attention with the scores in memory).
         return_lse: also return the natural log of the sum of exponentials.
         backend: None, "torch", "triton", "cuda" or "flash".
 
@@ -75,29 +204,21 @@ def varlen_attention(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    backend = check.choose_backend(_OP, backend, _BACKENDS)
     q, k, v = _as_autocast(q, k, v)
     scale = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
-    return reference.varlen_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale, return_lse=return_lse,
-        deterministic=deterministic,
+    out, lse = _forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, deterministic,
+        return_lse, _choose(backend, q),
     )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
 def varlen_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    deterministic: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, softmax_scale: float | None = None,
+    deterministic: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The forward half of varlen_attention for callers that differentiate themselves.
 
     Ring attention (arXiv 2310.01889) merges the (out, lse) of several key blocks and calls
@@ -112,22 +233,10 @@ def varlen_attention_forward(
 
 @torch.no_grad()
 def varlen_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dlse: Tensor | None = None,
-    softmax_scale: float | None = None,
-    deterministic: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *, dlse: Tensor | None = None,
+    softmax_scale: float | None = None, deterministic: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The backward half: gradients for this k and v from the output and lse of ALL keys.
 
     Args:
@@ -146,7 +255,6 @@ def varlen_attention_backward(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    backend = check.choose_backend(_OP, backend, _BACKENDS)
     dtypes = [x.dtype for x in (q, k, v)]
     # As the forward did: its lse belongs to these values of q and k.
     q, k, v, dout, out = _as_autocast(q, k, v, dout, out)
@@ -165,11 +273,35 @@ def varlen_attention_backward(
                 raise ValueError(
                     f"{_OP}: {name} has dtype {rows.dtype}: allowed is {check.compute_dtype(q)}"
                 )
-    gradients = reference.varlen_attention_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale=scale, dlse=dlse
-    )
+    gradients = _backward(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        scale, deterministic, _choose(backend, q),
+    )  # fmt: skip
     dq, dk, dv = (x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
     return dq, dk, dv
+
+
+def _choose(backend: str | None, q: Tensor) -> str:
+    """The backend to run on checked tensors, q in the dtype that is computed with."""
+    chosen = check.choose_backend(_OP, backend, _BACKENDS, q, _triton_refusal(q))
+    if chosen == "flash":
+        flash_attn.check_available(_OP, q)
+    return chosen
+
+
+def _triton_refusal(q: Tensor) -> str | None:
+    """Why the Triton kernels cannot take queries like these; None if they can."""
+    suffix = 'allowed with backend="triton" are'
+    if q.shape[2] not in _HEAD_DIMS:
+        return f"q has head_dim {q.shape[2]}: {suffix} {list(_HEAD_DIMS)}"
+    if q.dtype == torch.float64:
+        return f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, where TF32 is allowed, fp32"
+    if q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return (
+            f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, after "
+            'torch.set_float32_matmul_precision("high"), fp32 multiplied in TF32'
+        )
+    return None
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -183,15 +315,9 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-) -> float:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float | None,
+) -> float:  # fmt: skip
     """Check the arguments and return the softmax scale."""
     check.check_dense(_OP, "q", q, (None, None, None))
     check.check_dense(_OP, "k", k, (None, None, q.shape[2]))

@@ -1,14 +1,19 @@
 """varlen_attention against attention written as one big masked softmax, and its contract."""
 
 import math
+import sys
+import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from goku_kernels import (
     Packing,
+    reference,
     varlen_attention,
     varlen_attention_backward,
     varlen_attention_bytes,
@@ -284,3 +289,133 @@ def test_backward_refuses_other_dtypes(name, dtype):
     tensors[name] = tensors[name].to(dtype)
     with pytest.raises(ValueError, match=f"{name} has dtype"):
         varlen_attention_backward(tensors["dout"], q, q, q, tensors["out"], tensors["lse"], *cu)
+
+
+def test_differentiable_once():
+    q, k, v = tensors(LQ, LK)
+    out = varlen_attention(q, k, v, *bounds(LQ, LK))
+    (first,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"(?i)does not require grad|no autograd formula"):
+        torch.autograd.grad(first.sum(), q)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_opcheck(return_lse):
+    q, k, v = tensors(LQ, LK, heads=4)
+    forward = torch.ops.goku_kernels.varlen_attention.default
+    torch.library.opcheck(forward, (q, k, v, *bounds(LQ, LK), 0.3, False, return_lse, "torch"))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = forward(q, k, v, *bounds(LQ, LK), 0.3, False, True, "torch")
+    backward = torch.ops.goku_kernels.varlen_attention_backward.default
+    for saved in ((out, lse), (None, None)):
+        torch.library.opcheck(
+            backward,
+            (torch.ones_like(out), q, k, v, *saved, None, *bounds(LQ, LK), 0.3, False, "torch"),
+        )
+
+
+def test_a_dispatch_mode_changes_nothing():
+    q, k, v = tensors(LQ, LK)
+    grads = []
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            out = varlen_attention(q, k, v, *bounds(LQ, LK))
+            grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_graph_serves_packs_of_any_size():
+    compilations = []
+
+    def count(graph, _):
+        compilations.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def call(q, k, v, cu_q, cu_k, max_q, max_k):
+        out, lse = varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, return_lse=True)
+        return out.sum() + lse.exp().sum()
+
+    torch._dynamo.reset()
+    for n in range(3, 12):
+        lq, lk = list(range(1, n)), list(range(n, 1, -1))
+        q, k, v = tensors(lq, lk)
+        got = torch.autograd.grad(call(q, k, v, *bounds(lq, lk)), (q, k, v))
+        out, lse = varlen_attention(q, k, v, *bounds(lq, lk), return_lse=True)
+        want = torch.autograd.grad(out.sum() + lse.exp().sum(), (q, k, v))
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+    assert len(compilations) <= 2
+
+
+class FlashAttn:
+    """A stand-in with the interface of flash_attn.flash_attn_interface 2.7 and 2.8.
+
+    Exact attention in fp32 on the CPU: it tests what is handed over and what is made of the result,
+    not flash-attn. Like that, it leaves padding rows unwritten and calls an empty lse +inf.
+    """
+
+    @staticmethod
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, causal) == (0.0, False)
+        wide = [x.float().nan_to_num() for x in (q, k, v)]
+        out, lse = reference.varlen_attention(
+            *wide, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, return_lse=True
+        )
+        out[int(cu_seqlens_q[-1]) :] = float("nan")
+        return out.to(q.dtype), lse.masked_fill(lse.isneginf(), float("inf")), None, None
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, causal, softcap, deterministic) == (0.0, False, 0.0, True)
+        assert (window_size_left, window_size_right, alibi_slopes) == (-1, -1, None)
+        grads = reference.varlen_attention_backward(
+            *(x.float().nan_to_num() for x in (dout, q, k, v, out)), softmax_lse,
+            cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, dlse=None,
+        )  # fmt: skip
+        for x, grad in zip((dq, dk, dv), grads, strict=True):
+            x.copy_(grad)
+
+
+@pytest.fixture
+def _flash_attn_stand_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", FlashAttn)
+
+
+@pytest.mark.usefixtures("_flash_attn_stand_in")
+def test_flash_hands_over_what_flash_attn_wants():
+    q, k, v = tensors(LQ, LK, heads=4, padding=2, dtype=torch.bfloat16)
+    cu = bounds(LQ, LK)
+    dout = draw(*q.shape, seed=5, dtype=torch.bfloat16).detach()
+    results = []
+    for backend in ("flash", "torch"):
+        out, lse = varlen_attention(
+            q, k, v, *cu, softmax_scale=0.3, deterministic=True, return_lse=True, backend=backend
+        )
+        results.append([out, lse, *torch.autograd.grad((out * dout).sum(), (q, k, v))])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    for a, b in zip(results[0][2:], results[1][2:], strict=True):
+        # The gradients are rounded to bf16 from out rounded to bf16, and from out in fp32.
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("_flash_attn_stand_in")
+def test_flash_refuses_what_flash_attn_cannot_do():
+    q, k, v = tensors(LQ, LK)
+    with pytest.raises(ValueError, match=r'allowed with backend="flash" are fp16 and bf16'):
+        varlen_attention(q, k, v, *bounds(LQ, LK), backend="flash")
+    q, k, v = tensors(LQ, LK, dtype=torch.float16)
+    _, lse = varlen_attention(q, k, v, *bounds(LQ, LK), return_lse=True, backend="flash")
+    with pytest.raises(RuntimeError, match="no gradient through lse"):
+        lse[lse.isfinite()].sum().backward()

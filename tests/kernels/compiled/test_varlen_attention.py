@@ -1,0 +1,156 @@
+"""varlen_attention's kernels compiled for every chip they are shipped for, without one."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from goku_kernels.triton import varlen_attention as kernels
+from goku_kernels.triton.compiling import SHARED_LIMIT, compile_launch
+from goku_kernels.triton.launch import CHIPS, Recorder
+
+# One register saved and read once or twice; the loops over keys and queries stay free of it.
+SPILLS_ALLOWED = 16
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
+FORWARD = {"forward_kernel", "specialised_forward_kernel"}
+MAIN = FORWARD | {"gradient_kv_kernel", "gradient_q_kernel"}
+CASES = [(chip, name, case) for chip in CHIPS for name, case in kernels.shipped(chip)]
+
+
+def record(chip, case):
+    recorder = Recorder(chip)
+    case(recorder)
+    return recorder.launches
+
+
+@pytest.mark.parametrize(
+    ("chip", "case"), [c[::2] for c in CASES], ids=[f"sm_{c[0]} {c[1]}" for c in CASES]
+)
+def test_every_shipped_configuration(chip, case):
+    reports = [compile_launch(launch, chip) for launch in record(chip, case)]
+    others = {"gradient_kv_kernel", "gradient_q_kernel", "plan_kernel", "delta_kernel"}
+    assert {r.kernel for r in reports} - FORWARD == others
+    for report in reports:
+        assert report.spill_bytes <= SPILLS_ALLOWED, report
+        assert report.shared_bytes <= SHARED_LIMIT[chip], report
+        # Triton 3.7 makes an empty kernel of one that needs too much of sm_100's tensor memory.
+        assert report.tensor_core == (MATRIX[chip] if report.kernel in MAIN else "none"), report
+        assert report.registers > 16, report
+
+
+def launches(chip):
+    return [launch for _, case in kernels.shipped(chip) for launch in record(chip, case)]
+
+
+def forward_of(chip, name):
+    case = dict(kernels.shipped(chip))[name]
+    return next(x for x in record(chip, case) if x.kernel.fn.__name__ in FORWARD)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_forward_of_sm_90_has_specialised_warps(size):
+    for heads in ("8:8", "8:2"):
+        if (size, heads) == (64, "8:2"):
+            continue
+        launch = forward_of(90, f"{size} bfloat16 {heads} heads")
+        report = compile_launch(launch, 90)
+        assert report.kernel == "specialised_forward_kernel"
+        # 64 tokens of 8 heads in 3 samples: one program for each tile there can be.
+        assert launch.grid == (4 * 8,)
+        assert report.warp_specialized
+        assert "setmaxnreg" in report.asm["ptx"]
+        assert report.threads == 3 * 128
+
+
+def test_heads_that_are_not_adjacent_take_the_other_forward():
+    qkv = torch.empty((64, 24, 72), dtype=torch.bfloat16, device="meta")[..., :64]
+    q, k, v = qkv.chunk(3, dim=1)
+    cu = torch.empty(4, dtype=torch.int32, device="meta")
+    recorder = Recorder(90)
+    kernels.forward(q, k, v, cu, cu, 0.125, run=recorder)
+    report = compile_launch(recorder.launches[-1], 90)
+    assert (report.kernel, report.tensor_core) == ("forward_kernel", "HGMMA")
+    assert report.spill_bytes <= SPILLS_ALLOWED
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_descriptors_are_used_where_they_are_asked_for(chip):
+    seen = set()
+    for launch in launches(chip):
+        if launch.kernel.fn.__name__ in MAIN and launch.arguments["D"] in (64, 128):
+            asked = launch.arguments.get("TMA", True)  # the specialised forward knows nothing else
+            key = (launch.kernel, launch.arguments["D"], asked)
+            if key not in seen:
+                seen.add(key)
+                ptx = compile_launch(launch, chip).asm["ptx"]
+                assert ("cp.async.bulk.tensor" in ptx) == asked, key
+    assert any(tma for _, _, tma in seen) == (chip >= 90)
+
+
+def test_no_integer_is_compiled_in():
+    """Whatever the pack, the same code runs: every integer has a type and is not specialised on."""
+    for launch in launches(90):
+        for parameter in launch.kernel.params:
+            if isinstance(launch.arguments[parameter.name], (int, float)):
+                fixed = parameter.is_constexpr or parameter.do_not_specialize
+                assert fixed, (launch.kernel.fn.__name__, parameter.name)
+                assert parameter.is_constexpr or parameter.annotation_type, parameter.name
+
+
+def test_another_pack_takes_no_other_kernel():
+    """Two packs of different sizes differ in typed integers and in what tensors point to alone."""
+
+    def signature(tokens, samples):
+        qkv = torch.empty((tokens, 24, 64), dtype=torch.bfloat16, device="meta")
+        q, k, v = qkv.chunk(3, dim=1)
+        cu = torch.empty(samples + 1, dtype=torch.int32, device="meta")
+        recorder = Recorder(90)
+        out, lse = kernels.forward(q, k, v, cu, cu, 0.125, run=recorder)
+        kernels.backward(out, q, k, v, out, lse, None, cu, cu, 0.125, run=recorder)
+        return [
+            {
+                p.name: launch.arguments[p.name]
+                for p in launch.kernel.params
+                if p.is_constexpr or launch.arguments[p.name] is None
+            }
+            | launch.options
+            for launch in recorder.launches
+        ]
+
+    assert signature(1, 1) == signature(16, 3) == signature(233_017, 1_000)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_row_offsets_are_64_bits_wide(chip):
+    """No 32-bit product reaches an offset of a pointer to tokens (rows times their stride)."""
+    name, case = next(iter(kernels.shipped(chip)))
+    for launch in record(chip, case):
+        if launch.kernel.fn.__name__ == "plan_kernel":
+            continue
+        text = compile_launch(launch, chip).asm["ttir"]
+        wide = re.findall(r"arith\.muli .* : (?:tensor<[\dx]+x)?i64", text)
+        assert wide, (name, launch.kernel.fn.__name__)
+        pointers = re.findall(
+            r"tt\.addptr (%\S+), (%\S+) : (?:tensor<[^>]*>>?|!tt\.ptr<bf16>), (\S+)", text
+        )
+        assert pointers
+        narrow = {offset.rstrip(",") for _, offset, kind in pointers if "i32" in kind}
+        products = dict(re.findall(r"(%\S+) = arith\.muli (.*) : (?:tensor<[\dx]+x)?i32", text))
+        strides = [offset for offset in narrow if offset in products]
+        # What is left in 32 bits is head * head_dim in rows that this module makes itself.
+        for offset in strides:
+            assert "_i32" in products[offset], (launch.kernel.fn.__name__, products[offset])
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens"), [*itertools.product([1, 3000], [0, 1, 64, 65, 10_000])]
+)
+def test_the_grid_covers_every_tile(samples, tokens):
+    """The bound on the host is not below the tiles of any division into samples and padding."""
+    lengths = [1] * min(samples - 1, tokens) + [0] * max(samples - 1 - tokens, 0)
+    lengths += [tokens - sum(lengths)]
+    q = torch.empty((tokens, 8, 64), device="meta")
+    cu = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    tiles = sum(-(-n // 64) for n in lengths) * 8
+    assert kernels._tiles(q, 64, cu) >= tiles
