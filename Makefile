@@ -90,16 +90,36 @@ imports: $(DEV)  ## who may import whom (import-linter)
 	@$(BIN)/lint-imports >$(VENV)/imports.log 2>&1 || { cat $(VENV)/imports.log; exit 1; }
 
 # One thread a process: two workers on two cores, and results that do not depend on the machine's
-# number of cores.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore=tests/gpu
+# number of cores. Triton interprets or compiles a kernel for good when it is imported, so the tests
+# in its interpreter are runs of their own.
+RUN = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+INTERPRETER := tests/kernels/interpreter
+PYTEST = $(RUN) --ignore=tests/gpu --ignore=$(INTERPRETER)
 
 .PHONY: pytest
 pytest: $(DEV)  ## the tests alone; ARGS are pytest's
 	@$(PYTEST) $(ARGS)
+	@$(if $(ARGS),,TRITON_INTERPRET=1 $(RUN) $(INTERPRETER))
 
 .PHONY: quick
 quick: $(DEV)  ## the tests that take less than about ten seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+.PHONY: interpreter
+interpreter: $(DEV)  ## the Triton kernels in Triton's interpreter; ARGS are pytest's
+	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) $(ARGS)
+
+# ---- compiled without a GPU ----------------------------------------------------------------------
+
+TRITON ?=
+OTHER := $(VENV)/triton-$(TRITON)
+
+.PHONY: compiled
+compiled: $(DEV)  ## what the Triton kernels compile to: docs/compiled.md; TRITON=3.6.0 for another version
+	@if [[ -n "$(TRITON)" ]]; then \
+	  $(PIP) install --quiet --no-deps --upgrade --target $(OTHER) "triton==$(TRITON)" >>$(LOG) 2>&1; fi
+	@PYTHONPATH=$(if $(TRITON),$(OTHER)) $(BIN)/python -m bench.compiled --write
+	@$(BIN)/python -m bench.compiled --render
 
 # ---- the environment -----------------------------------------------------------------------------
 

@@ -70,10 +70,38 @@ def test_every_operator_has_its_test():
     assert sorted(missing) == []
 
 
-def test_every_backend_file_belongs_to_an_operator():
-    kernels = ROOT / "kernels" / "goku_kernels"
-    stems = [path.stem for path in kernels.glob("triton/[!_]*.py")]
-    assert [stem for stem in stems if not (kernels / f"{stem}.py").is_file()] == []
+def test_importing_the_kernels_imports_neither_triton_nor_the_compiler():
+    code = (
+        "import sys, goku_kernels; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+FUSED = sorted(path.stem for path in (ROOT / "kernels/goku_kernels/triton/configs").glob("*.json"))
+
+
+def test_there_are_fused_operators():
+    assert len(FUSED) >= 6
+
+
+@pytest.mark.parametrize("operator", FUSED)
+def test_every_fused_operator_has_all_its_files(operator):
+    wanted = [
+        f"kernels/goku_kernels/{operator}.py",
+        f"kernels/goku_kernels/triton/{operator}.py",
+        f"tests/kernels/test_{operator}.py",
+        f"tests/kernels/interpreter/test_{operator}.py",
+        f"tests/gpu/test_{operator}.py",
+        f"bench/{operator}.py",
+    ]
+    assert [name for name in wanted if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("operator", FUSED)
+def test_every_fused_operator_has_three_mutants(operator):
+    text = (ROOT / "tests/kernels/test_mutants.py").read_text(encoding="utf-8")
+    assert len(re.findall(rf'Mutant\(\s*"{operator}"', text)) >= 3
 
 
 def test_cmake_lists_every_native_source():
