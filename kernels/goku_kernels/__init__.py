@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ._flop_formulas import FLOP_FORMULAS
 from .adaln_modulate import adaln_modulate, adaln_modulate_bytes, adaln_modulate_flops
 from .gated_residual_adaln import (
     gated_residual_adaln,
@@ -42,6 +43,7 @@ OPERATORS = (
 )
 
 __all__ = [
+    "FLOP_FORMULAS",
     "OPERATORS",
     "Packing",
     "adaln_modulate",

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from goku import flops
 from goku.model import PRESETS, GokuTransformer, ModelConfig
-from goku_kernels import Packing
+from goku_kernels import FLOP_FORMULAS, Packing
 
 TINY = ModelConfig(dim=48, depth=2, heads=2, text_dim=24, latent_channels=4, time_channels=32)
 GRIDS = [(1, 4, 3), (2, 3, 5), (1, 1, 1)]
@@ -20,7 +20,10 @@ def test_forward_equals_torchs_counter_exactly_and_backward_is_twice_it():
     x = torch.randn(packing.total, TINY.patch_dim, requires_grad=True)
     text = torch.randn(text_packing.total, TINY.text_dim, requires_grad=True)
     # The math backend, since the counter has no formula for the CPU's fused kernel.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
+    ):
         y = model(x, torch.rand(packing.batch), text, packing, text_packing)
         forward = counter.get_total_flops()
         y.sum().backward()
