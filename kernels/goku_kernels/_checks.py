@@ -47,6 +47,8 @@ def choose_backend(
     """
     if backend is None:
         usable = refusal is None and x.is_cuda and triton_absent(x.device.type) is None
+        # The kernels are shipped for sm_80 and newer.
+        usable = usable and torch.cuda.get_device_capability(x.device) >= (8, 0)
         return "triton" if usable else "torch"
     if backend not in allowed:
         raise ValueError(f"{operator}: backend is {backend!r}: allowed are None, {list(allowed)}")
@@ -75,6 +77,11 @@ def triton_absent(device_type: str) -> str | None:
         f"it needs a CUDA device, the tokens are on {device_type} (TRITON_INTERPRET=1, set before "
         "the first use, interprets the kernels on a CPU)"
     )
+
+
+def width_refusal(name: str, x: Tensor, largest: int) -> str:
+    """Why the Triton kernels cannot take rows as wide as those of `x`."""
+    return f'{name} has width {x.shape[-1]}: allowed with backend="triton" are 1 to {largest}'
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -146,10 +146,8 @@ def triton_refusal(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take tokens like `x` (T, d); None if they can."""
     if x.dtype == torch.float64:
         return f'x has dtype {x.dtype}: allowed with backend="triton" are fp16, bf16 and fp32'
-    if x.shape[1] > _LARGEST_WIDTH:
-        return (
-            f'x has width {x.shape[1]}: allowed with backend="triton" is {_LARGEST_WIDTH} at most'
-        )
+    if not 0 < x.shape[1] <= _LARGEST_WIDTH:
+        return check.width_refusal("x", x, _LARGEST_WIDTH)
     return None
 
 

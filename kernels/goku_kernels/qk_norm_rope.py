@@ -135,6 +135,8 @@ def _refusal(q: Tensor, k: Tensor | None) -> str | None:
         return "q has dtype torch.float64: backend 'triton' takes float16, bfloat16 and float32"
     for name, x in (("q", q), ("k", k)):
         if x is not None:
+            if 0 in x.shape[1:]:
+                return f"{name} has shape {tuple(x.shape)}: backend 'triton' wants channels"
             tile = _padded(x.shape[1]) * _padded(x.shape[2])
             if tile > _LARGEST:
                 return (

@@ -14,6 +14,7 @@ from .reference import segments, without_autocast, zero_padding
 
 _OP = "rectified_flow_noise"
 _BACKENDS = ("torch", "triton")
+_LARGEST_WIDTH = 8192  # of triton/configs/rectified_flow_noise.json
 
 
 def rectified_flow_noise(
@@ -60,7 +61,8 @@ def rectified_flow_noise(
     refusal = None
     if x1.dtype == torch.float64:
         refusal = "x1 has dtype torch.float64: the Triton kernel computes in float32"
-    backend = check.choose_backend(_OP, backend, _BACKENDS, x1, refusal)
+    elif not 0 < x1.shape[1] <= _LARGEST_WIDTH:
+        refusal = check.width_refusal("x1", x1, _LARGEST_WIDTH)
     check.check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, x1.device)
     check.check_count(_OP, "token_offset", token_offset)
     batch = cu_seqlens.shape[0] - 1
@@ -73,7 +75,8 @@ def rectified_flow_noise(
         if not x.is_contiguous():
             raise ValueError(f"{_OP}: {name} has stride {x.stride()}: it must be contiguous")
     for name, value, bits in (("seed", seed, 64), ("purpose", purpose, 32)):
-        if not 0 <= value < 1 << bits:
+        whole = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+        if not whole or not 0 <= value < 1 << bits:
             raise ValueError(f"{_OP}: {name} is {value}: allowed are integers in [0, 2^{bits})")
     if torch.is_grad_enabled():
         for name, x in (("x1", x1), ("t", t)):
@@ -88,7 +91,7 @@ def rectified_flow_noise(
                 f"{_OP}: cu_seqlens and x1 give a sample {longest} elements: at most 2^34"
             )
     low, high = philox.split64(seed, "seed")
-    if backend == "triton":
+    if check.choose_backend(_OP, backend, _BACKENDS, x1, refusal) == "triton":
         return _noise(x1, t, stream_index, cu_seqlens, low, high, purpose, token_offset)
     return reference(x1, t, stream_index, cu_seqlens, (low, high), purpose, token_offset)
 

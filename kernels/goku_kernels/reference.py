@@ -97,6 +97,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2)
 
 
+def _own(y: Tensor, x: Tensor) -> Tensor:
+    """`y`, copied if nothing was done to `x`: no operator returns its argument."""
+    return y.clone() if y is x else y
+
+
 def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last axis in x's dtype."""
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
@@ -133,7 +138,7 @@ def qk_norm_rope(
                 y = rotate(y, rotation)
             else:
                 y = rotate(y.index_select(-1, order), rotation).index_select(-1, order.argsort())
-        return y.to(x.dtype)
+        return _own(y.to(x.dtype), x)
 
     with without_autocast(q):
         if k is None:
@@ -168,7 +173,8 @@ def adaln_modulate(
     if cu_seqlens is not None:
         segment, inside = segments(cu_seqlens, x.shape[0], token_offset)
     with without_autocast(x):
-        return _modulate(x, shift, scale, segment, inside, norm, weight, eps, dtype).to(x.dtype)
+        y = _modulate(x, shift, scale, segment, inside, norm, weight, eps, dtype).to(x.dtype)
+        return _own(y, x)
 
 
 def _modulate(

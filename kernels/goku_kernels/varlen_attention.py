@@ -123,10 +123,18 @@ def _differentiate_reference(
         recording.enter_context(torch.enable_grad())
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         result = attend(*inputs)
-        gradient = dout if dlse is None else (dout, dlse)
+        results = result if isinstance(result, tuple) else (result,)
+        wanted = [
+            (out, gradient)
+            for out, gradient in zip(results, (dout, dlse), strict=False)
+            if gradient is not None and out.requires_grad
+        ]
+        if not wanted:  # no query sees a key
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dq, dk, dv = torch.autograd.grad(
-            result, inputs, gradient, allow_unused=True, materialize_grads=True
-        )
+            [out for out, _ in wanted], inputs, [gradient for _, gradient in wanted],
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -296,12 +304,20 @@ def _triton_refusal(q: Tensor) -> str | None:
         return f"q has head_dim {q.shape[2]}: {suffix} {list(_HEAD_DIMS)}"
     if q.dtype == torch.float64:
         return f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, where TF32 is allowed, fp32"
-    if q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if q.dtype == torch.float32 and not _tf32_allowed():
         return (
             f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, after "
             'torch.set_float32_matmul_precision("high"), fp32 multiplied in TF32'
         )
     return None
+
+
+def _tf32_allowed() -> bool:
+    """Whether torch may multiply fp32 in TF32, by its older or its newer setting."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # the process uses the newer one, and torch refuses to mix them
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

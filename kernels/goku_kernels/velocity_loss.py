@@ -16,6 +16,7 @@ from .reference import segments, without_autocast, zero_padding
 
 _OP = "velocity_loss"
 _BACKENDS = ("torch", "triton")
+_LARGEST_WIDTH = 8192  # of triton/configs/velocity_loss.json
 
 
 def velocity_loss(
@@ -82,10 +83,11 @@ def per_sample_mse(
     for name, x in (("prediction", prediction), ("target", target)):
         if x.dtype == torch.float64:
             refusal = f"{name} has dtype torch.float64: the Triton kernels compute in float32"
-    backend = check.choose_backend(_OP, backend, _BACKENDS, prediction, refusal)
+    if not 0 < prediction.shape[1] <= _LARGEST_WIDTH:
+        refusal = check.width_refusal("prediction", prediction, _LARGEST_WIDTH)
     check.check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, prediction.device)
     check.check_count(_OP, "token_offset", token_offset)
-    if backend == "triton":
+    if check.choose_backend(_OP, backend, _BACKENDS, prediction, refusal) == "triton":
         return _mse(prediction, target, cu_seqlens, token_offset)
     return reference(prediction, target, cu_seqlens, token_offset)
 
@@ -221,7 +223,7 @@ def reference(prediction: Tensor, target: Tensor, cu_seqlens: Tensor, token_offs
         per_token = (error * error).sum(dim=1).to(torch.float64)
         offsets = (cu_seqlens.long() - token_offset).clamp(0, tokens)
         sums = _SegmentSums.apply(per_token, offsets, segment)
-        return (sums / (cu_seqlens.diff() * float(width)).clamp(min=1.0)).to(dtype)
+        return (sums / (cu_seqlens.diff().to(torch.float64) * width).clamp(min=1.0)).to(dtype)
 
 
 def velocity_loss_flops(tokens: int, dim: int, *, backward: bool = False) -> int:

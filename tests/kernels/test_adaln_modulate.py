@@ -176,3 +176,11 @@ def test_costs():
     assert adaln_modulate_flops(10, 4, norm="none", backward=True) == 160
     assert adaln_modulate_bytes(10, 4, itemsize=2) == 160
     assert adaln_modulate_bytes(10, 4, itemsize=4, backward=True) == 480
+
+
+def test_the_result_is_never_the_argument():
+    x, cu = torch.ones(2, D), Packing.from_lengths([2]).cu_seqlens
+    y = adaln_modulate(x, None, None, cu, norm="none")
+    assert torch.equal(y, x)
+    assert y is not x
+    assert y.data_ptr() != x.data_ptr()

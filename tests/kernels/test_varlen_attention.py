@@ -1,6 +1,7 @@
 """varlen_attention against attention written as one big masked softmax, and its contract."""
 
 import math
+import subprocess
 import sys
 import types
 from contextlib import nullcontext
@@ -419,3 +420,26 @@ def test_flash_refuses_what_flash_attn_cannot_do():
     _, lse = varlen_attention(q, k, v, *bounds(LQ, LK), return_lse=True, backend="flash")
     with pytest.raises(RuntimeError, match="no gradient through lse"):
         lse[lse.isfinite()].sum().backward()
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_where_no_query_sees_a_key(rows, return_lse):
+    q = torch.randn(rows, 4, 8, requires_grad=True)
+    k, v = (torch.randn(7, 2, 8, requires_grad=True) for _ in range(2))
+    none, keys = (torch.tensor([0, n], dtype=torch.int32) for n in (0, 7))
+    result = varlen_attention(q, k, v, none, keys, 0, 7, return_lse=return_lse)
+    out = result[0] if return_lse else result
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert not grad.any()
+
+
+def test_fp32_under_torchs_newer_tf32_setting():
+    code = (
+        "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from goku_kernels import varlen_attention\n"
+        "q, cu = torch.ones(3, 1, 64), torch.tensor([0, 3], dtype=torch.int32)\n"
+        "print(varlen_attention(q, q, q, cu, cu, 3, 3).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "192.0"), done.stderr

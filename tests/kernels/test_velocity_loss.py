@@ -186,3 +186,13 @@ def test_costs():
     assert velocity_loss_bytes(10, 64, itemsize=2, target_itemsize=2) == 10 * 64 * 4
     assert velocity_loss_flops(10, 64) == 10 * 64 * 3
     assert velocity_loss_flops(10, 64, backward=True) == 10 * 64 * 2
+
+
+def test_the_default_dtype_plays_no_part():
+    x, cu = torch.ones(4000, 64), torch.tensor([0, 4000], dtype=torch.int32)
+    torch.set_default_dtype(torch.float16)
+    try:
+        _, per_sample = velocity_loss(x, torch.zeros_like(x), torch.ones(1), cu, weight_sum=1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert per_sample.tolist() == [1.0]

@@ -103,6 +103,8 @@ def _live(index: int) -> Live:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
     chips = [chip for chip in CHIPS if chip <= capability]
+    if properties.shared_memory_per_block_optin < 160 * 1024:
+        chips = chips[:1]  # sm_86, sm_89 and sm_120: configurations of newer chips do not fit
     if not chips:
         raise RuntimeError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}: "

@@ -178,7 +178,8 @@ def backward(
         else:
             # In the forward the gain comes before (1 + scale), which is one per sample here.
             if a.scale is not None and not per_token:
-                plain = plain * (1.0 + a.scale.float())
+                # Where: the scale of a sample without tokens here may be anything.
+                plain = torch.where(plain == 0, plain, plain * (1.0 + a.scale.float()))
             weight = plain.sum(0).to(a.weight.dtype)
     if per_token:
         gate = _per_token_gradient(dgate, a.gate)

@@ -53,7 +53,7 @@ def noise_kernel(
     sample = tl.full((GROUPS,), 0, tl.int32) + sample_first
     ending = sample_first
     end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
-    while end <= last:
+    while (ending < B) & (end <= last):
         sample += (token_offset + row >= end).to(tl.int32)
         ending += 1
         end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, config, table
+from . import configs
+from .configs import Config, config
 from .launch import Launcher, alignment
 from .varlen_attention_backward import delta_kernel, gradient_kv_kernel, gradient_q_kernel
 from .varlen_attention_specialised import specialised_forward_kernel
@@ -212,7 +213,7 @@ def _specialised(
         values = override.get("forward_specialised")
         return None if values is None else {**values, "programs": 0}
     dtype = str(q.dtype).removeprefix("torch.")
-    for row in table(_OP):
+    for row in configs.table(_OP):
         found = row["kernel"], row["chip"], row["size"]
         if found == ("forward_specialised", run.chip, q.shape[2]) and dtype in row["dtypes"]:
             return {**row["config"], "programs": 0}
@@ -304,7 +305,7 @@ def shipped(chip: int) -> Iterator[tuple[str, Callable[[Launcher], object]]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     cases = [(size, bf16, 8) for size in HEAD_DIMS]
     cases += [(64, fp16, 8), (128, fp16, 8), (64, fp32, 8), (128, fp32, 8), (128, bf16, 2)]
-    assert {row["chip"] for row in table(_OP)} >= {chip}
+    assert {row["chip"] for row in configs.table(_OP)} >= {chip}
     for size, dtype, kv_heads in cases:
         name = f"{size} {str(dtype).removeprefix('torch.')} 8:{kv_heads} heads"
 

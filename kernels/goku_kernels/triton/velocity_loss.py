@@ -107,7 +107,7 @@ def gradient_kernel(
     ending = sample_of(cu_seqlens, B, token_offset + start)
     sample = tl.full((ROWS,), 0, tl.int32) + ending
     end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
-    while end <= last:
+    while (ending < B) & (end <= last):
         sample += (token_offset + row >= end).to(tl.int32)
         ending += 1
         end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)

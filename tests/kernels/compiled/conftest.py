@@ -30,10 +30,50 @@ def assert_fits(name, report, launch):
     """No spills to speak of, no more shared memory than the chip has, offsets in 64 bits."""
     assert report.spill_bytes <= SPILL_LIMIT, f"{name}: {report.spill_bytes} bytes spilled"
     assert report.shared_bytes <= SHARED_LIMIT[report.chip], f"{name}: {report.shared_bytes} bytes"
-    # What is added to a pointer is a row's offset: one of 32 bits would overflow at 2^31 elements.
-    offsets = re.findall(r"tt\.addptr .* : .*?, (?:tensor<[^>]*x)?(i\d+)", report.asm["ttir"])
+    ttir = report.asm["ttir"]
+    offsets = re.findall(r"tt\.addptr .* : .*?, (?:tensor<[^>]*x)?(i\d+)", ttir)
     matrices = [v for v in launch.arguments.values() if isinstance(v, torch.Tensor) and v.dim() > 1]
-    assert offsets.count("i64") >= len(matrices), f"{name}: {offsets}, {len(matrices)} matrices"
+    if "make_tensor_descriptor" not in ttir:  # descriptors take coordinates, not offsets
+        assert offsets.count("i64") >= len(matrices), f"{name}: {offsets}, {len(matrices)} matrices"
+    for product, factor in narrow_products(ttir):
+        # A block, a head or a program times less than 128; a row times a row's width is more.
+        assert factor is not None, f"{name}: 32 bits for {product}"
+        assert factor <= 128, f"{name}: 32 bits for {product}"
+
+
+def narrow_products(ttir):
+    """32-bit products among what is added to pointers: (text, its constant factor or None).
+
+    Follows every offset of the intermediate code back through sums, widenings and changes of shape
+    up to the first product: a row times its stride has to be multiplied in 64 bits, not widened
+    afterwards.
+    """
+    lines = [re.sub(r" loc\(.*\)\s*$", "", line) for line in ttir.splitlines()]
+    made = {m[1]: m for line in lines if (m := re.match(r"\s*(%[\w#]+) = (\S+) ?(.*)$", line))}
+    through = {"addi", "subi", "extsi", "splat", "broadcast", "expand_dims", "reshape"}
+    found = []
+    for line in lines:
+        start = re.search(r"tt\.addptr %\S+, (%[\w#]+) :", line)
+        todo, seen = [start[1]] if start else [], set()
+        while todo:
+            value = todo.pop()
+            if value in seen or value not in made:
+                continue
+            seen.add(value)
+            operation, rest = made[value][2].split(".")[-1], made[value][3]
+            operands = re.findall(r"%[\w#]+", rest.split(" : ")[0])
+            if operation == "muli" and re.search(r"i32>?$", rest):
+                constants = [
+                    int(number[1])
+                    for operand in operands
+                    if operand in made
+                    and (number := re.match(r"(?:dense<)?(-?\d+)", made[operand][3]))
+                    and made[operand][2] == "arith.constant"
+                ]
+                found.append((made[value][0].strip(), constants[0] if constants else None))
+            elif operation in through:
+                todo += operands
+    return found
 
 
 def kernels_of(*modules):

@@ -155,6 +155,17 @@ def test_output_and_every_gradient_are_equal(case):
     assert_close(run(model, inputs), want)
 
 
+@pytest.mark.usefixtures("fp64")
+@pytest.mark.parametrize("case", CASES)
+def test_a_single_sample(case):
+    # At batch 1 a transposed view flattens without a copy, and keeps its strides.
+    model, inputs = make(case)
+    inputs = {name: value[:1] for name, value in inputs.items()}
+    want = run(model, inputs)
+    fuse(model)
+    assert_close(run(model, inputs), want)
+
+
 def like_loaded(model, dtype):
     """Cast as from_pretrained(torch_dtype=dtype) does: what the class keeps in fp32 stays."""
     kept = model._keep_in_fp32_modules or []

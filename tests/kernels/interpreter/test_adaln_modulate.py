@@ -171,5 +171,14 @@ def test_fp64_is_refused_by_name():
         ValueError, match=r"adaln_modulate: x has dtype torch\.float64: allowed with"
     ):
         adaln_modulate(torch.zeros(2, D, dtype=torch.float64), None, None, backend="triton")
-    with pytest.raises(ValueError, match="x has width 8200"):
-        adaln_modulate(torch.zeros(2, 8200), None, None, backend="triton")
+    for width in (0, 8200):
+        with pytest.raises(ValueError, match=f"x has width {width}: allowed"):
+            adaln_modulate(torch.zeros(2, width), None, None, backend="triton")
+
+
+def test_a_scale_that_no_token_has_reaches_no_gradient():
+    cu, x, modulation, weight = inputs([3, 0, 1])
+    clean = run("triton", cu, x, modulation, weight, norm="rms")
+    modulation[1] = float("nan")
+    dirty = run("triton", cu, x, modulation, weight, norm="rms")
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)

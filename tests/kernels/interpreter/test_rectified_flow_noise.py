@@ -182,3 +182,20 @@ def test_fp64_is_refused_by_name_and_falls_back():
     with pytest.raises(ValueError, match=r"x1 has dtype torch\.float64"):
         rectified_flow_noise(x1, t, streams, cu, seed=1, backend="triton")
     assert rectified_flow_noise(x1, t, streams, cu, seed=1)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**31])
+def test_rows_far_past_the_end_are_padding(offset):
+    x, cu = torch.ones(4, 8), torch.tensor([0, 3, 5], dtype=torch.int32)
+    outs = rectified_flow_noise(
+        x, torch.ones(2), torch.arange(2), cu, seed=0, token_offset=offset, backend="triton"
+    )
+    assert not any(out.any() for out in outs)
+
+
+def test_what_is_too_wide_is_refused():
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="x1 has width 9000: allowed"):
+        rectified_flow_noise(
+            torch.ones(2, 9000), torch.ones(1), torch.arange(1), cu, seed=0, backend="triton"
+        )

@@ -179,3 +179,15 @@ def test_fp64_is_refused_by_name_and_falls_back():
     with pytest.raises(ValueError, match=r"target has dtype torch\.float64"):
         per_sample_mse(p, q, cu, backend="triton")
     assert per_sample_mse(p, q, cu).dtype == torch.float64
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**31])
+def test_rows_far_past_the_end_are_padding(offset):
+    x, cu = torch.ones(4, 8, requires_grad=True), torch.tensor([0, 3, 5], dtype=torch.int32)
+    loss, per_sample = velocity_loss(
+        x, torch.zeros(4, 8), torch.ones(2), cu, weight_sum=2.0, token_offset=offset,
+        backend="triton",
+    )  # fmt: skip
+    assert not per_sample.any()
+    (grad,) = torch.autograd.grad(loss, x)
+    assert not grad.any()

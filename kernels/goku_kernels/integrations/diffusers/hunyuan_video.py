@@ -229,7 +229,8 @@ class DualBlock(swap.FusedForward):
         block, layout = self.module, freqs_cis
         backend = layout.settings.backend
         first = None if token_replace_emb is None else num_tokens
-        streams = (hidden_states, encoder_hidden_states)
+        # The patch embedding hands on a transposed view, which flattens without a copy at batch 1.
+        streams = (hidden_states.contiguous(), encoder_hidden_states.contiguous())
         cus = (layout.segments(layout.length, first), layout.segments(streams[1].shape[1]))
         rows = (
             _modulation(block.norm1, 6, temb, token_replace_emb),
@@ -295,7 +296,7 @@ class SingleBlock(swap.FusedForward):
         first = None if token_replace_emb is None else num_tokens
         cu = layout.segments(x.shape[1], first)
         shift, scale, gate = _modulation(block.norm, 3, temb, token_replace_emb)
-        rows = x.flatten(0, 1)
+        rows = x.contiguous().flatten(0, 1)
         y = adaln_modulate(rows, shift, scale, cu, eps=block.norm.norm.eps, backend=backend)
         y = y.view_as(x)
         mlp = block.act_mlp(block.proj_mlp(y))

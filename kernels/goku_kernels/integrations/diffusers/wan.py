@@ -155,7 +155,7 @@ class Block(swap.FusedForward):
         """
         block, layout = self.module, rotary_emb
         backend = layout.settings.backend
-        x = hidden_states.flatten(0, 1)
+        x = hidden_states.contiguous().flatten(0, 1)
         wide = torch.promote_types(x.dtype, torch.float32)
         bias = getattr(block.norm2, "bias", None)
         cu: Tensor | None
