@@ -9,35 +9,55 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import harness, timing
+from bench.block_attention import SavingAttention
 from bench.cases import REFUSALS, Absent, Results, draw_normal, judge, needs_triton, packing
 from bench.packs import TEXT_TOKENS, Pack, packs
-from goku.flops import block_flops, named_peak
+from bench.peers import LIBRARIES, needs_cuda
+from goku.flops import block_training_flops, named_peak
 from goku.model import PRESETS, GokuBlock, KernelConfig, ModelConfig
 from goku.model.initialise import initialise
 from goku_kernels import (
     Packing,
     adaln_modulate_bytes,
-    gated_residual_adaln_bytes,
     qk_norm_rope_bytes,
     varlen_attention_flops,
 )
 
 OPERATOR = "block"
 SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py",
-           "bench/timing.py")  # fmt: skip
-# Peers: name -> (backend of the operators, whether torch.compile takes the block).
-PEERS: dict[str, tuple[Literal["torch", "triton"], bool]] = {
-    "eager": ("torch", False),
-    "torch.compile": ("torch", True),
-    "goku fused": ("triton", False),
-    "goku fused, torch.compile": ("triton", True),
+           "bench/block_attention.py", "bench/timing.py")  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """How a peer runs the block.
+
+    backend: of the operators.
+    compiled: whether torch.compile takes the block.
+    saves: whether torch's varlen_attn stands in for our attention, whose torch backend keeps nothing
+        of its forward and runs it again in the backward.
+    """
+
+    backend: Literal["torch", "triton"]
+    compiled: bool = False
+    saves: bool = False
+
+
+PEERS = {
+    "eager": Kind("torch"),
+    "eager, varlen_attn": Kind("torch", saves=True),
+    "torch.compile": Kind("torch", compiled=True),
+    "torch.compile, varlen_attn": Kind("torch", compiled=True, saves=True),
+    "goku fused": Kind("triton"),
+    "goku fused, torch.compile": Kind("triton", compiled=True),
 }
+_SAVES = "attention is torch.nn.attention.varlen's, which keeps what its backward needs"
+_REPEATS = "attention's forward is run again in its backward"
 MIXED, PLAIN = "bfloat16 autocast over float32", "bfloat16"
 
 
@@ -61,8 +81,8 @@ class Setting:
 
     @property
     def flops(self) -> float:
-        """FLOPs of forward and backward."""
-        return 3 * block_flops(self.config, self.pack.lengths, self.text_lengths)
+        """FLOPs of forward and backward, as `goku.flops` counts training: the text has no gradient."""
+        return block_training_flops(self.config, self.pack.lengths, self.text_lengths)
 
 
 def settings(device_type: str) -> Iterator[Setting]:
@@ -82,7 +102,10 @@ def settings(device_type: str) -> Iterator[Setting]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Inputs of a block: x (T, d), c (B, d), text (S, text_dim), the gradient of its output."""
+    """Inputs of a block: x (T, d), c (B, d), text (S, text_dim), the gradient of its output.
+
+    As in training, x and c ask for gradients and the text does not.
+    """
 
     x: Tensor
     c: Tensor
@@ -104,7 +127,7 @@ class Batch:
         )
         c = draw_normal(generator, places.batch, width, dtype=low).float()
         text = draw_normal(generator, text_places.total, setting.config.text_dim, dtype=low)
-        return cls(x.requires_grad_(), c, text, gradient, places, text_places)
+        return cls(x.requires_grad_(), c.requires_grad_(), text, gradient, places, text_places)
 
 
 def make_block(
@@ -135,11 +158,16 @@ def make_peer(name: str, setting: Setting, device: torch.device) -> GokuBlock:
     Raises:
         Absent: it cannot run here; the message says why.
     """
-    backend, compiled = PEERS[name]
-    if backend == "triton":
+    kind = PEERS[name]
+    if kind.backend == "triton":
         needs_triton(device)
-    block = make_block(setting, device, backend)
-    if compiled:
+    attend = LIBRARIES["torch varlen_attn"]() if kind.saves else None
+    if attend is not None:
+        needs_cuda(device)
+    block = make_block(setting, device, kind.backend)
+    if attend is not None:
+        SavingAttention.replace(block, attend)
+    if kind.compiled:
         block.compile()
     return block
 
@@ -153,7 +181,7 @@ def forward(module: torch.nn.Module, batch: Batch, setting: Setting) -> Tensor:
 
 def step(module: torch.nn.Module, batch: Batch, setting: Setting) -> Tensor:
     """One forward and backward; returns the output."""
-    for x in (*module.parameters(), batch.x):
+    for x in (*module.parameters(), batch.x, batch.c):
         x.grad = None
     y = forward(module, batch, setting)
     y.backward(batch.gradient)
@@ -164,10 +192,12 @@ def results(module: torch.nn.Module, batch: Batch, setting: Setting) -> Results:
     """Output and the gradients that pass through all of the block."""
     y = step(module, batch, setting)
     assert batch.x.grad is not None
+    assert batch.c.grad is not None
     parameters = {
         f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None
     }
-    return {"output": y.detach(), "gradient of x": batch.x.grad, **parameters}
+    inputs = {"gradient of x": batch.x.grad, "gradient of c": batch.c.grad}
+    return {"output": y.detach(), **inputs, **parameters}
 
 
 def truth(setting: Setting, batch: Batch) -> Results:
@@ -192,19 +222,33 @@ def memory_bytes(setting: Setting) -> float:
     GELU, whose input is read and output written, and in the backward two read and one written.
     """
     config, tokens = setting.config, setting.pack.tokens
+    elements = tokens * config.dim
     text = sum(setting.text_lengths)
     stream = 4 if setting.dtype == MIXED else 2
     heads = {"heads": config.heads, "head_dim": config.head_dim, "itemsize": 2}
     total = 0
     for backward in (False, True):
         total += adaln_modulate_bytes(tokens, config.dim, itemsize=stream, backward=backward)
-        total += 3 * gated_residual_adaln_bytes(
-            tokens, config.dim, itemsize=stream, backward=backward
-        )
+        for gated, normed in ((True, True), (False, True), (True, False)):
+            total += elements * _residual_bytes(stream, gated, normed, backward)
         total += qk_norm_rope_bytes(tokens, tokens, **heads, backward=backward)
         total += qk_norm_rope_bytes(tokens, text, **heads, backward=backward)
         total += tokens * config.mlp_dim * 2 * (3 if backward else 2)
     return total
+
+
+def _residual_bytes(stream: int, gated: bool, normed: bool, backward: bool) -> int:
+    """Least traffic of one residual sum per element; its branch is bf16, the rest `stream` bytes.
+
+    Without a norm behind it there is one output, whose gradient is the residual's as it is.
+    """
+    branch = 2
+    if not backward:  # residual and branch read, the sum and what is normed of it written
+        return stream + branch + stream * (2 if normed else 1)
+    # Read: gradients of the outputs, the sum for its norm, the branch for its gate. Written: the
+    # gradients of residual and branch.
+    read = stream * (3 if normed else 1) + (branch if gated else 0)
+    return read + (stream if normed else 0) + branch
 
 
 def attention_flops(setting: Setting) -> float:
@@ -277,12 +321,17 @@ def measure(
                    "tokens": setting.pack.tokens, "samples": len(setting.pack.grids),
                    "text_tokens": sum(setting.text_lengths)},
             work=setting.flops, ceiling=ceilings.matmul, sources=SOURCES, peer=name,
-            backend=PEERS[name][0], direction="forward+backward", **more,
+            backend=PEERS[name].backend, direction="forward+backward", **more,
         )  # fmt: skip
 
     batch = Batch.draw(setting, device, 0)
-    exact = truth(setting, batch)
+    lacking = "eager gave no result to judge by"
+    exact: Results | None = None
     same: Results | None = None
+    try:
+        exact = truth(setting, batch)
+    except REFUSALS as error:
+        lacking = f"no truth to judge by: {type(error).__name__}: {error}"[:400]
     usable: dict[str, torch.nn.Module] = {}
     for name in ("eager", *(n for n in names if n != "eager")):
         status, note = "measured", ""
@@ -294,12 +343,16 @@ def measure(
         except REFUSALS as error:
             status, note = "failed", f"{type(error).__name__}: {error}"[:400]
         else:
-            same = same or got  # eager comes first: what plain PyTorch makes of this precision
-            verdict = judge(got, same, exact)
-            if verdict.right:
-                usable[name] = module
-                continue
-            status, note = "wrong", str(verdict)
+            if name == "eager":  # it comes first: what plain PyTorch makes of this precision
+                same = got
+            if same is None or exact is None:
+                status, note = "failed", lacking
+            else:
+                verdict = judge(got, same, exact)
+                if verdict.right:
+                    usable[name] = module
+                    continue
+                status, note = "wrong", str(verdict)
         if name in names:
             yield row(name, status=status, note=note)
     del exact, same
@@ -319,7 +372,9 @@ def measure(
             peak = named_peak(device_name)
             if peak is not None:
                 extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
-        yield row(name, timing=timed, extra=extra)
+        kind = PEERS[name]
+        note = _SAVES if kind.saves else _REPEATS if kind.backend == "torch" else ""
+        yield row(name, timing=timed, extra=extra, note=note)
 
 
 def _peak_memory(module: torch.nn.Module, batch: Batch, setting: Setting) -> int:
@@ -327,7 +382,7 @@ def _peak_memory(module: torch.nn.Module, batch: Batch, setting: Setting) -> int
     device = batch.x.device
     if device.type != "cuda":
         return 0
-    for x in (*module.parameters(), batch.x):
+    for x in (*module.parameters(), batch.x, batch.c):
         x.grad = None
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

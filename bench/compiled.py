@@ -8,8 +8,9 @@
 Registers, spilled bytes (ptxas), shared memory, class of matrix instructions (HMMA: sm_80's, HGMMA:
 sm_90's warpgroups, UTCMMA: sm_100's) and whether warps are specialised. Needs no GPU.
 
-Exit codes: 0 all well; 1 a configuration spills more than 16 bytes a thread or asks for more shared
-memory than the chip has; 2 wrong arguments.
+Exit codes: 0 all well; 1 a configuration spills more than 16 bytes a thread, asks for more shared
+memory than the chip has, or is attention that multiplies without the chip's own matrix instructions
+or was not divided among warps where it should be; 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ OPERATORS = (
 )
 SOURCES = ("kernels/goku_kernels/triton",)
 SPILL_LIMIT = 16  # bytes a thread: a few registers once per tile, which ptxas versions differ by
+# The kernels of attention that multiply, and what each chip multiplies with. Triton 3.7 compiles one
+# that needs too much of sm_100's tensor memory to an empty kernel, which this finds.
+MULTIPLY = (
+    "forward_kernel",
+    "specialised_forward_kernel",
+    "gradient_kv_kernel",
+    "gradient_q_kernel",
+)
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
 RESULTS = harness.RESULTS / "compiled"
 PAGE = harness.ROOT / "docs" / "compiled.md"
 
@@ -71,6 +81,12 @@ def faults(record: dict[str, Any]) -> list[str]:
         found.append(f"{record['spill_bytes']} bytes spilled")
     if record["shared_bytes"] > record["shared_limit"]:
         found.append(f"{record['shared_bytes']} bytes of shared memory")
+    wanted, there = MATRIX[record["chip"]], record["tensor_core"]
+    multiplies = record["operator"] == "varlen_attention" and record["kernel"] in MULTIPLY
+    if multiplies and there != wanted:
+        found.append(f"matrix instructions {there} instead of {wanted}")
+    if record["kernel"].startswith("specialised_") and not record["warp_specialized"]:
+        found.append("warps are not specialised")
     return found
 
 
@@ -93,10 +109,14 @@ def render(folder: Path) -> str:
         "bytes per thread, stores and loads, as ptxas says. HMMA, HGMMA and UTCMMA are the matrix "
         "instructions of sm_80, sm_90 and sm_100.\n",
     ]
+    tables = []
     for file in sorted(folder.glob("triton-*.jsonl")):
         head, *records = [json.loads(text) for text in file.read_text("utf-8").splitlines()]
-        stale = harness.is_stale(head)
-        parts.append(f"## Triton {head['triton']}{' (of older sources)' if stale else ''}\n")
+        title = f"Triton {head['triton']}{' (of older sources)' if harness.is_stale(head) else ''}"
+        tables.append((title, records))
+    parts += [summary(title, records) for title, records in tables]
+    for title, records in tables:
+        parts.append(f"\n## {title}\n")
         parts.append(
             "| operator | case | kernel | chip | threads | registers | spilled | shared KiB | matrix |"
         )
@@ -107,8 +127,18 @@ def render(folder: Path) -> str:
                 f"| {r['operator']} | {r['case']} | {r['kernel']} | sm_{r['chip']} | {r['threads']} "
                 f"| {r['registers']} | {r['spill_bytes']} | {r['shared_bytes'] / 1024:.1f} | {matrix} |"
             )
-        parts.append("")
-    return "\n".join(parts)
+    return "\n".join(parts) + "\n"
+
+
+def summary(title: str, records: Sequence[dict[str, Any]]) -> str:
+    """How many kernels one version of Triton compiled and what is wrong with which."""
+    bad = [
+        f"  - sm_{r['chip']}, {r['operator']}: {r['case']}, {r['kernel']}: {'; '.join(found)}"
+        for r in records
+        if (found := faults(r))
+    ]
+    count = "no fault" if not bad else f"{len(bad)} with faults:"
+    return "\n".join([f"- {title}: {len(records)} kernels compiled, {count}", *bad])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

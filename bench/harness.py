@@ -173,7 +173,7 @@ def revision(root: Path = ROOT) -> tuple[str, bool]:
     try:
         commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
         changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.SubprocessError):
         return os.environ.get("GOKU_COMMIT", "unknown"), True
     return commit, bool(changes)
 
@@ -198,7 +198,7 @@ def _clocks(device: torch.device) -> str:
     index = str(device.index or 0)
     try:
         return _output("nvidia-smi", query, "--format=csv,noheader", "-i", index)
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.SubprocessError):  # absent, failed or too slow
         return "unknown"
 
 
@@ -248,7 +248,7 @@ def write(rows: Iterable[Row], device: torch.device, folder: Path) -> list[dict[
 def read(folder: Path) -> list[dict[str, Any]]:
     """All rows of a results folder: of the files that are named as a benchmark's module.
 
-    Others there, such as compiled-triton-3.7.1.jsonl of `bench.compiled`, hold something else.
+    Other files there hold something else; those of `bench.compiled` lie in the folder compiled.
 
     Raises:
         ValueError: a line that is no row of this schema, naming file and line.

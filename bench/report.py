@@ -41,17 +41,21 @@ NOTES = {
     "varlen_attention": (
         "FLOPs: 4 x heads x head_dim x sum(len_q x len_k) forward, twice that backward. flash-attn's "
         "tables count the backward 2.5 times: their figure for a speed is 1.25 times the one here. "
-        "What deterministic=True costs is the difference of our two peers below."
+        "deterministic=True runs the same kernels and costs nothing by construction: what our two "
+        "peers below differ by is noise."
     ),
     "rectified_flow_noise": (
         "The % is of the copy; Box-Muller in fp64 (43 operations a number) may bound it before."
     ),
     "block": (
         "Forward and backward of one block. % is of the matrix product's ceiling, MFU of the data "
-        "sheet's peak; FLOPs from `goku/flops.py`, nothing recomputed. Expected: matrix products, "
-        "attention and memory-bound operators one after the other, each at its ceiling. Ours runs "
-        "deterministically, as Goku trains; eager and torch.compile take torch's faster attention, "
-        "whose backward is not. Peak memory is what one step allocates beside what was there before."
+        "sheet's peak; FLOPs from `goku/flops.py`, nothing recomputed, no gradient of the text. "
+        "Expected: matrix products, attention and memory-bound operators one after the other, each "
+        "at its ceiling. Ours runs deterministically, as Goku trains; eager and torch.compile take "
+        "torch's faster attention, whose backward is not. Within our operator that attention runs "
+        "its forward again in the backward; the peers with varlen_attn call "
+        "torch.nn.attention.varlen in its place, which keeps what its backward needs. Peak memory is "
+        "what one step allocates beside what was there before."
     ),
 }
 

@@ -1,7 +1,8 @@
 """Runs operators' benchmarks one problem after the other and writes their rows.
 
 A run can be stopped at any time and taken up again: rows are written after every problem, and with
-`resume` a problem whose rows are there, of these sources and this chip, is not measured again.
+`resume` a problem whose rows are there, of these sources and this chip, is not measured again unless
+a peer of ours was wrong or failed in it.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> bool
     good, ceilings, last_case = True, None, ""
     for work in todo:
         known = done.get((name, *work.key), {})
-        if set(work.peers) <= set(known) and set(known.values()) == {_hash(work.sources)}:
+        if {known.get(peer) for peer in work.peers} == {_hash(work.sources)}:
             continue
         if time.monotonic() - began > options.limit:
             say(f"{name}: stopped after {options.limit:.0f} s; --resume goes on from here")
@@ -133,20 +134,29 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> bool
             elif record["peer"] not in said:  # once, not for every problem
                 said.add(record["peer"])
                 say(f"{name}: {record['peer']} is absent: {record['note']}")
-            ours = bool(record["backend"])
-            good = good and not (ours and record["status"] in ("wrong", "failed"))
+            good = good and not is_bad(record)
     return good
 
 
+def is_bad(record: Mapping[str, Any]) -> bool:
+    """Whether a peer of ours was wrong or failed."""
+    return bool(record["backend"]) and record["status"] in ("wrong", "failed")
+
+
 def measured(folder: Path, device: torch.device) -> dict[tuple[str, ...], dict[str, str]]:
-    """(name, case, pack, dtype) -> peer -> hash of the sources of its newest row on this chip."""
+    """(name, case, pack, dtype) -> peer -> hash of the sources of its newest row on this chip.
+
+    The hash is "" where that row is bad: a mistake of ours is measured again, and told again, until
+    it is mended.
+    """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     chip = harness.hardware(device)["device"]
     records: Sequence[Mapping[str, Any]] = harness.read(folder)
     for record in records:
         if record["hardware"]["device"] == chip and record["device_type"] == device.type:
             key = tuple(record[k] for k in ("name", "case", "pack", "dtype"))
-            found.setdefault(key, {})[record["peer"]] = record["sources_sha256"]
+            digest = "" if is_bad(record) else record["sources_sha256"]
+            found.setdefault(key, {})[record["peer"]] = digest
     return found
 
 

@@ -139,6 +139,7 @@ def measurer(
     """The measure for a GPU: geometric mean over two packs of the direction that the kernel is in.
 
     A kernel whose name begins with "forward" is measured in the forward, any other in the backward.
+    Rows of "<kernel>_specialised", which would run in its place, are left out meanwhile.
     """
     module = importlib.import_module(f"bench.{op}")
     peer = next(p for p in module.PEERS if p.name == "goku triton")
@@ -148,7 +149,11 @@ def measurer(
 
     def measure(row: Row, config: Config) -> float | None:
         keys = ("kernel", "size", "chip", "dtypes")
-        table = [{**r, "config": config} if all(r[k] == row[k] for k in keys) else r for r in rows]
+        table = [
+            {**r, "config": config} if all(r[k] == row[k] for k in keys) else r
+            for r in rows
+            if r["kernel"] != f"{row['kernel']}_specialised"
+        ]
         name = "bfloat16" if "bfloat16" in row["dtypes"] else row["dtypes"][0]
         direction = "forward" if row["kernel"].startswith("forward") else "backward"
         times = []

@@ -1,9 +1,10 @@
 """The only count of FLOPs and of model FLOPs utilisation (MFU).
 
 Counted are the matrix products of the model as packed: attention from sum(len_i^2), not from the
-    square
-of the sum. A training step is 3 forwards (backward = 2x forward); recomputation is never counted,
-and neither are norms, activations, rotations and modulation, which are under a percent.
+square of the sum. A training step is 3 forwards (backward = 2x forward: the gradients of both
+factors) less the gradients that nobody asks for, those of the data: noised latents, text embeddings
+and timestep features. Recomputation is never counted, and neither are norms, activations, rotations
+and the arithmetic of modulation, which are under a percent.
 """
 
 from __future__ import annotations
@@ -69,8 +70,32 @@ def model_flops(shape: ModelShape, lengths: Sequence[int], text_lengths: Sequenc
 
 
 def training_flops(shape: ModelShape, lengths: Sequence[int], text_lengths: Sequence[int]) -> int:
-    """FLOPs of forward and backward: 3 forwards; arguments as in `block_flops`."""
-    return 3 * model_flops(shape, lengths, text_lengths)
+    """FLOPs of forward and backward of the whole transformer; arguments as in `block_flops`.
+
+    3 forwards less the gradients of the latents in the patch embedding, of the timestep features in
+    the time MLP and of the text in every block.
+    """
+    unasked = sum(lengths) * shape.patch_dim * shape.dim
+    unasked += len(lengths) * shape.time_channels * shape.dim
+    text = shape.depth * _text_gradient_flops(shape, text_lengths)
+    return 3 * model_flops(shape, lengths, text_lengths) - 2 * unasked - text
+
+
+def block_training_flops(
+    shape: ModelShape, lengths: Sequence[int], text_lengths: Sequence[int]
+) -> int:
+    """FLOPs of forward and backward of one block in training; arguments as in `block_flops`.
+
+    3 forwards less the gradient of the text; those of the tokens and of the conditioning go on to
+    the layers before.
+    """
+    forward = block_flops(shape, lengths, text_lengths)
+    return 3 * forward - _text_gradient_flops(shape, text_lengths)
+
+
+def _text_gradient_flops(shape: ModelShape, text_lengths: Sequence[int]) -> int:
+    """What one block's gradient of the text would take, through the k and v projections."""
+    return 2 * sum(text_lengths) * shape.text_dim * 2 * shape.dim
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import block, harness, timing
+from bench.block_attention import SavingAttention
 from bench.packs import Pack
-from goku.flops import block_flops
+from goku.flops import block_training_flops
 from goku.model import PRESETS
+from goku_kernels import FLOP_FORMULAS, gated_residual_adaln_bytes, varlen_attention
 
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings(
@@ -26,12 +30,93 @@ def test_rows_of_a_tiny_block(dtype):
     assert "CUDA" in absent.note or "triton" in absent.note
     assert (row.peer, row.status, row.dtype) == ("eager", "measured", dtype)
     assert row.shape["tokens"] == 28
-    assert row.work == 3 * block_flops(PRESETS["tiny-test"], [24, 4], [512, 512])
+    assert row.work == block_training_flops(PRESETS["tiny-test"], [24, 4], [512, 512])
+    assert "run again" in row.note
     assert row.extra["tokens_per_s"] == pytest.approx(28 / row.timing.median_ms * 1e3)
     assert row.extra["attention_rate"] == "the matmul ceiling"
     parts = [row.extra[f"expected_{part}_ms"] for part in ("matmul", "attention", "memory")]
     assert row.extra["expected_ms"] == pytest.approx(sum(parts))
     assert min(parts) > 0
+
+
+def test_a_step_does_the_flops_that_are_counted():
+    setting = dataclasses.replace(SETTING, dtype=block.PLAIN)
+    batch = block.Batch.draw(setting, CPU, 0)
+    module = block.make_peer("eager", setting, CPU)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
+    ):
+        block.step(module, batch, setting)
+    assert counter.get_total_flops() == setting.flops
+
+
+def test_residual_sums_move_what_they_need():
+    # all of one width and with everything: the operator's own count
+    for backward in (False, True):
+        whole = gated_residual_adaln_bytes(1, 1, itemsize=2, backward=backward)
+        assert block._residual_bytes(2, True, True, backward) == whole
+    # fp32 stream, bf16 branch: 4 + 2 read, 4 written, once more with a norm
+    assert block._residual_bytes(4, True, True, False) == 14
+    assert block._residual_bytes(4, True, False, False) == 10
+    # the norm's sum and two gradients and the branch read, two gradients written
+    assert block._residual_bytes(4, True, True, True) == 20
+    assert block._residual_bytes(4, False, True, True) == 18
+    assert block._residual_bytes(4, True, False, True) == 8
+
+
+def test_nobody_is_judged_where_eager_fails(monkeypatch):
+    setting = dataclasses.replace(SETTING, dtype=block.PLAIN)
+    exact = block.truth(setting, block.Batch.draw(setting, CPU, 0))
+    make = block.make_peer
+
+    def broken(name, setting, device):
+        if name == "eager":
+            raise RuntimeError("no room")
+        return make("eager", setting, device)
+
+    monkeypatch.setattr(block, "truth", lambda setting, batch: exact)
+    monkeypatch.setattr(block, "make_peer", broken)
+    found = list(block.measure(setting, ["torch.compile", "eager"], CPU, CEILINGS, seconds=0))
+    assert [(r.peer, r.status, r.note) for r in found] == [
+        ("eager", "failed", "RuntimeError: no room"),
+        ("torch.compile", "failed", "eager gave no result to judge by"),
+    ]
+
+
+def test_nobody_is_judged_without_a_truth(monkeypatch):
+    def broken(setting, batch):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(block, "truth", broken)
+    (row,) = block.measure(SETTING, ["eager"], CPU, CEILINGS, seconds=0)
+    assert (row.status, row.note) == ("failed", "no truth to judge by: RuntimeError: no room")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_through_varlen_attn_is_the_same_block(compiled):
+    """With our own attention for torch's, which needs a GPU; gradients too."""
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k):
+        return varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, backend="torch")
+
+    batch = block.Batch.draw(SETTING, CPU, 0)
+    want = block.results(block.make_peer("eager", SETTING, CPU), batch, SETTING)
+    module = block.make_peer("eager", SETTING, CPU)
+    SavingAttention.replace(module, attend)
+    assert type(module.attn1) is type(module.attn2) is SavingAttention
+    if compiled:
+        module.compile(backend="eager", fullgraph=True)
+    got = block.results(module, batch, SETTING)
+    assert set(got) == set(want)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
+
+
+def test_varlen_attn_is_for_cuda_alone():
+    for name in ("eager, varlen_attn", "torch.compile, varlen_attn"):
+        with pytest.raises(block.Absent, match=r"CUDA|varlen_attn"):
+            block.make_peer(name, SETTING, CPU)
 
 
 def test_the_expected_time_takes_each_rate_for_its_part():

@@ -76,7 +76,20 @@ def test_a_wrong_result_of_ours_is_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(velocity_loss, "PEERS", peers)
     assert run(tmp_path, "velocity_loss") == 1
     assert "goku triton: wrong: output 0 is off by" in capsys.readouterr().out
-    assert {r["status"] for r in harness.read(tmp_path)} == {"measured", "wrong"}
+    rows = harness.read(tmp_path)
+    assert {r["status"] for r in rows} == {"measured", "wrong"}
+    # Taking the run up again does not make it a success: it is measured and told once more.
+    assert run(tmp_path, "velocity_loss", "--resume") == 1
+    assert len(harness.read(tmp_path)) == 2 * len(rows)
+    # Once it is mended, the run is good and done with; a peer of another name does not count.
+    peers[1] = Peer("goku triton", lambda p, d: velocity_loss.eager, backend="triton")
+    assert run(tmp_path, "velocity_loss", "--resume") == 0
+    peers[0] = Peer("another", lambda p, d: velocity_loss.eager)
+    assert run(tmp_path, "velocity_loss", "--resume") == 0
+    last = harness.read(tmp_path)
+    monkeypatch.setattr(harness, "write", None)
+    assert run(tmp_path, "velocity_loss", "--resume") == 0
+    assert harness.read(tmp_path) == last
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,20 @@ def test_the_newest_row_of_each_peer_counts(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_clock_that_takes_too_long_to_read_is_unknown(monkeypatch):
+    def slow(command, **options):
+        raise subprocess.TimeoutExpired(command, 20)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    monkeypatch.setenv("GOKU_COMMIT", "abc")
+    assert harness._clocks(torch.device("cuda", 0)) == "unknown"
+    assert harness.revision() == ("abc", True)
+
+
 def test_files_of_other_kinds_are_left_alone(tmp_path):
-    (tmp_path / "compiled-triton-3.7.1.jsonl").write_text('{"kernel": "forward"}\n')
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled" / "triton.jsonl").write_text('{"kernel": "forward"}\n')
+    (tmp_path / "triton-3.7.1.jsonl").write_text('{"kernel": "forward"}\n')
     (tmp_path / "README.md").write_text("{")
     harness.write([row()], CPU, tmp_path)
     assert [r["name"] for r in harness.read(tmp_path)] == ["thing"]

@@ -101,6 +101,8 @@ def test_operators_take_the_overridden_rows_and_then_their_own():
 
 def test_candidates_are_judged_and_timed_with_their_own_configuration(monkeypatch):
     """On a CPU with the reference for a kernel that reads its configuration when it is called."""
+    from triton.runtime.errors import OutOfResources
+
     rows = [row("forward", 90, 64, rows=4), row("backward", 90, 64, rows=2)]
     seen = []
 
@@ -109,7 +111,7 @@ def test_candidates_are_judged_and_timed_with_their_own_configuration(monkeypatc
         other = configs.config("adaln_modulate", "backward", 64, torch.bfloat16, 90)
         seen.append((config["rows"], other["rows"]))
         if config["rows"] == 16:
-            raise RuntimeError("out of resources: shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         return tuple(x * (2 if config["rows"] == 8 else 1) for x in adaln_modulate.eager(inputs))
 
     peer = cases.Peer("goku triton", lambda problem, device: function, backend="triton")
@@ -123,7 +125,47 @@ def test_candidates_are_judged_and_timed_with_their_own_configuration(monkeypatc
     assert seen[-1] == (4, 1)
     assert measure(rows[0], {"rows": 8}) is None  # wrong
     assert measure(rows[0], {"rows": 16}) is None  # does not fit
-    assert ["wrong" in said[0], "out of resources" in said[1]] == [True, True]
+    assert ["wrong" in said[0], "out of resource: shared memory" in said[1]] == [True, True]
+
+
+def test_a_forward_is_tuned_without_the_specialised_one_that_would_run_in_its_place(monkeypatch):
+    rows = [row("forward", 90, 64, rows=4), row("forward_specialised", 90, 64, rows=2)]
+    seen = []
+
+    def function(inputs):
+        seen.append({r["kernel"]: r["config"]["rows"] for r in configs.table("adaln_modulate")})
+        return adaln_modulate.eager(inputs)
+
+    peer = cases.Peer("goku triton", lambda problem, device: function, backend="triton")
+    monkeypatch.setattr(adaln_modulate, "PEERS", [peer])
+    monkeypatch.setattr(tune, "GPU_PACKS", [Pack(name, ((1, 2, 3),)) for name in tune._JUDGED_ON])
+    measure = tune.measurer("adaln_modulate", rows, torch.device("cpu"), 0, quiet)
+    assert measure(rows[0], {"rows": 8}) > 0
+    assert all(kernels == {"forward": 8} for kernels in seen)
+    seen.clear()
+    assert measure(rows[1], {"rows": 1}) > 0
+    assert all(kernels == {"forward": 4, "forward_specialised": 1} for kernels in seen)
+
+
+def test_attention_on_sm_90_takes_the_overridden_rows_of_either_forward():
+    from goku_kernels.triton import varlen_attention as kernels
+    from goku_kernels.triton.launch import Recorder
+
+    def launched(rows):
+        x = torch.empty((512, 8, 128), dtype=torch.bfloat16, device="meta")
+        cu = torch.empty(4, dtype=torch.int32, device="meta")
+        recorder = Recorder(90)
+        with tune.overridden("varlen_attention", rows):
+            kernels.forward(x, x, x, cu, cu, 0.1, run=recorder)
+        last = recorder.launches[-1]
+        values = [last.arguments[k] for k in ("QUERIES", "KEYS", "STAGES")]
+        return last.kernel.fn.__name__, *values, last.options["num_warps"]
+
+    plain = {"queries": 64, "keys": 32, "num_stages": 4, "num_warps": 2, "programs": 1, "tma": 1}
+    special = {**plain, "queries": 256, "num_warps": 8}
+    rows = [row("forward", 90, 128, **plain), row("forward_specialised", 90, 128, **special)]
+    assert launched(rows) == ("specialised_forward_kernel", 256, 32, 4, 8)
+    assert launched(rows[:1]) == ("forward_kernel", 64, 32, 4, 2)
 
 
 def test_files_are_written_as_they_are_kept():

@@ -14,11 +14,11 @@ GRIDS = [(1, 4, 3), (2, 3, 5), (1, 1, 1)]
 TEXT = [3, 7, 1]
 
 
-def test_forward_equals_torchs_counter_exactly_and_backward_is_twice_it():
+def test_forward_and_training_equal_torchs_counter_exactly():
     model = GokuTransformer(TINY)
     packing, text_packing = Packing.from_grids(GRIDS), Packing.from_lengths(TEXT)
-    x = torch.randn(packing.total, TINY.patch_dim, requires_grad=True)
-    text = torch.randn(text_packing.total, TINY.text_dim, requires_grad=True)
+    x = torch.randn(packing.total, TINY.patch_dim)
+    text = torch.randn(text_packing.total, TINY.text_dim)
     # The math backend, since the counter has no formula for the CPU's fused kernel.
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -29,9 +29,22 @@ def test_forward_equals_torchs_counter_exactly_and_backward_is_twice_it():
         y.sum().backward()
     lengths = [12, 30, 1]
     assert forward == flops.model_flops(TINY, lengths, TEXT)
-    # All of the backward but the gradient of the timestep features, which nothing asks for.
-    unasked = 2 * packing.batch * TINY.time_channels * TINY.dim
-    assert counter.get_total_flops() == flops.training_flops(TINY, lengths, TEXT) - unasked
+    # Data has no gradient in training: not the latents, not the text, not the timestep features.
+    assert counter.get_total_flops() == flops.training_flops(TINY, lengths, TEXT)
+
+
+def test_a_block_in_training_has_gradients_of_tokens_and_conditioning_but_not_of_the_text():
+    model = GokuTransformer(TINY)
+    packing, text_packing = Packing.from_grids(GRIDS), Packing.from_lengths(TEXT)
+    x = torch.randn(packing.total, TINY.dim, requires_grad=True)
+    c = torch.randn(packing.batch, TINY.dim, requires_grad=True)
+    text = torch.randn(text_packing.total, TINY.text_dim)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
+    ):
+        model.blocks[0](x, c, text, packing, text_packing).sum().backward()
+    assert counter.get_total_flops() == flops.block_training_flops(TINY, [12, 30, 1], TEXT)
 
 
 def test_blocks_are_counted_from_segments_not_from_their_sum():

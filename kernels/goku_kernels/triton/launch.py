@@ -17,6 +17,9 @@ import triton
 
 # Chips that configurations are shipped for, by compute capability * 10. Others take the next lower.
 CHIPS = (80, 90, 100)
+# Chips with 99 KiB of shared memory for a block (CUDA C++ Programming Guide): of the configurations
+# sm_80's alone fit, and of these not fp32 attention at head_dim 128.
+_SMALL_SHARED_MEMORY = (86, 89, 120, 121)
 
 
 class Launcher(Protocol):
@@ -103,8 +106,8 @@ def _live(index: int) -> Live:
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
     chips = [chip for chip in CHIPS if chip <= capability]
-    if properties.shared_memory_per_block_optin < 160 * 1024:
-        chips = chips[:1]  # sm_86, sm_89 and sm_120: configurations of newer chips do not fit
+    if capability in _SMALL_SHARED_MEMORY:
+        chips = chips[:1]
     if not chips:
         raise RuntimeError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}: "
