@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.cases import Function, Inputs, Problem, draw_normal, packing
 from bench.packs import Pack, packs
-from bench.peers import ours, rms_norms
+from bench.peers import ours, rms_norms, sample_by_sample
 from goku.model import PRESETS
 from goku_kernels import adaln_modulate, adaln_modulate_bytes
 
@@ -21,17 +21,20 @@ OPERATOR = "adaln_modulate"
 SOURCES = ("kernels/goku_kernels", "bench/adaln_modulate.py", "bench/cases.py", "bench/timing.py")
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6
+NAMES = ("shift", "scale", "weight")  # of the leaves after x
 
 
 def function(backend: str) -> Function:
     """The operator on a backend, as a peer."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        x, shift, scale, *weight = inputs.leaves
+        x, *others = inputs.leaves
+        given = dict(zip(inputs.rest.get("names", NAMES), others, strict=False))
         return (
             adaln_modulate(
-                x, shift, scale, inputs.rest["cu_seqlens"], weight=weight[0] if weight else None,
-                eps=EPS, backend=backend, **inputs.rest.get("options", {}),
+                x, given.get("shift"), given.get("scale"), inputs.rest["cu_seqlens"],
+                weight=given.get("weight"), eps=EPS, backend=backend,
+                **inputs.rest.get("options", {}),
             ),
         )  # fmt: skip
 
@@ -43,7 +46,11 @@ def _operands(inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
 
 
 eager = function("torch")
-PEERS = [*ours(eager, function("triton")), *rms_norms(_operands, EPS)]
+PEERS = [
+    *ours(eager, function("triton")),
+    sample_by_sample(eager, tokens=1, rows=2),
+    *rms_norms(_operands, EPS),
+]
 
 
 def problem(

@@ -56,6 +56,9 @@ class Inputs:
 
 
 Function = Callable[[Inputs], tuple[Tensor, ...]]
+Partition = tuple[int, ...]  # rows of every sample, in order
+# inputs, gradients of the outputs -> what is allowed beside the rule, by name of the result
+Floors = Callable[[Inputs, Sequence[Tensor]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,14 @@ class Problem:
         probe: rows of the first output that are compared, None for all. Gradients are then taken
             from those rows alone, and `reference` returns those rows alone: attention's truth would
             not fit otherwise.
+        partitions: where the samples' rows end in every kind of tensor that has rows of samples,
+            told apart by their sums; () for the pack's lengths.
+        floors: what rounding leaves of results whose terms cancel; None for nothing.
+        precision: last place of the arithmetic where that is coarser than the dtype's (TF32), else 0.
         note: said with every row.
+
+    Raises:
+        ValueError: two different partitions of one number of rows.
     """
 
     operator: str
@@ -92,7 +102,15 @@ class Problem:
     sources: Sequence[str]
     directions: Sequence[str] = ("forward", "backward")
     probe: Tensor | None = None
+    partitions: tuple[Partition, ...] = ()
+    floors: Floors | None = None
+    precision: float = 0.0
     note: str = ""
+
+    def __post_init__(self) -> None:
+        distinct = set(self.partitions)
+        if len({sum(p) for p in distinct}) != len(distinct):
+            raise ValueError(f"{self.case}: partitions {self.partitions} have equal sums")
 
     @property
     def differentiable(self) -> bool:
@@ -109,14 +127,23 @@ class Peer:
         make: problem, device -> the function; raises Absent with the reason.
         backend: of ours, "" for others' code.
         reference: what a part computes, in plain PyTorch; None for the whole operator.
+        work: problem, direction -> FLOPs or bytes of a part; None for the whole operator.
         in_place: writes into its inputs, so it gets its own.
+
+    Raises:
+        ValueError: a part without its work, which would be credited with the operator's.
     """
 
     name: str
     make: Callable[[Problem, torch.device], Function]
     backend: str = ""
     reference: Function | None = None
+    work: Callable[[Problem, str], float] | None = None
     in_place: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.reference is None) != (self.work is None):
+            raise ValueError(f"{self.name}: a part needs both its reference and its work")
 
 
 def needs_triton(device: torch.device) -> None:
@@ -170,35 +197,44 @@ def results(problem: Problem, function: Function, inputs: Inputs, probed: bool) 
     seen = outs if rows is None else (outs[0].index_select(0, rows.to(outs[0].device)), *outs[1:])
     found = {f"output {i}": x.detach() for i, x in enumerate(seen)}
     # Of the rows that are not compared, at least that there are numbers in them.
-    found["rows that are no numbers"] = (
-        outs[0].detach().isfinite().logical_not().any()[None].float()
-    )
+    found["rows that are no numbers"] = (~outs[0].detach().isfinite()).any()[None].float()
     if not problem.differentiable:
         return found
-    generator = torch.Generator(outs[0].device).manual_seed(1)
-    gradients = [
-        torch.randn(x.shape, generator=generator, device=x.device).to(problem.dtype).to(x.dtype)
-        for x in seen
-    ]
+    gradients = output_gradients(problem, seen)
     grads = torch.autograd.grad(seen, inputs.leaves, gradients, allow_unused=True)
     return found | {f"gradient {i}": g for i, g in enumerate(grads) if g is not None}
 
 
-def judge(got: Results, same: Results, exact: Results, lengths: Sequence[int] = ()) -> Verdict:
+def output_gradients(problem: Problem, outs: Sequence[Tensor]) -> list[Tensor]:
+    """The fixed random gradient of each output, the same numbers in every dtype."""
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    return [
+        torch.randn(x.shape, generator=generator, device=x.device).to(problem.dtype).to(x.dtype)
+        for x in outs
+    ]
+
+
+def judge(
+    got: Results, same: Results, exact: Results, partitions: Sequence[Partition] = (), *,
+    floors: Mapping[str, float] | None = None, precision: float = 0.0,
+) -> Verdict:  # fmt: skip
     """FlashAttention's rule: |got - exact| <= 2 * |same - exact| + two roundings, maximum norm.
 
-    Tensors with a row for every token are judged sample by sample, so that a giant does not hide
+    Tensors that have rows of samples are judged sample by sample, so that a giant does not hide
     its neighbour. A rounding is one unit in the last place of the largest exact number; two, since
     some round before the gain of a norm as well as after it. Beside them 16 roundings to fp32 of
-    the largest number of all samples: the attention of a single token has gradient zero, which
-    kernels find as the difference of two fp32 sums.
+    the largest number of all samples: where the terms of a sum cancel, the fp32 rounding of the
+    terms is left.
 
     Args:
         got: what is judged.
         same: plain PyTorch in the same dtype.
         exact: the truth.
-        lengths: tokens of every sample; () judges whole tensors.
+        partitions: rows of every sample; the one with as many rows as a tensor has splits it.
+        floors: by name of the result, what is allowed beside that.
+        precision: of the arithmetic, where that is coarser than the dtype.
     """
+    floors = floors or {}
     worst = Verdict(True, "nothing", 0.0, 0.0)
     for name, want in exact.items():
         if name not in got:
@@ -206,10 +242,11 @@ def judge(got: Results, same: Results, exact: Results, lengths: Sequence[int] = 
         if want.numel() == 0:
             continue
         error, plain, size = (
-            _largest(x, lengths)
+            _largest(x, partitions)
             for x in (got[name].to(want.dtype) - want, same[name].to(want.dtype) - want, want)
         )
-        allowed = 2 * plain + 2 * torch.finfo(same[name].dtype).eps * size
+        rounding = max(torch.finfo(same[name].dtype).eps, precision)
+        allowed = 2 * plain + 2 * rounding * size + floors.get(name, 0.0)
         allowed = allowed + 16 * torch.finfo(torch.float32).eps * size.amax(dim=0, keepdim=True)
         # The sample that is furthest beyond what is allowed; NaN counts as furthest.
         beyond = (error - allowed).nan_to_num(nan=float("inf"))
@@ -223,14 +260,17 @@ def judge(got: Results, same: Results, exact: Results, lengths: Sequence[int] = 
     return worst
 
 
-def _largest(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Largest magnitude of each sample where x has a row for every token, else of all: (n,)."""
-    if len(lengths) < 2 or x.shape[:1] != (sum(lengths),):
+def _largest(x: Tensor, partitions: Sequence[Partition]) -> Tensor:
+    """Largest magnitude of each sample where a partition has as many rows as x, else of all: (n,).
+
+    Vectors have no rows: they are gains of norms, whatever their width.
+    """
+    fitting = [p for p in partitions if x.dim() > 1 and sum(p) == x.shape[0]]
+    if not fitting:
         return x.abs().amax().reshape(1)
-    rows = x.abs().flatten(1).amax(1)
     # NaN has to survive, which not every reduction of a segment lets it.
-    rows = rows.nan_to_num(nan=float("inf"))
-    at = torch.tensor(list(lengths), device=x.device)
+    rows = x.abs().flatten(1).amax(1).nan_to_num(nan=float("inf"))
+    at = torch.tensor(fitting[0], device=x.device)
     return torch.segment_reduce(rows, "max", lengths=at, initial=0.0)
 
 
@@ -241,18 +281,25 @@ class Truths:
         self.problem, self.inputs = problem, inputs
         numbers = sum(x.numel() for x in inputs.leaves)
         self.dtype = torch.float64 if numbers <= FP64_NUMBERS else torch.float32
-        self._known: dict[Function, tuple[Results, Results]] = {}
+        self._known: dict[Function, tuple[Results, Results, Mapping[str, float]]] = {}
 
     def verdict(self, function: Function, reference: Function) -> Verdict:
         """Judge `function` by `reference`."""
         if reference not in self._known:
             same = results(self.problem, reference, self._inputs(None), probed=False)
             exact = results(self.problem, reference, self._inputs(self.dtype), probed=False)
-            self._known[reference] = (same, exact)
-        same, exact = self._known[reference]
-        probed = self.problem.probe is not None
-        got = results(self.problem, function, self._inputs(None), probed)
-        return judge(got, same, exact, self.problem.pack.lengths)
+            self._known[reference] = (same, exact, self._floors(exact))
+        same, exact, floors = self._known[reference]
+        problem = self.problem
+        got = results(problem, function, self._inputs(None), problem.probe is not None)
+        partitions = problem.partitions or (problem.pack.lengths,)
+        return judge(got, same, exact, partitions, floors=floors, precision=problem.precision)
+
+    def _floors(self, exact: Results) -> Mapping[str, float]:
+        if self.problem.floors is None or not self.problem.differentiable:
+            return {}
+        outs = [x for name, x in exact.items() if name.startswith("output")]
+        return self.problem.floors(self.inputs, output_gradients(self.problem, outs))
 
     def _inputs(self, dtype: torch.dtype | None) -> Inputs:
         return self.inputs.cast(dtype, self.problem.differentiable)
@@ -260,9 +307,19 @@ class Truths:
 
 # ---- one problem, all peers ----
 
+try:
+    from triton.errors import TritonError
+except ImportError:  # nothing raises it where there is no Triton
+    _OF_TRITON: tuple[type[Exception], ...] = ()
+else:
+    _OF_TRITON = (TritonError,)  # out of resources, ptxas and the compiler: no RuntimeErrors
+
 # What code that is not ours raises for a shape, dtype or chip that it does not take. Torch's
 # compiler and its lack of memory are RuntimeErrors.
-REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError)
+REFUSALS: tuple[type[Exception], ...] = (
+    RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError,
+    AttributeError, KeyError, IndexError, *_OF_TRITON,
+)  # fmt: skip
 
 
 def measure(
@@ -279,7 +336,8 @@ def measure(
             shape={**problem.shape, "tokens": problem.pack.tokens,
                    "samples": len(problem.pack.grids)},
             dtype=str(problem.dtype).removeprefix("torch."),
-            work=problem.work(direction), ceiling=ceiling, sources=problem.sources,
+            work=problem.work(direction) if peer.work is None else peer.work(problem, direction),
+            ceiling=ceiling, sources=problem.sources,
             peer=peer.name, backend=peer.backend, direction=direction,
             part=peer.reference is not None, note=note or problem.note, **more,
         )  # fmt: skip

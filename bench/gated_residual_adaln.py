@@ -14,7 +14,15 @@ from torch import Tensor
 
 from bench.cases import Function, Inputs, Peer, Problem, draw_normal, packing
 from bench.packs import Pack, packs
-from bench.peers import LIBRARIES, load, needs_cuda, ours, rms_norms
+from bench.peers import (
+    LIBRARIES,
+    load,
+    needs_cuda,
+    ours,
+    rms_norms,
+    sample_by_sample,
+    traffic,
+)  # fmt: skip
 from goku.model import PRESETS
 from goku_kernels import gated_residual_adaln, gated_residual_adaln_bytes
 
@@ -24,16 +32,18 @@ SOURCES = (
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6
+NAMES = ("gate", "shift", "scale", "weight")  # of the leaves after the two of tokens
 
 
 def function(backend: str) -> Function:
     """The operator on a backend, as a peer."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        residual, branch, gate, shift, scale, weight = inputs.leaves
+        residual, branch, *others = inputs.leaves
+        given = dict(zip(inputs.rest.get("names", NAMES), others, strict=True))
         return gated_residual_adaln(
-            residual, branch, gate, shift, scale, inputs.rest["cu_seqlens"],
-            weight=weight, eps=EPS, backend=backend,
+            residual, branch, given.get("gate"), given.get("shift"), given.get("scale"),
+            inputs.rest["cu_seqlens"], weight=given.get("weight"), eps=EPS, backend=backend,
             **({"norm": "rms"} | inputs.rest.get("options", {})),
         )  # fmt: skip
 
@@ -77,10 +87,14 @@ def _quack_sum(problem: Problem, device: torch.device) -> Function:
 
 
 eager = function("torch")
+# Two inputs read and two outputs written; the sum and two gradients read, and one gradient written
+# that is that of both inputs.
+SUM_AND_NORM = traffic(4, 4)
 PEERS = [
     *ours(eager, function("triton")),
-    Peer("Liger sum and RMSNorm only", _liger_sum, reference=_sum_and_norm),
-    Peer("QuACK sum and RMSNorm only", _quack_sum, reference=_sum_and_norm),
+    sample_by_sample(eager, tokens=2, rows=3),
+    Peer("Liger sum and RMSNorm only", _liger_sum, reference=_sum_and_norm, work=SUM_AND_NORM),
+    Peer("QuACK sum and RMSNorm only", _quack_sum, reference=_sum_and_norm, work=SUM_AND_NORM),
     *rms_norms(_operands, EPS),
 ]
 

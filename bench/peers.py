@@ -79,14 +79,28 @@ def status() -> Iterator[tuple[str, str]]:
 
 Operands = Callable[[Inputs], list[tuple[Tensor, Tensor]]]
 Norm = Callable[[Tensor, Tensor, float], Tensor]
+Work = Callable[[Problem, str], float]
 
 
-def rms_norms(operands: Operands, eps: float) -> list[Peer]:
+def traffic(forward: int, backward: int) -> Work:
+    """Least bytes of a part that reads and writes so many (T, d) tensors of the tokens' dtype."""
+
+    def work(problem: Problem, direction: str) -> float:
+        shape = problem.shape
+        width = shape["dim"] if "dim" in shape else shape["heads"] * shape["head_dim"]
+        passes = backward if direction == "backward" else forward
+        return passes * problem.pack.tokens * width * problem.dtype.itemsize
+
+    return work
+
+
+def rms_norms(operands: Operands, eps: float, count: int = 1) -> list[Peer]:
     """Peers that RMS-normalise rows with a gain and do no more.
 
     Args:
         operands: inputs -> (rows (T, d), gain (d,)) of each norm in the operator.
         eps: of the norm.
+        count: how many norms.
     """
 
     def reference(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -105,7 +119,8 @@ def rms_norms(operands: Operands, eps: float) -> list[Peer]:
             needs_cuda(device)
             return lambda inputs: tuple(norm(x, w, eps) for x, w in operands(inputs))
 
-        return Peer(f"{name} only", make, reference=reference)
+        # x read and y written; x and dy read and dx written
+        return Peer(f"{name} only", make, reference=reference, work=traffic(2 * count, 3 * count))
 
     return [
         peer("Liger RMSNorm", _liger),
@@ -153,7 +168,7 @@ def ours(eager: Function, fused: Function, *, compiled: bool = True) -> list[Pee
     """Our reference, torch.compile of it, and the Triton kernels.
 
     Args:
-        eager: the operator with backend="torch".
+        eager: the operator in plain PyTorch.
         fused: the same with backend="triton".
         compiled: whether torch.compile has something to fuse.
     """
@@ -181,3 +196,36 @@ def ours(eager: Function, fused: Function, *, compiled: bool = True) -> list[Pee
     if compiled:
         peers.append(Peer("torch.compile", make_compiled, backend="torch"))
     return [*peers, Peer("goku triton", make_fused, backend="triton")]
+
+
+def sample_by_sample(eager: Function, tokens: int, rows: int) -> Peer:
+    """torch.compile of modulation with one row for all tokens, called for every sample.
+
+    Its modulation's gradient is a sum over the sample's tokens, where the reference's is an
+    index_add of every token onto the sample's row.
+
+    Args:
+        eager: the operator, shared (d,) modulation included.
+        tokens: how many of the leaves, the first ones, have a row for every token.
+        rows: how many of those that follow have one for every sample.
+    """
+
+    def make(problem: Problem, device: torch.device) -> Function:
+        one = torch.compile(lambda leaves, rest: eager(Inputs(leaves, rest)))
+        lengths = list(problem.pack.lengths)
+
+        def run(inputs: Inputs) -> tuple[Tensor, ...]:
+            many, others = inputs.leaves[:tokens], inputs.leaves[tokens + rows :]
+            split = (*(x.split(lengths) for x in many),
+                     *(x.unbind() for x in inputs.leaves[tokens : tokens + rows]))  # fmt: skip
+            rest = {"cu_seqlens": None, "options": inputs.rest.get("options", {})}
+            found = []
+            for sample in zip(*split, strict=True):
+                for x in sample[:tokens]:
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
+                found.append(one((*sample, *others), rest))
+            return tuple(torch.cat(x) for x in zip(*found, strict=True))
+
+        return run
+
+    return Peer("torch.compile, sample by sample", make, backend="torch")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.cases import Function, Inputs, Peer, Problem, draw_normal, packing
 from bench.packs import Pack, packs
-from bench.peers import LIBRARIES, needs_cuda, ours, rms_norms
+from bench.peers import LIBRARIES, needs_cuda, ours, rms_norms, traffic
 from goku.model import PRESETS, ModelConfig
 from goku_kernels import qk_norm_rope, qk_norm_rope_bytes
 
@@ -26,7 +26,9 @@ def function(backend: str) -> Function:
     """The operator on a backend, as a peer."""
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        return qk_norm_rope(*inputs.leaves, eps=EPS, backend=backend, **inputs.rest)
+        rest = {name: x for name, x in inputs.rest.items() if name != "options"}
+        rest |= inputs.rest.get("options", {})
+        return qk_norm_rope(*inputs.leaves, eps=EPS, backend=backend, **rest)
 
     return run
 
@@ -70,11 +72,14 @@ def _liger_rope() -> Peer:
 
         return run
 
-    return Peer("Liger rope only (in place)", make, reference=reference, in_place=True)
+    # q and k read and written in either direction: the angles alone are kept for the backward
+    return Peer(
+        "Liger rope only (in place)", make, reference=reference, work=traffic(4, 4), in_place=True
+    )
 
 
 eager = function("torch")
-PEERS = [*ours(eager, function("triton")), *rms_norms(_operands, EPS), _liger_rope()]
+PEERS = [*ours(eager, function("triton")), *rms_norms(_operands, EPS, count=2), _liger_rope()]
 
 
 def problem(

@@ -27,7 +27,10 @@ def function(backend: str) -> Function:
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         rest = (inputs.rest[name] for name in ("t", "stream_index", "cu_seqlens"))
-        return rectified_flow_noise(*inputs.leaves, *rest, seed=2**40 + 1, backend=backend)
+        options = inputs.rest.get("options", {})
+        return rectified_flow_noise(
+            *inputs.leaves, *rest, seed=2**40 + 1, backend=backend, **options
+        )
 
     return run
 

@@ -37,13 +37,22 @@ compute the whole operator; the ratio is its time over ours, so more than 1 mean
 faster. {stale} marks rows whose sources have changed since they were measured.
 """
 
+_MODULATION = (
+    "The backward of eager and of torch.compile adds every token onto its sample's row by index_add, "
+    "for a clip all onto one row: a weak baseline. 'torch.compile, sample by sample' sums per sample "
+    "instead, at one call a sample. Parts are rated by their own traffic."
+)
 NOTES = {
     "varlen_attention": (
         "FLOPs: 4 x heads x head_dim x sum(len_q x len_k) forward, twice that backward. flash-attn's "
         "tables count the backward 2.5 times: their figure for a speed is 1.25 times the one here. "
         "deterministic=True runs the same kernels and costs nothing by construction: what our two "
-        "peers below differ by is noise."
+        "peers below differ by is noise. Eager keeps what its backward needs, but reads the offsets "
+        "back in the forward and runs one attention a sample; torch's fused attention computes the "
+        "scores again in the backward, as flash-attn, cuDNN and FlexAttention do. Ours computes them "
+        "twice."
     ),
+    **dict.fromkeys(("adaln_modulate", "gated_residual_adaln"), _MODULATION),
     "rectified_flow_noise": (
         "The % is of the copy; Box-Muller in fp64 (43 operations a number) may bound it before."
     ),

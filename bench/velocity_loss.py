@@ -28,7 +28,10 @@ def function(backend: str) -> Function:
 
     def run(inputs: Inputs) -> tuple[Tensor, ...]:
         rest = (inputs.rest[name] for name in ("target", "weights", "cu_seqlens"))
-        return velocity_loss(*inputs.leaves, *rest, weight_sum=WEIGHT_SUM, backend=backend)[:1]
+        options = inputs.rest.get("options", {})
+        return velocity_loss(
+            *inputs.leaves, *rest, weight_sum=WEIGHT_SUM, backend=backend, **options
+        )[:1]
 
     return run
 

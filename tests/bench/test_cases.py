@@ -70,7 +70,10 @@ def test_only_what_is_right_is_timed():
     given = {"right": norm, "scaled": scaled, "wrong gradient": wrong_gradient, "breaks": breaks,
              "of another sample": of_another_sample}  # fmt: skip
     listed = [Peer(name, always(function)) for name, function in given.items()]
-    listed += [Peer("absent", refuses), Peer("half only", always(halved), reference=halved)]
+    a_part = Peer(
+        "half only", always(halved), reference=halved, work=lambda problem, direction: 250
+    )
+    listed += [Peer("absent", refuses), a_part]
     rows = list(cases.measure(problem(), listed, CPU, CEILINGS, seconds=0))
     found = {(r.peer, r.direction): r for r in rows}
     assert len(found) == len(rows) == 2 * len(listed)
@@ -85,6 +88,8 @@ def test_only_what_is_right_is_timed():
     assert found["breaks", "forward"].note == "RuntimeError: no kernel for 16 channels"
     assert found["absent", "backward"].note == "not here"
     assert [found[name, "forward"].part for name in ("right", "half only")] == [False, True]
+    # A part has its own work, not the operator's.
+    assert [found[name, "forward"].work for name in ("right", "half only")] == [1e3, 250]
     assert found["right", "forward"].shape == {"dim": 16, "tokens": 15, "samples": 3}
     assert found["right", "forward"].ceiling is CEILINGS.copy
 
@@ -120,7 +125,8 @@ def test_a_peer_that_writes_into_its_inputs_gets_its_own():
 
     # RMSNorm does not care about a factor: the result stays right.
     listed = [
-        Peer("writes", always(in_place), reference=norm, in_place=True), Peer("w", always(watching))
+        Peer("writes", always(in_place), reference=norm, work=lambda *_: 1e3, in_place=True),
+        Peer("w", always(watching)),
     ]  # fmt: skip
     list(cases.measure(problem(), listed, CPU, CEILINGS, seconds=0))
     assert all(torch.equal(x, checked[0]) for x in checked)
@@ -185,7 +191,7 @@ def test_every_operator_declares_its_problems(name):
 def test_every_peer_is_right_or_absent_on_small_shapes(name):
     module = importlib.import_module(f"bench.{name}")
     small = module.tuning(64, torch.bfloat16, PACK)
-    listed = [p for p in module.PEERS if p.name != "torch.compile"]
+    listed = [p for p in module.PEERS if "torch.compile" not in p.name]
     rows = list(cases.measure(small, listed, CPU, CEILINGS, seconds=0))
     assert {r.status for r in rows if r.peer == "eager"} == {"measured"}
     assert {r.status for r in rows if r.peer != "eager"} == {"absent"}
@@ -201,6 +207,142 @@ def test_attention_is_probed_in_every_kind_of_sample():
     # first, last, smallest and the three largest
     assert counts == [5, 32, 1, 32, 32, 2]
     assert rows.unique().equal(rows)
+
+
+def test_the_last_row_of_every_sample_of_attention_is_compared():
+    module = importlib.import_module("bench.varlen_attention")
+    lengths = (300, 0, 7, *range(40, 60), 901, 1, 0)
+    rows = module.probed_rows(lengths).tolist()
+    ends = [end - 1 for end, n in zip(itertools.accumulate(lengths), lengths, strict=True) if n]
+    assert set(ends) <= set(rows)
+    assert rows == sorted(set(rows))
+    assert module._counts(torch.tensor(rows), lengths)[:3] == (32, 0, 1)
+    assert module._counts(torch.tensor(rows), lengths)[-3:] == (32, 1, 0)
+
+
+LONG = packs.Pack("long and short", ((1, 20, 20), (1, 3, 3), (1, 1, 1), (0, 1, 1), (1, 8, 5)))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("result", ["output 0", "gradient 0", "gradient 1", "gradient 2"])
+def test_a_giant_of_attention_does_not_hide_its_neighbour(cross, result, monkeypatch):
+    """Each sample's rows of the probed output, of dq and of dk and dv of as many keys as it has."""
+    module = importlib.import_module("bench.varlen_attention")
+    monkeypatch.setattr(module, "TEXT_TOKENS", 24)
+    case = module.problem("case", 2, 16, LONG, torch.float32, cross=cross)
+    inputs = case.draw(CPU, 0).cast(None, True)
+    same = cases.results(case, case.reference, inputs, probed=False)
+    exact = {name: x.double() for name, x in same.items()}
+    (partition,) = {p for p in case.partitions if sum(p) == exact[result].shape[0]}
+    assert len(partition) == len(LONG.grids)
+    a, b, *_ = partition
+    # A small sample half as large again: far below the largest number of the giant.
+    got, large = ({name: x.clone() for name, x in found.items()} for found in (same, exact))
+    for found in (got, large):
+        found[result][:a] *= 1e3
+    got[result][a : a + b] *= 1.5
+    verdict = cases.judge(got, {**same, result: large[result].float()}, large, case.partitions)
+    assert not verdict.right
+    assert verdict.worst == f"{result} of sample 1"
+
+
+def test_two_partitions_of_one_number_of_rows_are_refused():
+    with pytest.raises(ValueError, match="have equal sums"):
+        problem(partitions=((1, 2), (2, 1)))
+    assert problem(partitions=((1, 2), (1, 2), (3, 1))).partitions
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0], ids=["zeros", "another sample's"])
+def test_one_key_too_many_is_found_in_a_long_sample(scale):
+    """The last block of keys is partly filled: behind it are zeros or the next sample."""
+    module = importlib.import_module("bench.varlen_attention")
+    case = module.problem("self", 4, 64, packs.Pack("odd", ((1, 33, 31),)), torch.bfloat16)
+    other = module.problem("self", 4, 64, packs.Pack("next", ((1, 1, 1),)), torch.bfloat16)
+    more = [scale * x for x in other.draw(CPU, 7).leaves]
+
+    def wrong(inputs):
+        q, k, v = inputs.leaves
+        k, v = torch.cat((k, more[1])), torch.cat((v, more[2]))
+        rest = {**inputs.rest, "lengths_k": (1024,)}
+        return (module.plain(Inputs((q, k, v), rest), torch.arange(1023)),)
+
+    truths = cases.Truths(case, case.draw(CPU, 0))
+    assert truths.verdict(module.function("torch"), case.reference).right
+    assert not truths.verdict(wrong, case.reference).right
+
+
+def test_the_gradient_of_one_token_may_be_the_rounding_of_two_sums():
+    """dS = P * (dP - delta) is zero but for rounding; autograd's softmax has it exactly zero."""
+    module = importlib.import_module("bench.varlen_attention")
+    pack = packs.Pack("ones", ((1, 1, 1), (1, 1, 1)))
+    case = module.problem("self", 2, 128, pack, torch.bfloat16)
+
+    def kernel(error):
+        class Attention(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q, k, v):
+                ctx.save_for_backward(q, k, v)
+                return v.clone()
+
+            @staticmethod
+            def backward(ctx, dout):
+                q, k, v = (x.float() for x in ctx.saved_tensors)
+                products = dout.float().norm(dim=-1).max() * v.norm(dim=-1).max()
+                ds = error * 2.0**-23 * products * 128**-0.5
+                return (ds * k).to(dout.dtype), (ds * q).to(dout.dtype), dout
+
+        return lambda inputs: (Attention.apply(*inputs.leaves),)
+
+    truths = cases.Truths(case, case.draw(CPU, 0))
+    assert truths.verdict(kernel(3.0), case.reference).right
+    assert not truths.verdict(kernel(30.0), case.reference).right
+
+
+def test_coarse_arithmetic_is_judged_by_its_own_rounding():
+    exact = {"output 0": torch.ones(4, 2, dtype=torch.float64)}
+    same = {"output 0": torch.ones(4, 2)}
+    got = {"output 0": torch.full((4, 2), 1 + 2.0**-10)}
+    assert not cases.judge(got, same, exact).right
+    assert cases.judge(got, same, exact, precision=2.0**-10).right
+
+
+def test_eager_attention_runs_its_forward_once(monkeypatch):
+    module = importlib.import_module("bench.varlen_attention")
+    calls = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *x, **y: calls.append(0) or attend(*x, **y)
+    )
+    (peer,) = (p for p in module.PEERS if p.name == "eager")
+    small = module.tuning(64, torch.bfloat16, PACK)
+    inputs = small.draw(CPU, 0).cast(None, True)
+    (out,) = peer.make(small, CPU)(inputs)
+    assert len(calls) == len(PACK.grids)
+    torch.autograd.grad(out.sum(), inputs.leaves)
+    assert len(calls) == len(PACK.grids)
+
+
+def test_a_part_has_its_own_traffic():
+    """Multiples of one (T, d) tensor of bf16: 15 tokens of 64."""
+    one = 15 * 64 * 2
+    for name, width, expected in (
+        ("adaln_modulate", 1, {"Liger RMSNorm only": (2, 3)}),
+        ("gated_residual_adaln", 1,
+         {"Liger RMSNorm only": (2, 3), "QuACK sum and RMSNorm only": (4, 4)}),
+        ("qk_norm_rope", 24, {"QuACK RMSNorm only": (4, 6), "Liger rope only (in place)": (4, 4)}),
+    ):  # fmt: skip
+        module = importlib.import_module(f"bench.{name}")
+        small = module.tuning(64, torch.bfloat16, PACK)
+        found = {p.name: p for p in module.PEERS}
+        for peer, passes in expected.items():
+            work = found[peer].work
+            got = tuple(work(small, d) / (one * width) for d in ("forward", "backward"))
+            assert got == passes, (name, peer)
+
+
+def test_a_part_without_its_work_is_refused():
+    with pytest.raises(ValueError, match="needs both its reference and its work"):
+        Peer("half only", always(halved), reference=halved)
 
 
 def test_rows_of_attention_that_are_not_compared_have_to_be_numbers():

@@ -31,12 +31,14 @@ def gpu_file(stem):
 def problems_of(stem, file, pack, dtype):
     """What the file checks, on `pack` and small widths."""
     if stem in ("adaln_modulate", "gated_residual_adaln"):
-        return list(file.variants(pack, dtype, 48))
+        return [*file.variants(pack, dtype, 48), *file.forms(pack, dtype, 48)]
     if stem == "qk_norm_rope":
-        return list(file.variants(pack, dtype, CONFIG))
+        return [*file.variants(pack, dtype, CONFIG), *file.forms(pack, dtype, CONFIG)]
     if stem == "varlen_attention":
-        return list(file.variants(pack, dtype, 2, 16))
-    return [file.problem("latents", width, pack, dtype) for width in (16, 7)]
+        both = (file.variants(pack, dtype, 2, 16, probed) for probed in (True, False))
+        return [case for cases in both for case in cases]
+    whole = [file.problem("latents", width, pack, dtype) for width in (16, 7)]
+    return [*whole, checks.shard(whole[0])]
 
 
 STEMS = (
@@ -56,12 +58,44 @@ def test_every_check_of_every_operator_runs(stem, dtype):
     checks.replays(*pair, file.function("torch"), CPU)
 
 
-def test_attention_with_lse_and_noise_bits():
+def test_attention_with_lse_and_in_tf32():
     attention = gpu_file("test_varlen_attention")
     case = attention.with_lse(MIXED, torch.float32, 2, 16)
     checks.fits(case, attention.both("torch"), CPU)
+    before = torch.get_float32_matmul_precision()
+    attention.fits_in_tf32(MIXED, 2, 16, CPU, "torch")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_loss_of_every_sample():
+    loss = gpu_file("test_velocity_loss")
+    checks.all_of(list(loss.forms(MIXED, torch.bfloat16, 7)), loss.both, CPU, "torch", runs=2)
+
+    def wrong(inputs):  # the smallest sample's, a tenth of the largest
+        total, own = loss.both("torch")(inputs)
+        return total, own * (1 + 1e-3 * (own == own[1]))
+
+    with pytest.raises(AssertionError, match="output 1 of sample 1"):
+        checks.fits(loss.per_sample(loss.problem("latents", 7, MIXED, torch.float32)), wrong, CPU)
+
+
+def test_noise_bits_are_the_references_here_and_on_the_cpu(monkeypatch):
     noise = gpu_file("test_rectified_flow_noise")
-    noise.equals_the_reference(noise.problem("latents", 7, MIXED, torch.bfloat16), CPU, "torch")
+    case = noise.problem("latents", 7, MIXED, torch.bfloat16)
+    noise.equals_the_reference(case, CPU, "torch")
+    noise.equals_the_reference(checks.shard(case), CPU, "torch")
+    right, runs = noise.function("torch"), []
+
+    def drifting(backend):  # the reference of the same device agrees, that of the CPU does not
+        def run(inputs):
+            runs.append(backend)
+            return tuple(x + (len(runs) == 3) for x in right(inputs))
+
+        return run
+
+    monkeypatch.setattr(noise, "function", drifting)
+    with pytest.raises(AssertionError, match="the reference on cpu"):
+        noise.equals_the_reference(case, CPU, "triton")
 
 
 def test_what_is_checked_of_the_block():
@@ -108,6 +142,37 @@ def test_a_slightly_wrong_row_is_found(operator):
         checks.fits(case, wrong, CPU)
 
 
+def test_a_long_sample_half_as_large_again_is_found():
+    """The giant's numbers are means of many values: half of one is below a small sample's largest."""
+    file = gpu_file("test_varlen_attention")
+    pack = Pack("long", ((1, 1, 1), (4, 16, 16), (1, 2, 3)))
+    case = file.problem("self", 2, 16, pack, torch.bfloat16)
+
+    def wrong(inputs):
+        (out,) = file.function("torch")(inputs)
+        factor = torch.ones(len(out), 1, 1, dtype=out.dtype)
+        factor[1:-6] = 1.5
+        return (out + (out * (factor - 1)).detach(),)  # the gradients stay right
+
+    with pytest.raises(AssertionError, match="output 0 of sample 1 is off by"):
+        checks.fits(case, wrong, CPU)
+
+
+def test_a_shard_begins_inside_a_sample_and_ends_in_padding():
+    file = gpu_file("test_adaln_modulate")
+    case = checks.shard(file.problem("layer", 8, MIXED, torch.float32), padding=3)
+    inputs = case.draw(CPU, 0)
+    assert inputs.rest["options"] == {"token_offset": 20}
+    assert case.partitions == ((4, 1, 0, 15, 3),)
+    assert inputs.leaves[0].isnan().all(1).tolist() == [False] * 20 + [True] * 3
+
+    def without_offset(inputs):
+        return file.function("torch")(Inputs(inputs.leaves, {**inputs.rest, "options": {}}))
+
+    with pytest.raises(AssertionError, match="off by"):
+        checks.fits(case, without_offset, CPU)
+
+
 def test_runs_that_differ_are_found(operator):
     (case, _), file = operator
     calls = []
@@ -132,6 +197,31 @@ def test_a_last_sample_taken_for_another_is_found(operator):
 
     with pytest.raises(AssertionError, match="off by"):
         checks.far_rows(case, small, wrong, CPU, past=16 * 64)
+
+
+@pytest.mark.parametrize("stem", STEMS[:3])
+@pytest.mark.parametrize("kind", ["sample", "weight"])
+def test_a_wrong_sum_over_tokens_far_away_is_found(stem, kind):
+    """Gradients of modulation rows and of gains, whose tokens' outputs and gradients are right."""
+    file = gpu_file(f"test_{stem}")
+    if stem == "qk_norm_rope" and kind == "sample":
+        pytest.skip("it has no rows of samples")
+    given = {"weight": True, "norm": "rms"} if stem == "adaln_modulate" else {}
+    width = CONFIG if stem == "qk_norm_rope" else 48
+    pair = [file.problem("case", width, pack, torch.float32, **given) for pack in (HUGE, SMALL)]
+
+    def wrong(inputs):
+        huge = len(inputs.leaves[0]) == HUGE.tokens
+        dims = 2 if kind == "sample" else 1
+        leaves = [
+            2 * x - x.detach() if huge and x.dim() == dims and len(x) != HUGE.tokens else x
+            for x in inputs.leaves
+        ]
+        return file.function("torch")(Inputs(tuple(leaves), inputs.rest))
+
+    checks.far_rows(*pair, file.function("torch"), CPU, past=16 * 64)
+    with pytest.raises(AssertionError, match=r"gradient [1-5]: off by"):
+        checks.far_rows(*pair, wrong, CPU, past=16 * 64)
 
 
 def test_offsets_that_are_not_far_are_refused(operator):

@@ -158,7 +158,7 @@ def _math():
 
 
 NOT_HERE = {"goku triton", "goku triton, deterministic", "FlexAttention, document mask",
-            "torch.compile"}  # fmt: skip
+            "torch.compile", "torch.compile, sample by sample"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,22 @@ def test_the_compiled_peer_is_right_and_compiles_twice_for_any_packs(name, monke
         rows = list(cases.measure(small, [compiled], CPU, CEILINGS, seconds=0))
         assert {(r.status, r.note) for r in rows} == {("measured", "")}
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln"])
+def test_the_peer_compiled_for_a_sample_is_right_and_serves_any_packs(name, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=counter))
+    torch.compiler.reset()
+    module = importlib.import_module(f"bench.{name}")
+    (compiled,) = (p for p in module.PEERS if p.name == "torch.compile, sample by sample")
+    for grids in (((1, 2, 3),), PACK.grids, ((1, 5, 4), (0, 1, 1), (2, 2, 2)), ((1, 2, 2),) * 7):
+        small = module.tuning(64, torch.bfloat16, Pack("pack", grids))
+        rows = list(cases.measure(small, [compiled], CPU, CEILINGS, seconds=0))
+        assert {(r.status, r.note) for r in rows} == {("measured", "")}
+    # Of any number of tokens, of none and of one; no graph for a pack.
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

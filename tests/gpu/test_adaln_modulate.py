@@ -1,10 +1,13 @@
 """adaln_modulate on a CUDA device, at the sizes it is made for."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench import checks
-from bench.adaln_modulate import function, problem
+from bench.adaln_modulate import NAMES, function, problem
+from bench.cases import Inputs, draw_normal
 from bench.packs import GPU_PACKS, Pack
 
 pytestmark = [
@@ -26,6 +29,51 @@ def variants(pack, dtype, width):
     yield problem("layer", width, pack, dtype)
     yield problem("rms with gain", width, pack, dtype, weight=True, norm="rms")
     yield problem("no norm", width, pack, dtype, norm="none")
+
+
+def without(case, name):
+    """The problem without one of its modulations."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        first = 1
+        given = dict(zip(NAMES, inputs.leaves[first:], strict=False))
+        del given[name]
+        leaves = (*inputs.leaves[:first], *given.values())
+        return Inputs(leaves, {**inputs.rest, "names": tuple(given)})
+
+    return dataclasses.replace(case, case=f"{case.case}, no {name}", draw=draw)
+
+
+def modulated(case, shared):
+    """The problem with one row of modulation for all tokens, or with one for each."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        generator = torch.Generator(device).manual_seed(seed + 2**20)
+        first = 1
+        tokens, width = inputs.leaves[0].shape
+        shape = (width,) if shared else (tokens, width)
+        rows = (draw_normal(generator, *shape, dtype=torch.float32) for _ in range(2))
+        leaves = (*inputs.leaves[:first], *rows, *inputs.leaves[first + 2 :])
+        return Inputs(leaves, {**inputs.rest, "cu_seqlens": None})
+
+    name = "shared" if shared else "a row for every token"
+    return dataclasses.replace(case, case=f"{case.case}, {name}", draw=draw)
+
+
+def forms(pack, dtype, width):
+    """Every form of the arguments, of which Goku has one."""
+    whole = problem("layer", width, pack, dtype)
+    yield from (without(whole, name) for name in ("shift", "scale"))
+    yield from (modulated(whole, shared) for shared in (True, False))
+    yield checks.shard(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_form_of_the_arguments(dtype):
+    cases = list(forms(PACKS["16K, mixed"], dtype, 1152))
+    checks.all_of(cases, function, DEVICE, BACKEND, runs=3)
 
 
 # Not all pairs: every one compiles its own kernels.

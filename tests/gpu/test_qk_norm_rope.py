@@ -50,6 +50,33 @@ def variants(pack, dtype, config):
     yield with_options(whole, rotate_k=False)
 
 
+def grouped(case, kv_heads):
+    """Fewer heads of keys than of queries."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        q, k, q_weight, k_weight = inputs.leaves
+        few = k[:, :kv_heads].contiguous()
+        return Inputs((q, few, q_weight, k_weight[: few[0].numel()].clone()), inputs.rest)
+
+    return dataclasses.replace(case, case=f"{case.case}, {kv_heads} key heads", draw=draw)
+
+
+def forms(pack, dtype, config):
+    """Forms of the arguments that Goku's training does not have."""
+    whole = problem("contiguous", config, pack, dtype)
+    yield grouped(whole, config.heads // 2)
+    yield with_options(grouped(whole, config.heads // 2), norm="head", pairing="half")
+    yield checks.shard(whole)
+    yield checks.shard(with_options(whole, pairing="half"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_form_of_the_arguments(dtype):
+    cases = list(forms(PACKS["16K, mixed"], dtype, PRESETS["goku-2b"]))
+    checks.all_of(cases, function, DEVICE, BACKEND, runs=3)
+
+
 # Not all pairs: every one compiles its own kernels.
 @pytest.mark.parametrize(
     ("preset", "dtype"),

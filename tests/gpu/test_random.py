@@ -46,6 +46,7 @@ def test_the_loss_and_its_gradient_are_deterministic_and_the_cpus() -> None:
         assert torch.equal(again[0], means)
         assert torch.equal(again[1], gradient)
     expected_means, expected_gradient = run("cpu")
-    # fp32 row means in another order, then fp64: about two roundings.
-    torch.testing.assert_close(means, expected_means, rtol=3e-7, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=3e-7, atol=0)
+    # fp32 row means in another order, then fp64: about two roundings of 2^-24 on either side, and in
+    # the worst case all four add up.
+    torch.testing.assert_close(means, expected_means, rtol=5e-7, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=5e-7, atol=0)

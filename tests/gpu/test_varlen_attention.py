@@ -57,10 +57,10 @@ def grouped(case, kv_heads):
     return dataclasses.replace(case, case=name, draw=draw, reference=reference)
 
 
-def variants(pack, dtype, heads, head_dim):
-    whole = problem("self", heads, head_dim, pack, dtype)
+def variants(pack, dtype, heads, head_dim, probed=True):
+    whole = problem("self", heads, head_dim, pack, dtype, probed=probed)
     yield whole
-    yield problem("cross", heads, head_dim, pack, dtype, cross=True)
+    yield problem("cross", heads, head_dim, pack, dtype, cross=True, probed=probed)
     yield views(whole)
     yield grouped(whole, heads // 2)
 
@@ -79,8 +79,19 @@ def both(backend):
 
 def with_lse(pack, dtype, heads, head_dim):
     """Output and log-sum-exp, every row of them: for small packs."""
-    whole = problem("lse", heads, head_dim, pack, dtype)
-    return dataclasses.replace(whole, reference=both("torch"), probe=None)
+    whole = problem("lse", heads, head_dim, pack, dtype, probed=False)
+    return dataclasses.replace(whole, reference=both("torch"))
+
+
+def fits_in_tf32(pack, heads, head_dim, device, backend):
+    """fp32 where torch may multiply it in TF32, in plain PyTorch as in the kernels."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        cases = list(variants(pack, torch.float32, heads, head_dim, probed=False))
+        checks.all_of(cases, function, device, backend, runs=2)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # Not all pairs: every one compiles its own kernels.
@@ -92,8 +103,14 @@ def with_lse(pack, dtype, heads, head_dim):
 @pytest.mark.parametrize("pack", [PACKS["16K, mixed"], PACKS["16K, many images"], ODD],
                          ids=lambda pack: pack.name)  # fmt: skip
 def test_every_variant(pack, head_dim, dtype):
-    cases = list(variants(pack, dtype, 1536 // head_dim // 2 * 2, head_dim))
+    # Every row of the small pack, whose lengths are around the blocks' edges.
+    cases = list(variants(pack, dtype, 1536 // head_dim // 2 * 2, head_dim, pack is not ODD))
     checks.all_of(cases, function, DEVICE, BACKEND, runs=2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+def test_fp32_in_tf32(head_dim):
+    fits_in_tf32(ODD, 8, head_dim, DEVICE, BACKEND)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -1,11 +1,14 @@
 """velocity_loss on a CUDA device, at the sizes it is made for."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench import checks
 from bench.packs import GPU_PACKS, Pack
-from bench.velocity_loss import function, problem
+from bench.velocity_loss import WEIGHT_SUM, function, problem
+from goku_kernels.velocity_loss import velocity_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,12 +25,45 @@ GRAPH = (
 TAIL = (1, 16, 16)
 
 
+def both(backend):
+    """The loss and every sample's own, (B, 1), and the gradient through both."""
+
+    def run(inputs):
+        rest = (inputs.rest[name] for name in ("target", "weights", "cu_seqlens"))
+        options = {"weight_sum": WEIGHT_SUM, "backend": backend, **inputs.rest.get("options", {})}
+        loss, per_sample = velocity_loss(*inputs.leaves, *rest, **options)
+        return loss, per_sample[:, None]
+
+    return run
+
+
+def per_sample(case):
+    """The problem with every sample's own loss, each judged by itself."""
+    one_each = (1,) * len(case.pack.grids)
+    partitions = (*(case.partitions or (case.pack.lengths,)), one_each)
+    name = f"{case.case}, per sample"
+    return dataclasses.replace(case, case=name, reference=both("torch"), partitions=partitions)
+
+
+def forms(pack, dtype, width):
+    """The loss of every sample, of a whole pack and of a rank's part of it."""
+    whole = problem("latents", width, pack, dtype)
+    yield per_sample(whole)
+    yield per_sample(checks.shard(whole))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 64, 63])
 @pytest.mark.parametrize("name", ["16K, mixed", "16K, many images", "220K, one clip"])
 def test_every_width(name, width, dtype):
     case = problem("latents", width, PACKS[name], dtype)
     checks.all_of([case], function, DEVICE, BACKEND, runs=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["16K, mixed", "16K, many images"])
+def test_every_sample_and_a_part_of_a_pack(name, dtype):
+    checks.all_of(list(forms(PACKS[name], dtype, 64)), both, DEVICE, BACKEND, runs=3)
 
 
 def test_100_runs_give_the_same_bits():
