@@ -304,6 +304,10 @@ def _triton_refusal(q: Tensor) -> str | None:
         return f"q has head_dim {q.shape[2]}: {suffix} {list(_HEAD_DIMS)}"
     if q.dtype == torch.float64:
         return f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, where TF32 is allowed, fp32"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (
+            f"q has dtype {q.dtype}: Triton's interpreter multiplies it wrongly, take fp16 or fp32"
+        )
     if q.dtype == torch.float32 and not _tf32_allowed():
         return (
             f"q has dtype {q.dtype}: {suffix} fp16, bf16 and, after "

@@ -119,3 +119,9 @@ def test_good_arguments_are_taken():
     for operator, arguments in OPERATORS.values():
         for backend in ("torch", "triton"):
             operator(**arguments, backend=backend)
+
+
+def test_bf16_attention_is_refused_by_the_interpreter():
+    q = Q.bfloat16()
+    with pytest.raises(ValueError, match="interpreter multiplies it wrongly"):
+        varlen_attention(q, q, q, CU, CU, 4, 4, backend="triton")
