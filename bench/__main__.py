@@ -99,7 +99,10 @@ def _run(options: argparse.Namespace) -> int:
     _known(names, running.BENCHMARKS)
     device = _device(options.device)
     if device.type == "cpu":
-        print(f"measuring a CPU ({harness.hardware(device)['device']}) on small shapes")
+        print(
+            f"measuring a CPU ({harness.hardware(device)['device']}) on small shapes, without the "
+            "Triton kernels, which need a GPU"
+        )
     limit = float("inf") if options.limit is None else options.limit
     chosen = running.Options(
         device=device, out=options.out, seconds=options.seconds, only=options.only,
@@ -111,6 +114,7 @@ def _run(options: argparse.Namespace) -> int:
     for name in names:
         left = limit - (time.monotonic() - began)
         good = running.run(name, dataclasses.replace(chosen, limit=left)) and good
+    print(f"rows are in {options.out}; python -m bench report shows them")
     return 0 if good else 1
 
 

@@ -149,8 +149,8 @@ class Peer:
 def needs_triton(device: torch.device) -> None:
     """Raise Absent unless our Triton kernels run, and not in the interpreter, on `device`."""
     reason = triton_absent(device.type)
-    if reason is None and device.type != "cuda":
-        reason = "Triton's interpreter runs them here, whose time says nothing"
+    if device.type != "cuda":  # its interpreter could run them, but whose time would that be
+        reason = f"it needs a CUDA device, this is {device.type}"
     if reason is not None:
         raise Absent(reason)
 

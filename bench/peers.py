@@ -48,7 +48,7 @@ def _apex_norm() -> Any:
     return load("apex.normalization", "FusedRMSNorm")
 
 
-# Name, what brings it and how it is found: `python -m bench peers` lists these.
+# Name and how it is found: `python -m bench peers` lists these.
 LIBRARIES: dict[str, Callable[[], Any]] = {
     "torch varlen_attn": lambda: load("torch.nn.attention.varlen", "varlen_attn"),
     "cuDNN SDPA": lambda: load("torch.nn.attention", "SDPBackend").CUDNN_ATTENTION,
@@ -64,13 +64,26 @@ LIBRARIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# What brings them, by the first word of the name; torch's own come with torch.
+_BROUGHT_BY = {
+    "flash-attn 2": "pip install flash-attn",
+    "flash-attn 3": "the folder hopper/ of flash-attention's repository",
+    "flash-attn 4": "pip install flash-attn-4",
+    "Liger": "pip install liger-kernel",
+    "QuACK": "pip install quack-kernels",
+    "apex": "NVIDIA's repository; the package index has another apex",
+    "TransformerEngine": "pip install transformer-engine[pytorch]",
+}
+
+
 def status() -> Iterator[tuple[str, str]]:
-    """Every library and "present" or why it is absent."""
+    """Every library and "present" or why it is absent and what brings it."""
     for name, find in LIBRARIES.items():
         try:
             find()
         except Absent as reason:
-            yield name, f"absent: {reason}"
+            brought = [how for start, how in _BROUGHT_BY.items() if name.startswith(start)]
+            yield name, f"absent: {reason}" + "".join(f" ({how})" for how in brought)
         else:
             yield name, "present"
 

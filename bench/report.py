@@ -228,7 +228,14 @@ def summary(shown: Shown, name: str) -> str:
             if name == "block":
                 line += _block_cells(ours)
             lines.append(line)
-    return table(head, lines)
+    body = table(head, lines)
+    if shown.where(name=name, device_type="cuda"):
+        return body
+    # Nothing but empty cells: one line says it, the list of what is to come lies folded.
+    return (
+        f"{NOT_MEASURED.capitalize()} on any GPU.\n\n"
+        f"<details><summary>What will be: {len(lines)} problems</summary>\n\n{body}\n</details>\n"
+    )
 
 
 def _block_cells(ours: Record | None) -> list[str]:

@@ -33,7 +33,8 @@ from .varlen_attention import (
 from .velocity_loss import velocity_loss, velocity_loss_bytes, velocity_loss_flops
 
 # What selective activation checkpointing can name. With backend="torch" only varlen_attention is
-# one operator; the others are then the PyTorch operations that they consist of.
+# one operator; the others are then the PyTorch operations that they consist of. Noising is not among
+# them: it makes data outside the model, has no gradient and nothing to save.
 OPERATORS = (
     torch.ops.goku_kernels.adaln_modulate.default,
     torch.ops.goku_kernels.gated_residual_adaln.default,

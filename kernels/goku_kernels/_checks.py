@@ -111,8 +111,15 @@ def check_positive(operator: str, name: str, value: float) -> None:
         raise ValueError(f"{operator}: {name} is {value!r}: allowed are finite numbers > 0")
 
 
+def check_tensor(operator: str, name: str, x: object) -> None:
+    """Raise ValueError unless `x` is a tensor (a list of offsets is a likely slip)."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{operator}: {name} is a {type(x).__name__}: allowed is a torch.Tensor")
+
+
 def check_dense(operator: str, name: str, x: Tensor, shape: Sequence[int | None]) -> None:
     """Check a token tensor: floating dtype, `shape` (None: any size), unit inner stride."""
+    check_tensor(operator, name, x)
     if x.dtype not in FLOATS:
         raise ValueError(f"{operator}: {name} has dtype {x.dtype}: allowed are {list(FLOATS)}")
     check_shape(operator, name, x, shape)
@@ -162,6 +169,7 @@ def readable(index: Tensor) -> bool:
 
 def check_cu_seqlens(operator: str, name: str, cu: Tensor, device: torch.device) -> None:
     """Check segment offsets: int32 (B+1,) with B >= 1, contiguous; from 0, never decreasing."""
+    check_tensor(operator, name, cu)
     if cu.dtype != torch.int32:
         raise ValueError(f"{operator}: {name} has dtype {cu.dtype}: allowed is torch.int32")
     if cu.dim() != 1 or cu.shape[0] < 2:
@@ -182,6 +190,7 @@ def check_cu_seqlens(operator: str, name: str, cu: Tensor, device: torch.device)
 
 def check_grid_sizes(operator: str, grid_sizes: Tensor, cu: Tensor) -> None:
     """Check grids beside checked `cu`: int32 (B, 3), contiguous; t*h*w is the segment's length."""
+    check_tensor(operator, "grid_sizes", grid_sizes)
     if grid_sizes.dtype != torch.int32:
         raise ValueError(
             f"{operator}: grid_sizes has dtype {grid_sizes.dtype}: allowed is torch.int32"

@@ -67,7 +67,8 @@ def qk_norm_rope(
     published with Goku (arXiv 2502.04896) for the full-width norm; RoPE, arXiv 2104.09864.
 
     Args:
-        q: (T, H, D) floating, unit inner stride.
+        q: (T, H, D) floating, unit inner stride. T need not be cu_seqlens[-1]: a shard holds fewer
+            rows, a padded pack more.
         k: (T, Hk, D) of q's dtype, or None. With rotate_k=False it may have any number of rows.
         q_weight, k_weight: gain of the norm, (heads*D,) for "full", (D,) for "head", or None (no
             gain).
@@ -292,6 +293,7 @@ def _check_positions(
     elif positions is None:
         raise ValueError(f"{_OP}: grid_sizes is None without positions: one of them must be given")
     if positions is not None:
+        check.check_tensor(_OP, "positions", positions)
         if positions.dtype == torch.bool or positions.is_complex():
             raise ValueError(
                 f"{_OP}: positions has dtype {positions.dtype}: allowed are integers and floats"
@@ -301,6 +303,7 @@ def _check_positions(
     for name, x in (("position_offset", offset), ("position_scale", scale)):
         if x is None:
             continue
+        check.check_tensor(_OP, name, x)
         if positions is not None:
             raise ValueError(f"{_OP}: {name} is given with positions: they already are final")
         batch = cu_seqlens.shape[0] - 1

@@ -68,6 +68,7 @@ def rectified_flow_noise(
     batch = cu_seqlens.shape[0] - 1
     allowed: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     for name, x, dtypes in (("t", t, allowed), ("stream_index", stream_index, (torch.int64,))):
+        check.check_tensor(_OP, name, x)
         if x.dtype not in dtypes:
             raise ValueError(f"{_OP}: {name} has dtype {x.dtype}: allowed are {list(dtypes)}")
         check.check_shape(_OP, name, x, (batch,))

@@ -197,7 +197,9 @@ def varlen_attention(
         k, v: (Tk, Hk, D) of q's dtype; Hk divides H, and head i reads key/value head i // (H/Hk).
         cu_seqlens_q, cu_seqlens_k: int32 (B+1,). Rows at or past the last offset are padding:
             output and gradients zero, lse -inf.
-        max_seqlen_q, max_seqlen_k: upper bounds of the segments' lengths; never change the result.
+        max_seqlen_q, max_seqlen_k: upper bounds of the segments' lengths; never change the result of
+            "torch" and "triton". Too small a bound is an error on CPU tensors; on a GPU it cannot be
+            seen without a synchronisation ("flash" then leaves queries out): take it from `Packing`.
         softmax_scale: default 1/sqrt(D).
         deterministic: equal bits on every run, backward included ("triton" always is, and "torch"
             on a CPU; on a GPU "torch" then takes plain attention with the scores in memory).

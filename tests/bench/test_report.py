@@ -53,6 +53,7 @@ def test_nothing_measured_is_said_everywhere(tmp_path):
         lines = [line for line in lines if not line.startswith("| ---")]
         assert all(line.count("not measured") >= 6 for line in lines), name
         assert len(lines) == len(report.expected_groups(name))
+        assert section.index("Not measured on any GPU.") < section.index("<details>")
     assert page.rstrip().endswith("Not measured.")
 
 
@@ -67,13 +68,14 @@ def test_ratio_is_to_the_fastest_whole_peer_of_that_gpu(tmp_path):
         record(tmp_path, "torch.compile", 0.3, kind="cpu", device="x86_64"),
     ]
     page, _ = rendered(*rows)
-    main = page.split("## adaln_modulate")[1].split("<details>")[0]
+    main_and_after = page.split("## adaln_modulate")[1]
+    main = main_and_after.split("<details>")[0]
     cells = line_of(main, "H200", *CELLS)
     # 2 GB in 0.5 ms are 4 TB/s, all of the ceiling; 0.8 / 0.5
     assert cells[5:] == ["0.500", "4 Tbyte/s", "100.0", "torch.compile", "0.800", "1.60"]
     cells = line_of(main, "B200", *CELLS)
     assert cells[5:] == ["not measured"] * 3 + ["torch.compile", "0.200", "not measured"]
-    details = page.split("<details>")[1].split("</details>")[0]
+    details = main_and_after.split("<details>")[1].split("</details>")[0]
     assert "Liger RMSNorm only | 0.100" in details
     assert "wrong: output 0 is off by 1\\|2" in details
     assert "x86_64" not in details

@@ -23,7 +23,7 @@ from torch import Tensor
 from .configs import config
 from .launch import Launcher, alignment
 from .philox import normals, words
-from .segments import sample_of
+from .segments import samples_of
 
 OP = "rectified_flow_noise"
 
@@ -48,15 +48,8 @@ def noise_kernel(
     row = first_row + group // PER_ROW
     column = group % PER_ROW * GROUP
 
-    sample_first = sample_of(cu_seqlens, B, token_offset + first_row)
     last = token_offset + tl.minimum(first_row + (GROUPS + PER_ROW - 2) // PER_ROW, T - 1)
-    sample = tl.full((GROUPS,), 0, tl.int32) + sample_first
-    ending = sample_first
-    end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
-    while (ending < B) & (end <= last):
-        sample += (token_offset + row >= end).to(tl.int32)
-        ending += 1
-        end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
+    sample = samples_of(cu_seqlens, B, token_offset + row, token_offset + first_row, last)
 
     inside = (row < T) & (sample < B)
     begin = tl.load(cu_seqlens + sample, mask=inside, other=0)

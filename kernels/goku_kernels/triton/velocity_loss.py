@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .configs import config
 from .launch import Launcher, alignment
-from .segments import sample_of
+from .segments import sample_of, samples_of
 
 OP = "velocity_loss"
 
@@ -104,13 +104,7 @@ def gradient_kernel(
     column = tl.arange(0, BLOCK)
     last = token_offset + tl.minimum(start + ROWS, T) - 1
 
-    ending = sample_of(cu_seqlens, B, token_offset + start)
-    sample = tl.full((ROWS,), 0, tl.int32) + ending
-    end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
-    while (ending < B) & (end <= last):
-        sample += (token_offset + row >= end).to(tl.int32)
-        ending += 1
-        end = tl.load(cu_seqlens + 1 + ending, mask=ending < B, other=2147483647)
+    sample = samples_of(cu_seqlens, B, token_offset + row, token_offset + start, last)
 
     inside = (row < T) & (sample < B)
     begin = tl.load(cu_seqlens + sample, mask=inside, other=0)

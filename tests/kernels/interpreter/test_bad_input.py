@@ -72,6 +72,7 @@ OFFSETS = {
     r"\[0\] is 1": cu(1, 4, 6),
     "stride": cu(0, 0, 4, 4, 6, 6)[::2],
     "on meta": CU.to("meta"),
+    "is a list": [0, 4, 6],
 }
 OTHERS = [
     ("adaln_modulate", {"shift": torch.ones(3, 8)}, r"shift has shape \(3, 8\): wanted \(2, 8\)"),
@@ -80,12 +81,16 @@ OTHERS = [
     ("gated_residual_adaln", {"branch": X[:5]}, r"branch has shape \(5, 8\)"),
     ("gated_residual_adaln", {"gate": ROWS.double()}, "gate has dtype torch.float64"),
     ("qk_norm_rope", {"grid_sizes": GRIDS + 1}, r"grid_sizes\[0\] is \(2, 3, 3\)"),
+    ("qk_norm_rope", {"grid_sizes": [(1, 2, 2), (1, 1, 2)]}, "grid_sizes is a list"),
+    ("qk_norm_rope", {"position_offset": (0, 1, 1)}, "position_offset is a tuple"),
     ("qk_norm_rope", {"axes_dim": (16, 16, 16)}, "axes_dim is"),
     ("qk_norm_rope", {"k": Q.float()}, "k has dtype torch.float32"),
     ("varlen_attention", {"cu_seqlens_k": cu(0, 4, 7)}, "cu_seqlens_k ends at 7: k has 6 rows"),
     ("varlen_attention", {"max_seqlen_q": 3}, "max_seqlen_q is 3: the longest segment has 4"),
     ("varlen_attention", {"v": Q[:, :, :32]}, "v has shape"),
     ("rectified_flow_noise", {"t": torch.ones(3)}, r"t has shape \(3,\)"),
+    ("rectified_flow_noise", {"stream_index": [0, 1]}, "stream_index is a list"),
+    ("velocity_loss", {"prediction": [[1.0] * 8] * 6}, "prediction is a list"),
     ("velocity_loss", {"target": X[:5]}, "target has shape"),
     *((name, {"backend": "cudnn"}, "backend is 'cudnn': allowed are") for name in OPERATORS),
 ]
