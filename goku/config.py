@@ -85,6 +85,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # These count as line breaks (and the mark of byte order as nothing), but PyYAML with
+        # allow_unicode writes them as they are: only double quotes escape them.
+        style = '"' if any(c in "\x85\u2028\u2029\ufeff" for c in text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _class in (_Loader, _Dumper):
     # A copy: the resolver table is shared with yaml.SafeLoader until it is assigned.

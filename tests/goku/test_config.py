@@ -264,6 +264,15 @@ def test_dumped_yaml_reads_back_equal(run: Run, tmp_path_factory: pytest.TempPat
                for value in to_dict(run).values())  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", "\u2028", "x\u2029", "\ufeff", "é", " ", "1e-4"]
+)
+def test_characters_that_yaml_folds_come_back(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump({"name": text, "tags": [text]}), encoding="utf-8")
+    assert load(path) == {"name": text, "tags": [text]}
+
+
 def test_dump_takes_a_mapping_and_keeps_the_order() -> None:
     assert dump({"b": (1, 2), "a": {"lr": 1e-5}}) == "b:\n- 1\n- 2\na:\n  lr: 1.0e-05\n"
 

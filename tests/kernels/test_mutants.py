@@ -69,8 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "rectified_flow_noise", "a boundary row goes to the earlier sample",
-        "rectified_flow_noise.py", "sample += (token_offset + row >= end)",
-        "sample += (token_offset + row > end)", "same_bits_as_eager",
+        "segments.py", "found += (rows >= end)", "found += (rows > end)", "same_bits_as_eager",
     ),
     Mutant(
         "rectified_flow_noise", "the pairs of a block are interleaved wrongly",
