@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, peers, report, running, tune
+from bench import harness, parallel_report, peers, report, running, tune
 
 EXAMPLES = """\
 examples, from the repository with the packages installed (or kernels, runtime and . on PYTHONPATH):
@@ -22,6 +22,10 @@ examples, from the repository with the packages installed (or kernels, runtime a
   python -m bench run --resume --limit 440        go on where the last run stopped, for 440 s
   python -m bench report                          docs/performance.md and its plots from the rows
   python -m bench tune adaln_modulate             measure launch configurations for this GPU
+
+The parallel runtime has commands of its own, for all ranks of a run:
+  torchrun --nproc-per-node 2 -m bench.exchange --help
+  torchrun --nproc-per-node 2 -m bench.policies --help
 
 On a CPU `run` measures small shapes; its rows say so and are never mixed with a GPU's.
 Exit codes: 0 well; 1 a result of ours is wrong or failed, or time ran out; 2 bad input.
@@ -59,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--limit", type=positive, default=None, help="begin nothing after so many s")
     run.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
 
-    shown = commands.add_parser("report", help="render docs/performance.md and its plots")
+    shown = commands.add_parser("report", help="render the pages of docs/ and their plots")
     shown.add_argument("--results", type=Path, default=harness.RESULTS)
     shown.add_argument("--docs", type=Path, default=harness.ROOT / "docs")
 
@@ -81,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name:24} {status}")
             return 0
         if options.command == "report":
-            for path in report.write(options.results, options.docs):
-                print(path)
+            for page in (report, parallel_report):
+                for path in page.write(options.results, options.docs):
+                    print(path)
             return 0
         if options.command == "tune":
             _known([options.operator], running.OPERATORS)

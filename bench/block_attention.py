@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from goku.model import GokuBlock
+from goku.model import GokuBlock, TokenShard
 from goku.model.block import Attention
 from goku_kernels import Packing, qk_norm_rope
 
@@ -31,8 +31,10 @@ class SavingAttention(Attention):
             attention.attend = attend  # type: ignore[assignment]
 
     def forward(
-        self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing
-    ) -> Tensor:
+        self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing,
+        shard: TokenShard | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert shard is None, "the block is measured whole"
         cfg = self.config
         heads = (cfg.heads, cfg.head_dim)
         normed = cfg.qk_norm != "none"

@@ -107,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--shift", type=float, default=1.0, help="timestep shift towards noise")
     sample.add_argument("--fps", type=int, default=12)
+    sample.add_argument(
+        "--sp",
+        type=int,
+        default=1,
+        help="processes (of torchrun) that share the tokens of each sample; the number of processes is a multiple",
+    )
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument(
         "--out", type=Path, default=Path("samples"), help="folder (default: samples)"
@@ -184,7 +190,8 @@ def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.prepare import prepare_datasets, prepare_vae
     from goku.trainer import Trainer, TrainingStopped, stop_signals
 
-    with parallel_context(config.train.device) as context, stop_signals() as stop:
+    joined = parallel_context(config.train.device, dims=config.parallel)
+    with joined as context, stop_signals() as stop:
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         trainer = Trainer(config, context, training, vae, text, unseen)
@@ -199,7 +206,7 @@ def _train_run(config: RunConfig, profile: bool) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from goku.media_files import file_stem
     from goku.metrics import RunLog, progress_bar
-    from goku.parallelize import parallel_context
+    from goku.parallelize import ParallelDims, parallel_context
     from goku.precision import autocast_dtype
     from goku.sampler import Request, SampleConfig, generate_share, load_for_sampling, save_media
 
@@ -224,7 +231,8 @@ def _sample(args: argparse.Namespace) -> int:
     requests = [
         Request(prompt, args.height, args.width, args.frames, seed) for _, prompt, seed in cases
     ]
-    with parallel_context(args.device) as context:
+    # Every process holds the whole model: nothing is sharded but the tokens.
+    with parallel_context(args.device, dims=ParallelDims(sp=args.sp)) as context:
         settings = SampleConfig(
             steps=args.steps,
             method=args.method,

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from goku import config as parser
 from goku import flops
+from goku.activation_bytes import saved_bytes_per_token, unpredicted_operators
 from goku.model import GokuTransformer
+from goku.parallelize import (
+    BLOCKS,
+    ActivationCheckpointing,
+    ParallelDims,
+    apply_activation_checkpointing,
+)
 from goku.run_config import RunConfig
+from goku_runtime.sharding import memory_estimate
 
-__all__ = ["describe", "saved_bytes_per_token"]
-
-
-def saved_bytes_per_token(config: RunConfig, element_bytes: int) -> float:
-    """Bytes that one token leaves saved for the backward pass, without activation checkpointing (an estimate).
-
-    Per block, in units of dim: in the autocast dtype the inputs of the linear maps and what the attentions and the
-    GELU keep, 9 + 2 mlp_ratio; in fp32 what norms, rotation, modulation and residuals keep, 21. Outside the blocks 4
-    in fp32. Counts fitted to torch's saved-tensor hooks on the eager operators, which they meet to 10% (tests).
-    """
-    model = config.model
-    per_block = (9 + 2 * model.mlp_ratio) * element_bytes + 21 * 4
-    return model.dim * (model.depth * per_block + 4 * 4)
+__all__ = ["describe"]
 
 
 def describe(config: RunConfig) -> str:
@@ -39,13 +37,14 @@ def describe(config: RunConfig) -> str:
         "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
     )
     dtype = autocast_dtype(config.train.precision, device)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    dims = _dims(config)
+    # Refuses here what the run would refuse: an operator to keep that does not exist.
+    apply_activation_checkpointing(model, config.activation_checkpointing, BLOCKS)
     pack = config.packing.tokens_per_pack
     tokens = config.packing.tokens_per_step
-    states = {"weights": 4, "gradients": 4, "AdamW moments": 8, "EMA": 4}
-    if dtype == torch.bfloat16:
-        states["bf16 copies"] = 2  # of the weights, which autocast keeps until the backward pass
-    activations = saved_bytes_per_token(config, 2 if dtype == torch.bfloat16 else 4) * pack
+    states = _states(config, model, dims, dtype)
+    on_device = sum(size for name, size in states.items() if name.startswith("memory"))
+    kept = _activations(config, dims, dtype, device)
     # Every pack one sample that fills it: the most attention that the budget allows. Text comes on top, sample by
     # sample, and is small beside it.
     packs = [pack] * (tokens // pack) + ([tokens % pack] if tokens % pack else [])
@@ -56,25 +55,109 @@ def describe(config: RunConfig) -> str:
             "precision",
             f"{str(dtype).removeprefix('torch.')} products, fp32 weights, on {device.type}",
         ),
-        ("processes", f"{world} (data parallel)"),
+        ("processes", _processes(dims)),
         ("data", f"{config.data.path} (not looked at; goku doctor does)"),
         ("VAE", _vae(config)),
         ("tokens per step", f"{tokens:,} at most, in packs of {pack:,}"),
         ("FLOPs per step", f"about {work:.3e} at most (forward and backward)"),
-        *((f"memory: {name}", _bytes(count * size)) for name, size in states.items()),
-        (
-            "memory: activations",
-            f"{_bytes(activations)} (estimate, one full pack, nothing recomputed)",
+        *((name, _bytes(size)) for name, size in states.items()),
+        *(
+            (
+                f"memory: activations, {policy.mode}",
+                _bytes(size)
+                + _remark(policy)
+                + (" <- this run" if policy == config.activation_checkpointing else ""),
+            )
+            for policy, size in kept.items()
         ),
         (
             "memory: total per process",
-            f"{_bytes(count * sum(states.values()) + activations)} (estimate)",
+            f"{_bytes(on_device + kept[config.activation_checkpointing])} (estimate, one full pack)",
         ),
     ]
     width = max(len(name) for name, _ in rows)
     return (
         parser.dump(config) + "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
     )
+
+
+def _dims(config: RunConfig) -> ParallelDims:
+    """Of the processes that torchrun started; outside of it, of the fewest that the config can mean."""
+    fewest = config.parallel.dp_replicate * max(1, config.parallel.dp_shard) * config.parallel.sp
+    return config.parallel.resolve(int(os.environ.get("WORLD_SIZE", fewest)))
+
+
+def _processes(dims: ParallelDims) -> str:
+    if dims.world == 1:
+        return "1"
+    return (
+        f"{dims.world} = dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x sp {dims.sp}; each has "
+        f"1/{dims.dp_shard * dims.sp} of the states and 1/{dims.sp} of its packs' tokens"
+    )
+
+
+def _states(
+    config: RunConfig, model: GokuTransformer, dims: ParallelDims, dtype: torch.dtype
+) -> dict[str, float]:
+    """Bytes of one process, activations apart; those in host memory are named so."""
+    policy = config.sharding.policy(dtype)
+    estimate = memory_estimate(model, dims, policy)
+    count = sum(p.numel() for p in model.parameters())
+    alone = dims.world == 1
+    where = "host memory" if estimate.offloaded and not alone else "memory"
+    states: dict[str, float] = {
+        f"{where}: weights": estimate.parameters,
+        f"{where}: gradients": estimate.gradients,
+        f"{where}: AdamW moments": estimate.optimizer,
+        f"{where}: EMA": estimate.parameters,
+    }
+    if dtype == torch.bfloat16 and (alone or policy.param_dtype is None):
+        # Of the weights, which autocast keeps until the backward pass.
+        states["memory: bf16 copies"] = 2 * count
+    if not alone:
+        lasting = 0 if estimate.offloaded else estimate.state
+        states["memory: gathered weights and gradients"] = estimate.device - lasting
+        if config.sharding.keep_unsharded:
+            states["memory: whole gradients"] = 4 * count
+    return states
+
+
+def _activations(
+    config: RunConfig, dims: ParallelDims, dtype: torch.dtype, device: torch.device
+) -> dict[ActivationCheckpointing, float]:
+    """What each policy keeps of a full pack in one process, in bytes; the run's own is among them."""
+    ours = config.activation_checkpointing
+    example = ours.save or ("goku_kernels::varlen_attention",)
+    policies = (
+        replace(ours, mode="none"),
+        replace(ours, mode="full"),
+        replace(ours, mode="every_nth"),
+        replace(ours, mode="operators", save=example),
+    )
+    backend = config.kernels.backend
+    fused = backend == "triton" or (backend == "auto" and device.type == "cuda")
+    tokens = math.ceil(config.packing.tokens_per_pack / dims.sp)
+    return {
+        policy: tokens
+        * saved_bytes_per_token(
+            config.model,
+            2 if dtype == torch.bfloat16 else 4,
+            policy,
+            sp=dims.sp,
+            fused=fused,
+        )
+        for policy in policies
+    }
+
+
+def _remark(policy: ActivationCheckpointing) -> str:
+    if policy.mode == "every_nth":
+        return f" (every {policy.every})"
+    if policy.mode != "operators":
+        return ""
+    unknown = unpredicted_operators(policy)
+    missing = f"; not predicted, and not counted: {', '.join(unknown)}" if unknown else ""
+    return f" (keeping {', '.join(policy.save)}{missing})"
 
 
 def _vae(config: RunConfig) -> str:

@@ -197,7 +197,12 @@ def velocity_target(x1: Tensor, x0: Tensor) -> Tensor:
 
 
 def per_sample_mse(
-    prediction: Tensor, target: Tensor, packing: Packing, *, backend: str | None = None
+    prediction: Tensor,
+    target: Tensor,
+    packing: Packing,
+    *,
+    token_offset: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Mean squared error of each packed sample over its tokens and channels.
 
@@ -208,7 +213,9 @@ def per_sample_mse(
     Args:
         prediction: (tokens, channels), any floating dtype.
         target: of prediction's shape.
-        packing: whose `total` equals tokens; every sample has at least one token.
+        packing: of the whole pack; every sample has at least one token.
+        token_offset: None where prediction holds the whole pack. For a shard of it, the row at which
+            the shard begins: the result is then a partial sum, and adds up over the shards.
         backend: None, "torch" or "triton".
 
     Returns:
@@ -218,7 +225,8 @@ def per_sample_mse(
         ValueError: the shapes do not fit, or an argument that the operator refuses.
     """
     _same_shape("target", target, "prediction", prediction)
-    if prediction.dim() != 2 or prediction.shape[0] != packing.total:
+    whole = token_offset is None
+    if prediction.dim() != 2 or (whole and prediction.shape[0] != packing.total):
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}; "
             f"allowed is ({packing.total}, channels) for this packing"
@@ -228,7 +236,9 @@ def per_sample_mse(
             f"packing.lengths[{packing.lengths.index(0)}] is 0; allowed is 1 or more, "
             "since nothing has no mean"
         )
-    return packed_mse(prediction, target, packing.cu_seqlens, backend=backend)
+    return packed_mse(
+        prediction, target, packing.cu_seqlens, token_offset=token_offset or 0, backend=backend
+    )
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:

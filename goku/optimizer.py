@@ -5,13 +5,13 @@ The paper gives none of these values; the defaults are ours (its parent GenTron:
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["EMA", "EMAConfig", "OptimizerConfig", "build_adamw", "learning_rate"]
 
@@ -86,18 +86,27 @@ def build_adamw(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-class EMA(Generic[ModelT]):
-    """The averaged weights, held in a second module of the same shape so that evaluation needs no swapping."""
+def _local(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
-    def __init__(self, config: EMAConfig, model: ModelT) -> None:
+
+class EMA(Generic[ModelT]):
+    """The averaged weights, held in a second module of the same shape so that evaluation needs no swapping.
+
+    module: that second module, which begins with the model's weights and is sharded as it is.
+    """
+
+    def __init__(self, config: EMAConfig, module: ModelT) -> None:
         self.config = config
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.module = module.requires_grad_(False).eval()
         self.updates = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's parameters: one fused pass over all tensors."""
         decay = min(self.config.decay, (1 + self.updates) / (10 + self.updates))
-        average: list[Tensor] = list(self.module.parameters())
-        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
+        # Each process averages the shards that it holds.
+        average, weights = ([_local(p) for p in m.parameters()] for m in (self.module, model))
+        torch._foreach_lerp_(average, weights, 1 - decay)
         self.updates += 1

@@ -1,29 +1,62 @@
-"""Where the model meets the parallel runtime: process groups, replicas, and the reductions of a step.
+"""Where the model meets the parallel runtime: process groups, meshes, sharded models and packs, reductions of a step.
 
-Today: data parallelism over replicas (gloo or NCCL). Every rank holds the whole model, works on its own packs of the
-step's global batch, and the gradients are summed once per step. The loss is already divided by the GLOBAL weight sum
-(DESIGN: loss = sum(w_i * mean_i) / sum(w_i)), so a sum, not a mean, is right whatever each rank was given, also when
-one rank had more packs than another or none at all. Sequence parallelism and hybrid sharding will join in this file.
+Processes form a mesh (dp_replicate, dp_shard, sp). The sp processes of a group share every pack, each with its own rows
+of it; the dp_replicate x dp_shard groups take different packs; parameters, gradients and optimizer states are sharded
+over dp_shard x sp. Gradients are summed over all processes: the loss is already divided by the GLOBAL weight sum
+(DESIGN: loss = sum(w_i * mean_i) / sum(w_i)), so a sum, not a mean, is right whatever each process was given.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-__all__ = ["ParallelContext", "broadcast_module", "parallel_context", "reduce_gradients"]
+from goku.model import GokuTransformer, KernelConfig, ModelConfig, TokenShard, initial_value
+from goku_kernels import Packing
+from goku_runtime.activation_checkpoint import (
+    ActivationCheckpointing,
+    apply_activation_checkpointing,
+)
+from goku_runtime.mesh import ParallelDims
+from goku_runtime.sequence_parallel import SequenceParallel
+from goku_runtime.sharding import (
+    ShardingPolicy,
+    apply_hybrid_sharding,
+    clip_gradients,
+    gradient_norm,
+    materialise,
+    microbatch,
+)
 
-# Elements per all-reduce: 2^23 fp32 values = 32 MiB, large enough to run at link speed and small enough
-# that the flattened copy does not matter beside the gradients themselves.
-_BUCKET_ELEMENTS = 1 << 23
+__all__ = [
+    "ActivationCheckpointing",
+    "PackSharding",
+    "ParallelContext",
+    "ParallelDims",
+    "ShardingConfig",
+    "build_model",
+    "clip",
+    "copy_parameters",
+    "local",
+    "microbatch",
+    "parallel_context",
+]
+
+# Names of the modules that are sharded, gathered and recomputed one by one.
+BLOCKS = ("blocks.*",)
+# What stays in fp32 under bf16 parameters: a sample's conditioning reaches all of its tokens, and the residual stream
+# takes its dtype from patch_embed.
+FULL_PRECISION = ("patch_embed", "time_embed", "blocks.*.norm1", "final")
 
 
 T = TypeVar("T")
@@ -36,7 +69,7 @@ class ParallelContext:
     rank, world: position and number of processes; device: where this rank computes; group: the process group for
     gradients and statistics, None when world is 1 (every method is then the identity); host_group: a gloo group of
     the same processes for what stays on the host (checkpoint plans would otherwise travel through GPU memory) and
-    for waiting, with a timeout of a day.
+    for waiting, with a timeout of a day; dims, mesh: how the processes are arranged, no mesh when world is 1.
     """
 
     rank: int
@@ -44,6 +77,29 @@ class ParallelContext:
     device: torch.device
     group: dist.ProcessGroup | None
     host_group: dist.ProcessGroup | None = None
+    dims: ParallelDims = field(default_factory=lambda: ParallelDims(1, 1, 1))
+    mesh: DeviceMesh | None = None
+
+    @property
+    def packs(self) -> int:
+        """How many groups of processes take packs of their own: dp_replicate * dp_shard."""
+        return self.world // self.dims.sp
+
+    @property
+    def pack_rank(self) -> int:
+        """Which of them this process belongs to (sp is the innermost axis of the mesh)."""
+        return self.rank // self.dims.sp
+
+    @property
+    def leads_pack(self) -> bool:
+        """True on the one process of its group that writes what the group made together."""
+        return self.rank % self.dims.sp == 0
+
+    def pack_sharding(self, heads: int) -> PackSharding | None:
+        """How packs are shared among the sp processes of this group; None where each has its own."""
+        if self.mesh is None or self.dims.sp == 1:
+            return None
+        return PackSharding(SequenceParallel(self.mesh.get_group("sp"), heads))
 
     @property
     def is_main(self) -> bool:
@@ -98,13 +154,14 @@ class ParallelContext:
 
 @contextmanager
 def parallel_context(
-    device: str = "auto", timeout_minutes: float = 30.0
+    device: str = "auto", timeout_minutes: float = 30.0, dims: ParallelDims | None = None
 ) -> Iterator[ParallelContext]:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda". timeout_minutes bounds the collectives of a training step,
-    so that a lost peer ends the job instead of hanging it. Raises ValueError for a device that is absent. The process
-    group is destroyed on the way out.
+    so that a lost peer ends the job instead of hanging it. dims: how to arrange them, by default all in dp_shard.
+    Raises ValueError for a device that is absent, or dims that do not fit the number of processes. The process group
+    is destroyed on the way out.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed: 'auto', 'cpu', 'cuda'")
@@ -115,6 +172,7 @@ def parallel_context(
     cuda = torch.cuda.is_available() and device != "cpu"
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    dims = (dims or ParallelDims()).resolve(world)
     if cuda:
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -122,9 +180,10 @@ def parallel_context(
         yield ParallelContext(0, 1, where, None)
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    context = ParallelContext(rank, world, where, None)
+    context = ParallelContext(rank, world, where, None, dims=dims)
     try:
         object.__setattr__(context, "group", dist.group.WORLD)
+        object.__setattr__(context, "mesh", dims.build_mesh(where.type))
         # One rank may train a VAE or draw samples for hours; a rank that dies is noticed by its closed connection.
         waiting = timedelta(days=1)
         object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
@@ -132,46 +191,128 @@ def parallel_context(
     finally:
         # A traceback may keep `context` until the interpreter ends, and a gloo group whose threads still run then
         # aborts the process ("terminate called"), hiding its exit code: the groups must not outlive this block.
-        object.__setattr__(context, "group", None)
-        object.__setattr__(context, "host_group", None)
+        for name in ("group", "host_group", "mesh"):
+            object.__setattr__(context, name, None)
         dist.destroy_process_group()
 
 
-def broadcast_module(module: nn.Module, context: ParallelContext) -> None:
-    """Give every rank rank 0's parameters and buffers."""
-    if context.group is not None:
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), src=0, group=context.group)
+class PackSharding:
+    """How the processes of one sequence-parallel group share a pack.
 
-
-def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (
-            size + gradient.numel() > _BUCKET_ELEMENTS or gradient.dtype != bucket[0].dtype
-        ):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.numel()
-    if bucket:
-        yield bucket
-
-
-def reduce_gradients(module: nn.Module, context: ParallelContext) -> None:
-    """Sum every parameter's gradient over the ranks, in place.
-
-    A rank without samples in this step has no gradients: it takes part with zeros, so that no rank waits for ever.
+    Tokens are cut evenly, wherever samples begin, with padding at the end of the pack alone; of the text each process
+    takes that of the samples that it holds rows of.
     """
-    if context.group is None:
-        return
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        context.all_sum(flat)
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+
+    def __init__(self, sequence_parallel: SequenceParallel) -> None:
+        self.sequence_parallel = sequence_parallel
+
+    @property
+    def size(self) -> int:
+        """Processes that share a pack."""
+        return self.sequence_parallel.size
+
+    def shard(self, packing: Packing) -> TokenShard:
+        """This process's rows of the pack. Raises ValueError for a pack with fewer tokens than processes."""
+        rows = self.sequence_parallel.rows(packing.total)
+        offset = self.sequence_parallel.token_offset(packing.total)
+        lengths, begin = [], -offset
+        for length in packing.lengths:
+            lengths.append(max(0, min(begin + length, rows) - max(begin, 0)))
+            begin += length
+        here = Packing.from_lengths(lengths, device=packing.cu_seqlens.device)
+        return TokenShard(rows, offset, here, self.sequence_parallel.attention)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """This process's rows of x (T, ...), which all have whole; those past the end are zero."""
+        return self.sequence_parallel.shard(x)
+
+    def gather(self, x: Tensor, tokens: int) -> Tensor:
+        """(T, ...) on every process from their rows of it."""
+        return self.sequence_parallel.gather(x, tokens)
+
+    @staticmethod
+    def text(texts: Sequence[Tensor], shard: TokenShard) -> list[Tensor]:
+        """The texts with those of samples that have no row in the shard emptied."""
+        return [
+            text if rows else text[:0]
+            for text, rows in zip(texts, shard.packing.lengths, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How parameters, gradients and optimizer states are held by dp_shard x sp processes (FSDP2). World 1: ignored.
+
+    param_dtype: dtype in which parameters are gathered, "auto" that of the matrix products (adaLN, the embeddings and
+    the final layer stay fp32; what is stored, and what gradients are reduced in, is always fp32);
+    reshard_after_forward: free gathered parameters between forward and backward; prefetch: how many blocks ahead they
+    are gathered; cpu_offload: keep what is sharded in host memory; keep_unsharded: accumulate whole gradients over a
+    step's packs and reduce them once (less communication, a whole gradient of memory).
+    """
+
+    param_dtype: Literal["auto", "float32"] = "auto"
+    reshard_after_forward: bool = True
+    prefetch: int = 1
+    cpu_offload: bool = False
+    keep_unsharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ValueError(f"sharding.prefetch is {self.prefetch}; allowed: >= 0")
+
+    def policy(self, dtype: torch.dtype) -> ShardingPolicy:
+        """For a Goku model whose matrix products run in `dtype`."""
+        low = self.param_dtype == "auto" and dtype != torch.float32
+        return ShardingPolicy(
+            blocks=BLOCKS,
+            full_precision=FULL_PRECISION,
+            param_dtype=dtype if low else None,
+            reshard_after_forward=self.reshard_after_forward,
+            prefetch=self.prefetch,
+            cpu_offload=self.cpu_offload,
+            gradient_divisor=1.0,  # the loss has its global denominator already
+        )
+
+
+def build_model(
+    config: ModelConfig,
+    kernels: KernelConfig,
+    context: ParallelContext,
+    sharding: ShardingConfig,
+    checkpointing: ActivationCheckpointing,
+    dtype: torch.dtype,
+    seed: int,
+) -> GokuTransformer:
+    """A Goku model on the context's device, each process holding its part; the weights depend on `seed` alone.
+
+    Built on the meta device and filled parameter by parameter, so that no process ever holds it whole (one parameter at
+    a time it does, in host memory). dtype: of the matrix products.
+    """
+    with torch.device("meta"):
+        model = GokuTransformer(config, kernels)
+    apply_activation_checkpointing(model, checkpointing, BLOCKS)
+    if context.mesh is not None:
+        apply_hybrid_sharding(model, context.mesh, sharding.policy(dtype))
+    materialise(model, context.device, lambda name, like: initial_value(name, like, seed))
+    return model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copy all parameters between two models that are sharded alike."""
+    torch._foreach_copy_(
+        [local(p) for p in target.parameters()], [local(p) for p in source.parameters()]
+    )
+
+
+def clip(model: nn.Module, largest: float, context: ParallelContext) -> Tensor:
+    """Scale the gradients so that their global norm is at most `largest` (0: leave them); returns the norm before."""
+    parameters = list(model.parameters())
+    if largest:
+        return clip_gradients(parameters, largest, context.mesh)
+    return gradient_norm(parameters, context.mesh)

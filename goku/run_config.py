@@ -13,6 +13,7 @@ from goku.flow import FlowConfig
 from goku.model import PRESETS, KernelConfig, ModelConfig
 from goku.optimizer import EMAConfig, OptimizerConfig
 from goku.packing import PackingConfig
+from goku.parallelize import ActivationCheckpointing, ParallelDims, ShardingConfig
 from goku.text import TextConfig
 from goku.vae import VAEConfig, VAETrainConfig
 
@@ -92,6 +93,11 @@ class RunConfig:
     packing: PackingConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelDims = field(default_factory=ParallelDims)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    activation_checkpointing: ActivationCheckpointing = field(
+        default_factory=ActivationCheckpointing
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -130,8 +136,8 @@ def load_run_config(
 
 # What may differ between a checkpoint and the run that continues it: where and how fast work is done, what is
 # looked at, and how long the run is (under a constant schedule). None of it changes a step's samples or arithmetic
-# (kernels: nothing but the rounding), but for train.precision, which is therefore not free. That data.path holds the
-# same items is checked by the dataset's fingerprint.
+# (kernels, parallel, sharding: nothing but the rounding), but for train.precision, which is therefore not free. That
+# data.path holds the same items is checked by the dataset's fingerprint.
 _FREE = (
     "out",
     "unseen",
@@ -142,6 +148,9 @@ _FREE = (
     "vae.train",
     "kernels",
     "packing.tokens_per_pack",
+    "parallel",
+    "sharding",
+    "activation_checkpointing",
     "train",
 )
 

@@ -20,7 +20,7 @@ from goku import media_files
 from goku.flow import guided, integrate, time_grid
 from goku.model import GokuTransformer, ModelConfig, unpatchify
 from goku.packing import partition
-from goku.parallelize import ParallelContext
+from goku.parallelize import PackSharding, ParallelContext
 from goku.precision import autocast
 from goku.random import Purpose, normal
 from goku.text import TextConfig, TextEncoder, load_text_encoder
@@ -32,9 +32,11 @@ __all__ = [
     "Loaded",
     "Request",
     "SampleConfig",
+    "decode",
     "find_checkpoint",
     "generate",
     "generate_share",
+    "integrate_all",
     "load_for_sampling",
     "save_media",
 ]
@@ -159,18 +161,47 @@ def generate(
     config: SampleConfig,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    sharding: PackSharding | None = None,
 ) -> list[Tensor]:
     """Generate every request. prompts turns strings into un-padded embeddings (len_i, dim).
 
     Returns one uint8 tensor (3, frames, height, width) per request, in order. progress(done, total) counts
-    integration steps over all packs.
+    integration steps over all packs. With `sharding` its processes call this together, each pack's tokens are shared
+    among them, and all return the same.
     """
+    latents = integrate_all(
+        model, vae, prompts, requests, config, device, progress=progress, sharding=sharding
+    )
+    return [decode(vae, latents[i]) for i in range(len(requests))]
+
+
+@torch.no_grad()
+def integrate_all(
+    model: GokuTransformer,
+    vae: VideoVAE,
+    prompts: Callable[[Sequence[str]], list[Tensor]],
+    requests: Sequence[Request],
+    config: SampleConfig,
+    device: torch.device,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
+    sharding: PackSharding | None = None,
+) -> dict[int, Tensor]:
+    """The latents (C, T, H, W) of this group's requests, by their index.
+
+    share: (group, groups) of processes among which the packs are dealt out. All groups call the model equally often,
+    as a sharded model needs: where one has no pack left, it runs an idle one. Other arguments as those of `generate`.
+    """
+    group, groups = share
     grids = [_grid(request, vae) for request in requests]
     lengths = [t * h * w for t, h, w in grids]
     budget = max([config.tokens_per_pack, *lengths])
-    packs = partition(lengths, [float(n) for n in lengths], 1, budget)[0]
+    shares = partition(lengths, [float(n) for n in lengths], groups, budget)
+    rounds = max(len(packs) for packs in shares)
+    packs = [*shares[group], *[[]] * (rounds - len(shares[group]))]
     results: dict[int, Tensor] = {}
-    done, total = 0, len(packs) * config.steps
+    done, total = 0, rounds * config.steps
 
     def on_step(_step: int, _t: float, _x: Tensor) -> None:
         nonlocal done
@@ -179,15 +210,23 @@ def generate(
             progress(done, total)
 
     for pack in packs:
-        texts = prompts([requests[i].prompt for i in pack])
+        chosen = pack or [min(range(len(requests)), key=lambda i: lengths[i])]
+        texts = prompts([requests[i].prompt for i in chosen])
         empty = prompts([""])[0] if config.guidance != 1 else None
-        chosen = [requests[i] for i in pack], [grids[i] for i in pack]
-        tokens = _integrate_pack(model, *chosen, texts, empty, config, device, on_step)
-        for i, part in zip(pack, tokens.split([lengths[i] for i in pack]), strict=True):
-            latent = unpatchify(part.float(), grids[i], vae.channels)
-            video = vae.decode(vae.denormalise(latent[None]))[0]
-            results[i] = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return [results[i] for i in range(len(requests))]
+        tokens = _integrate_pack(
+            model, [requests[i] for i in chosen], [grids[i] for i in chosen], texts, empty, config,
+            device, on_step, sharding,
+        )  # fmt: skip
+        for i, part in zip(pack, tokens.split([lengths[i] for i in chosen]), strict=bool(pack)):
+            results[i] = unpatchify(part.float(), grids[i], vae.channels)
+    return results
+
+
+@torch.no_grad()
+def decode(vae: VideoVAE, latent: Tensor) -> Tensor:
+    """Latent (C, T, H, W) -> uint8 (3, frames, height, width) on the host."""
+    video = vae.decode(vae.denormalise(latent[None]))[0]
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def _integrate_pack(
@@ -199,39 +238,41 @@ def _integrate_pack(
     config: SampleConfig,
     device: torch.device,
     on_step: Callable[[int, float, Tensor], None],
+    sharding: PackSharding | None,
 ) -> Tensor:
     packing = Packing.from_grids(grids, device=device)
+    shard = None if sharding is None else sharding.shard(packing)
+    prompted = [list(texts)] + ([] if empty is None else [[empty] * len(requests)])
+    if sharding is not None and shard is not None:
+        prompted = [sharding.text(each, shard) for each in prompted]
     conditions = [
-        (
-            torch.cat(list(texts)).to(device),
-            Packing.from_lengths([len(x) for x in texts], device=device),
-        )
+        (torch.cat(each).to(device), Packing.from_lengths([len(x) for x in each], device=device))
+        for each in prompted
     ]
-    if empty is not None:
-        repeated = [empty] * len(requests)
-        conditions.append(
-            (
-                torch.cat(repeated).to(device),
-                Packing.from_lengths([len(empty)] * len(requests), device=device),
-            )
-        )
     width = model.config.patch_dim
-    noise = [
-        normal(request.seed, 0, t * h * w * width, Purpose.SAMPLE, device=device).view(-1, width)
-        for request, (t, h, w) in zip(requests, grids, strict=True)
-    ]
+    noise = torch.cat(
+        [
+            normal(request.seed, 0, t * h * w * width, Purpose.SAMPLE, device=device).view(
+                -1, width
+            )
+            for request, (t, h, w) in zip(requests, grids, strict=True)
+        ]
+    )
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(requests),), t, device=device)
         with autocast(device, config.precision):
             outputs = [
-                model(x, times, text, packing, text_packing).float()
+                model(x, times, text, packing, text_packing, shard).float()
                 for text, text_packing in conditions
             ]
         return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], config.guidance)
 
     times = time_grid(config.steps, config.shift)
-    return integrate(velocity, torch.cat(noise), times, config.method, on_step)
+    if sharding is None:
+        return integrate(velocity, noise, times, config.method, on_step)
+    tokens = integrate(velocity, sharding.rows(noise), times, config.method, on_step)
+    return sharding.gather(tokens, packing.total)
 
 
 def generate_share(
@@ -241,21 +282,26 @@ def generate_share(
     context: ParallelContext,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """This rank's share of the requests (every world-th one) as (index, video), each as soon as it is done.
+    """This group's share of the requests (every packs-th one) as (index, video), each as soon as it is done.
 
     Each request is a pack of its own: the bits of a matrix product depend on the number of its rows, and a sample must
-    not depend on the number of processes. No rank waits for another. progress(done, total) counts integration steps.
+    not depend on the number of groups. No group waits for another. With context.dims.sp > 1 the processes of a group
+    share its tokens, and the first of them decodes and yields. progress(done, total) counts integration steps.
     """
-    mine = range(context.rank, len(requests), context.world)
+    mine = range(context.pack_rank, len(requests), context.packs)
+    sharding = context.pack_sharding(loaded.model.config.heads)
     for number, index in enumerate(mine):
 
         def on_step(done: int, total: int, before: int = number) -> None:
             if progress is not None:
                 progress(before * total + done, len(mine) * total)
 
-        one = [requests[index]]
-        model, vae, prompts = loaded.model, loaded.vae, loaded.text.encode
-        yield index, generate(model, vae, prompts, one, config, context.device, on_step)[0]
+        latents = integrate_all(
+            loaded.model, loaded.vae, loaded.text.encode, [requests[index]], config, context.device,
+            progress=on_step, sharding=sharding,
+        )  # fmt: skip
+        if context.leads_pack:
+            yield index, decode(loaded.vae, latents[0])
 
 
 def save_media(video: Tensor, stem: Path, fps: int = 12) -> Path:

@@ -25,20 +25,25 @@ class StepStatistics:
         self.vector: Tensor = torch.zeros(_SIZE, dtype=torch.float64, device=device)
 
     def add(self, batch: Batch, per_sample: Tensor, weight_sum: float, flops: int = 0) -> None:
-        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs."""
+        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs.
+
+        Of the shards of a pack each adds its part of the losses, and the first alone counts the samples and FLOPs.
+        """
         losses = per_sample.detach().double()
+        first = batch.shard is None or batch.shard.token_offset == 0
         self.vector[_LOSS] += (losses * batch.weights).sum() / weight_sum
-        self.vector[_FLOPS] += flops
+        self.vector[_FLOPS] += flops if first else 0
         bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         kinds = torch.tensor(
             [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
         )
-        first = _FIRST
+        ones = torch.full_like(losses, float(first))
+        begin = _FIRST
         for groups, count in ((bins, TIME_BINS), (kinds, len(_MODALITIES))):
-            self.vector[first : first + count].index_add_(0, groups, losses)
-            counts = self.vector[first + count : first + 2 * count]
-            counts.index_add_(0, groups, torch.ones_like(losses))
-            first += 2 * count
+            self.vector[begin : begin + count].index_add_(0, groups, losses)
+            counts = self.vector[begin + count : begin + 2 * count]
+            counts.index_add_(0, groups, ones)
+            begin += 2 * count
 
     def ask_to_stop(self) -> None:
         """Let every rank know that this one was asked to stop."""

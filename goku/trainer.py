@@ -1,8 +1,10 @@
 """The training loop: joint image-video rectified flow on packed batches.
 
 A step takes the next samples of the endless shuffled stream while they fit `packing.tokens_per_step`; that set depends
-on (seed, step) alone. The ranks share it as packs of at most `packing.tokens_per_pack` tokens, sum their gradients, and
-take one optimizer step. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one:
+on (seed, step) alone. Groups of `parallel.sp` processes share it as packs of at most `packing.tokens_per_pack` tokens;
+gradients are summed over all processes, and each takes the optimizer step on the weights that it holds. Sharded weights
+are gathered block by block, so that all groups run their k-th pack at once: where one has none left, it runs an idle
+pack without weight. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one:
 bit for bit on one process (proven on a CPU; a GPU's eager attention backward may not be deterministic), and to fp32
 rounding on another number of processes.
 """
@@ -17,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,17 @@ from goku.metrics import RunLog
 from goku.model import GokuTransformer
 from goku.optimizer import EMA, build_adamw, learning_rate
 from goku.packing import efficiency, partition, sample_cost, step_positions
-from goku.parallelize import ParallelContext, broadcast_module, reduce_gradients
+from goku.parallelize import (
+    ActivationCheckpointing,
+    ParallelContext,
+    build_model,
+    clip,
+    copy_parameters,
+    microbatch,
+)
 from goku.precision import autocast, autocast_dtype
 from goku.run_config import RunConfig, resume_differences
-from goku.sampler import Request, SampleConfig, find_checkpoint, generate, save_media
+from goku.sampler import Request, SampleConfig, decode, find_checkpoint, integrate_all, save_media
 from goku.statistics import StepStatistics
 from goku.text import TextEncoder
 from goku.vae import VideoVAE
@@ -96,14 +105,14 @@ class Trainer:
         self.out = Path(config.out)
         self.device = context.device
         self.dtype = autocast_dtype(config.train.precision, self.device)
+        self.sharding = context.pack_sharding(config.model.heads)
         self.builder = self._builder(dataset)
         self.unseen = None if unseen is None else self._builder(unseen)
         self.stream = ShuffledStream(len(dataset.items), config.seed)
-        self.model = GokuTransformer(config.model, config.kernels)
-        self.model.initialise(config.seed)
-        self.model.to(self.device)
-        broadcast_module(self.model, context)
-        self.ema = EMA(config.ema, self.model)
+        self.model = self._build(config.activation_checkpointing)
+        average = self._build(ActivationCheckpointing())
+        copy_parameters(self.model, average)
+        self.ema = EMA(config.ema, average)
         self.optimizer = build_adamw(config.optimizer, self.model)
         self.step = self.position = self.skipped = 0
         self.fingerprints = {
@@ -119,8 +128,20 @@ class Trainer:
         config = self.config
         return BatchBuilder(
             dataset, self.vae, config.flow, config.packing, config.seed, self.device,
-            backend=config.kernels.operator_backend,
+            backend=config.kernels.operator_backend, sharding=self.sharding,
         )  # fmt: skip
+
+    def _build(self, checkpointing: ActivationCheckpointing) -> GokuTransformer:
+        config = self.config
+        return build_model(
+            config.model,
+            config.kernels,
+            self.context,
+            config.sharding,
+            checkpointing,
+            self.dtype,
+            config.seed,
+        )
 
     # ---- the loop
 
@@ -176,19 +197,23 @@ class Trainer:
         lengths = [tokens_of[i] for i in indices]
         weight_sum = math.fsum(self.builder.dataset.items[i].weight for i in indices)
         shares = partition(
-            lengths, self._costs(lengths), self.context.world, packing.tokens_per_pack
+            lengths, self._costs(lengths), self.context.packs, packing.tokens_per_pack
         )
 
         self.optimizer.zero_grad(set_to_none=True)
         statistics = StepStatistics(self.device)
-        for pack in shares[self.context.rank]:
+        packs = self._rounds(shares, lengths)
+        for number, (pack, idle) in enumerate(packs, start=1):
             batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
+            keep = self.config.sharding.keep_unsharded
+            microbatch(self.model, last=number == len(packs), keep_unsharded=keep)
             per_sample = self.per_sample_loss(self.model, batch)
-            weighted_loss(per_sample, batch.weights, weight_sum).backward()
-            packs = batch.packing.lengths, batch.text_packing.lengths
-            work = flops.training_flops(self.config.model, *packs)
-            statistics.add(batch, per_sample, weight_sum, work)
-        reduce_gradients(self.model, self.context)
+            weights = torch.zeros_like(batch.weights) if idle else batch.weights
+            weighted_loss(per_sample, weights, weight_sum).backward()
+            if not idle:
+                sizes = batch.packing.lengths, batch.text_lengths
+                work = flops.training_flops(self.config.model, *sizes)
+                statistics.add(batch, per_sample, weight_sum, work)
         if stop.is_set():
             statistics.ask_to_stop()
         self.context.all_sum(statistics.vector)
@@ -206,36 +231,47 @@ class Trainer:
             )
         return statistics.stopping
 
+    def _rounds(
+        self, shares: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]
+    ) -> list[tuple[Sequence[int], bool]]:
+        """(pack, idle) of this process, as many as any has: an idle pack is the step's shortest sample."""
+        mine = shares[self.context.pack_rank]
+        shortest = [min(range(len(lengths)), key=lambda k: lengths[k])]
+        rounds = max(len(packs) for packs in shares)
+        packs = [mine[k] if k < len(mine) else [] for k in range(rounds)]
+        return [(pack or shortest, not pack) for pack in packs]
+
     def _costs(self, lengths: list[int]) -> list[float]:
         """Relative cost of samples, for sharing them among ranks."""
         model = self.config.model
         return [sample_cost(n, model.dim, text_dim=model.text_dim) for n in lengths]
 
     def per_sample_loss(self, model: GokuTransformer, batch: Batch) -> Tensor:
-        """(B,) mean squared velocity error of each sample, in fp32."""
+        """(B,) mean squared velocity error of each sample, in fp32; of a shard its part of them."""
         with autocast(self.device, self.dtype):
-            prediction = model(batch.x, batch.t, batch.text, batch.packing, batch.text_packing)
+            prediction = model(*batch.inputs)
         return per_sample_mse(
-            prediction, batch.target, batch.packing, backend=self.config.kernels.operator_backend
+            prediction,
+            batch.target,
+            batch.packing,
+            token_offset=None if batch.shard is None else batch.shard.token_offset,
+            backend=self.config.kernels.operator_backend,
         )
 
     def _update(self) -> tuple[float, float]:
         """Clip, step, average. The norm is of the reduced gradient, hence equal on all ranks, as is the decision."""
         optimizer = self.config.optimizer
         lr = learning_rate(optimizer, self.step, self.config.train.steps)
-        parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not math.isfinite(norm.item()):
+        norm = clip(self.model, optimizer.grad_clip, self.context).item()
+        if not math.isfinite(norm):
             self.skipped += 1
-            return norm.item(), lr
+            return norm, lr
         self.skipped = 0
-        if optimizer.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, optimizer.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.ema.update(self.model)
-        return norm.item(), lr
+        return norm, lr
 
     def _log_step(
         self,
@@ -249,7 +285,7 @@ class Trainer:
         shares: list[list[list[int]]],
     ) -> None:
         loss, by_bin, by_modality = statistics.means()
-        packs = [pack for share in shares for pack in share]
+        packs = [pack for share in shares for pack in share if pack]
         peak = self.peak_flops
         mfu = None
         if peak is not None:
@@ -301,26 +337,26 @@ class Trainer:
         weight_sum = math.fsum(builder.dataset.items[i].weight for i, _ in cases)
         costs = self._costs(lengths)
         statistics = StepStatistics(self.device)
-        for pack in partition(lengths, costs, self.context.world, packing.tokens_per_pack)[
-            self.context.rank
-        ]:
+        shares = partition(lengths, costs, self.context.packs, packing.tokens_per_pack)
+        for pack, idle in self._rounds(shares, lengths):
             batch = builder.fixed([cases[k][0] for k in pack], [cases[k][1] for k in pack])
-            statistics.add(batch, self.per_sample_loss(self.ema.module, batch), weight_sum)
+            per_sample = self.per_sample_loss(self.ema.module, batch)
+            if not idle:
+                statistics.add(batch, per_sample, weight_sum)
         self.context.all_sum(statistics.vector)
         return statistics
 
     def sample(self, log: RunLog) -> None:
-        """Draw the first training captions with fixed seeds into out/samples/step_N; each rank draws its share.
+        """Draw the first training captions with fixed seeds into out/samples/step_N; each group draws its share.
 
-        A rank that fails says so and goes on: every rank reaches the exchange of results at the end, which waits for
-        the slowest. Failures are logged and training continues.
+        All processes integrate together, since sharded weights are gathered together; decoding and writing are each
+        group's own. There a rank that fails says so and goes on: failures are logged and training continues.
         """
         train = self.config.train
         items = self.builder.dataset.items[: train.sample_captions] if train.sample_every else []
-        mine = list(range(self.context.rank, len(items), self.context.world))
         requests = [
-            Request(items[i].caption, items[i].height, items[i].width, items[i].frames, seed=i)
-            for i in mine
+            Request(item.caption, item.height, item.width, item.frames, seed=i)
+            for i, item in enumerate(items)
         ]
         settings = SampleConfig(
             steps=train.sample_steps,
@@ -331,16 +367,18 @@ class Trainer:
         folder = self.out / "samples" / f"step_{self.step:07d}"
         drawn: list[tuple[str, str]] = []
         failure: str | None = None
+        context = self.context
+        latents = integrate_all(
+            self.ema.module, self.vae, self.text.encode, requests, settings, self.device,
+            share=(context.pack_rank, context.packs), sharding=self.sharding,
+        )  # fmt: skip
         try:
-            videos = generate(
-                self.ema.module, self.vae, self.text.encode, requests, settings, self.device
-            )
-            for i, video in zip(mine, videos, strict=True):
-                path = save_media(video, folder / file_stem(items[i].name))
+            for i, latent in sorted(latents.items()) if context.leads_pack else []:
+                path = save_media(decode(self.vae, latent), folder / file_stem(items[i].name))
                 drawn.append((items[i].name, str(path.relative_to(self.out))))
         except (OSError, RuntimeError, ValueError) as error:
-            failure = f"rank {self.context.rank}: {error}"
-        for names, problem in self.context.gather((drawn, failure)):
+            failure = f"rank {context.rank}: {error}"
+        for names, problem in context.gather((drawn, failure)):
             for name, saved in names:
                 log.event("sample", self.step, name=name, path=saved)
             if problem is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .block import GokuBlock
 from .config import PRESETS, KernelConfig, ModelConfig, split_axes
+from .initialise import initial_value
 from .patches import patch_grid, patchify, unpatchify
+from .shard import TokenShard
 from .transformer import GokuTransformer
 
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "GokuTransformer",
     "KernelConfig",
     "ModelConfig",
+    "TokenShard",
+    "initial_value",
     "patch_grid",
     "patchify",
     "split_axes",

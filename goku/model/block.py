@@ -22,6 +22,7 @@ from goku_kernels import (
 )
 
 from .config import KernelConfig, ModelConfig
+from .shard import TokenShard
 
 
 class Modulation(nn.Module):
@@ -63,9 +64,17 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(width, eps=config.eps)
 
     def forward(
-        self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing
+        self,
+        x: Tensor,
+        context: Tensor,
+        packing: Packing,
+        context_packing: Packing,
+        shard: TokenShard | None = None,
     ) -> Tensor:
-        """x (T, d) attends to context (S, context_dim) within each sample -> (T, d)."""
+        """x (T, d) attends to context (S, context_dim) within each sample -> (T, d).
+
+        With a shard, x is its rows, and so is the context of self-attention (rotate_k).
+        """
         cfg = self.config
         heads = (cfg.heads, cfg.head_dim)
         normed = cfg.qk_norm != "none"
@@ -81,19 +90,31 @@ class Attention(nn.Module):
             rotate_k=self.rotate_k,
             theta=cfg.rope_theta,
             eps=cfg.eps,
+            token_offset=0 if shard is None else shard.token_offset,
             backend=self.kernels.operator_backend,
         )
-        out = varlen_attention(
-            q,
-            k,
-            self.v_proj(context).unflatten(-1, heads),
-            packing.cu_seqlens,
-            context_packing.cu_seqlens,
-            packing.max_seqlen,
-            context_packing.max_seqlen,
-            deterministic=self.kernels.deterministic,
-            backend=self.kernels.operator_backend,
-        )
+        v = self.v_proj(context).unflatten(-1, heads)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, rows: Packing) -> Tensor:
+            return varlen_attention(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                context_packing.cu_seqlens,
+                rows.max_seqlen,
+                context_packing.max_seqlen,
+                deterministic=self.kernels.deterministic,
+                backend=self.kernels.operator_backend,
+            )
+
+        if shard is None:
+            out = attend(q, k, v, packing.cu_seqlens, packing)
+        elif self.rotate_k:
+            cu = packing.cu_seqlens
+            out = shard.attend(q, k, v, cu, lambda q, k, v, cu: attend(q, k, v, cu, packing))
+        else:
+            out = attend(q, k, v, shard.packing.cu_seqlens, shard.packing)
         return self.o_proj(out.flatten(1))
 
 
@@ -129,7 +150,13 @@ class GokuBlock(nn.Module):
         self.mlp = FeedForward(config.dim, config.mlp_dim)
 
     def forward(
-        self, x: Tensor, c: Tensor, text: Tensor, packing: Packing, text_packing: Packing
+        self,
+        x: Tensor,
+        c: Tensor,
+        text: Tensor,
+        packing: Packing,
+        text_packing: Packing,
+        shard: TokenShard | None = None,
     ) -> Tensor:
         """Transform the tokens of a packed batch.
 
@@ -137,21 +164,24 @@ class GokuBlock(nn.Module):
             x: (T, d), the residual stream; its dtype is kept.
             c: (B, d), conditioning of each sample (its timestep), before SiLU.
             text: (S, text_dim), un-padded text embeddings of all samples.
-            packing: of x, with grids.
+            packing: of the whole pack, with grids.
             text_packing: of text.
+            shard: which rows of the pack x holds (T is then shard.rows); None for all of them.
 
         Returns:
             (T, d) of x's dtype.
         """
         cu = packing.cu_seqlens
         options: Any = {"eps": self.eps, "backend": self.kernels.operator_backend}
+        if shard is not None:
+            options["token_offset"] = shard.token_offset
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(c)
         y = adaln_modulate(x, shift_msa, scale_msa, cu, norm="layer", **options)
-        branch = self.attn1(y, y, packing, packing)
+        branch = self.attn1(y, y, packing, packing, shard)
         y, x = gated_residual_adaln(
             x, branch, gate_msa, None, None, cu, norm="rms", weight=self.norm2.weight, **options
         )
-        branch = self.attn2(y, text, packing, text_packing)
+        branch = self.attn2(y, text, packing, text_packing, shard)
         y, x = gated_residual_adaln(
             x,
             branch,

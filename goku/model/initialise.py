@@ -39,10 +39,12 @@ def initialise(module: nn.Module, seed: int) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: give it memory with to_empty first")
-        parameter.copy_(_initial(name, parameter, seed))
+        parameter.copy_(initial_value(name, parameter, seed))
 
 
-def _initial(name: str, parameter: Tensor, seed: int) -> Tensor:
+def initial_value(name: str, parameter: Tensor, seed: int) -> Tensor:
+    """What `initialise` gives the parameter `name`: fp32 on the CPU, of `parameter`'s shape (alone
+    used: it may be on the meta device)."""
     if parameter.dim() == 1:
         gain = name.endswith("weight")
         return torch.full(parameter.shape, 1.0 if gain else 0.0)

@@ -18,6 +18,7 @@ from goku_kernels import Packing, adaln_modulate
 from .block import GokuBlock, Modulation
 from .config import KernelConfig, ModelConfig
 from .initialise import initialise
+from .shard import TokenShard
 
 
 def timestep_features(t: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -65,12 +66,12 @@ class FinalLayer(nn.Module):
         self.modulation = Modulation(config.dim, rows=2)
         self.proj = nn.Linear(config.dim, config.patch_dim)
 
-    def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, packing: Packing, token_offset: int = 0) -> Tensor:
         """x (T, d), c (B, d) -> (T, patch_dim), in the parameters' dtype, under autocast too."""
         shift, scale = self.modulation(c)
         y = adaln_modulate(
             x, shift, scale, packing.cu_seqlens, norm="layer", eps=self.eps,
-            backend=self.kernels.operator_backend,
+            token_offset=token_offset, backend=self.kernels.operator_backend,
         )  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
             return self.proj(y.to(self.proj.weight.dtype))
@@ -102,7 +103,13 @@ class GokuTransformer(nn.Module):
         initialise(self, seed)
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Tensor, packing: Packing, text_packing: Packing
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        packing: Packing,
+        text_packing: Packing,
+        shard: TokenShard | None = None,
     ) -> Tensor:
         """Velocity of every token.
 
@@ -110,8 +117,10 @@ class GokuTransformer(nn.Module):
             x: (T, patch_dim), noised latents of all samples as `patchify` lays them out.
             t: (B,), time of each sample in [0, 1], 0 noise and 1 data, any floating dtype.
             text: (S, text_dim), un-padded text embeddings of all samples.
-            packing: of x, with grids; built on the device of x.
-            text_packing: of text, B sequences.
+            packing: of the whole pack, with grids; built on the device of x.
+            text_packing: of text, B sequences. With a shard, those of samples that have no row in it
+                may be empty.
+            shard: which rows of the pack x holds (T is then shard.rows); None for all of them.
 
         Returns:
             (T, patch_dim) in the parameters' dtype.
@@ -119,7 +128,7 @@ class GokuTransformer(nn.Module):
         Raises:
             ValueError: a shape that does not fit the packings or the configuration.
         """
-        self._check(x, t, text, packing, text_packing)
+        self._check(x, t, text, packing, text_packing, shard)
         stream = self.patch_embed.weight.dtype
         x = self.patch_embed(x.to(stream)).to(stream)
         # Once here rather than in the two projections of every block.
@@ -127,11 +136,17 @@ class GokuTransformer(nn.Module):
         text = text.to(torch.get_autocast_dtype(x.device.type) if low else stream)
         c = self.time_embed(t)
         for block in self.blocks:
-            x = block(x, c, text, packing, text_packing)
-        return self.final(x, c, packing)
+            x = block(x, c, text, packing, text_packing, shard)
+        return self.final(x, c, packing, 0 if shard is None else shard.token_offset)
 
     def _check(
-        self, x: Tensor, t: Tensor, text: Tensor, packing: Packing, text_packing: Packing
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        packing: Packing,
+        text_packing: Packing,
+        shard: TokenShard | None,
     ) -> None:
         if packing.grid_sizes is None:
             raise ValueError("packing has no grids: build it with Packing.from_grids")
@@ -139,8 +154,9 @@ class GokuTransformer(nn.Module):
             raise ValueError(
                 f"text_packing has {text_packing.batch} sequences: packing has {packing.batch}"
             )
+        rows = packing.total if shard is None else shard.rows
         for name, tensor, wanted in (
-            ("x", x, (packing.total, self.config.patch_dim)),
+            ("x", x, (rows, self.config.patch_dim)),
             ("t", t, (packing.batch,)),
             ("text", text, (text_packing.total, self.config.text_dim)),
         ):

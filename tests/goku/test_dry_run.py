@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from goku import flops
-from goku.config import dump
-from goku.dry_run import describe, saved_bytes_per_token
-from goku.model import PRESETS, GokuTransformer, ModelConfig
+from goku.activation_bytes import saved_bytes_per_token
+from goku.dry_run import describe
+from goku.model import PRESETS, GokuTransformer
+from goku.parallelize import ActivationCheckpointing
 from goku.run_config import RunConfig, load_run_config
-from goku_kernels import Packing
 
 
 def _config(*overrides: str, **model: Any) -> RunConfig:
@@ -61,19 +60,101 @@ def test_the_report_says_what_the_run_is() -> None:
     for name, size in states.items():
         # One digit after the point is printed.
         assert _counted(rows[f"memory: {name}"]) == pytest.approx(size * count, rel=0.01)
-    activations = saved_bytes_per_token(config, 4) * 1024
-    assert _counted(rows["memory: activations"]) == pytest.approx(activations, rel=0.01)
+    activations = saved_bytes_per_token(config.model, 4) * 1024
+    assert rows["memory: activations, none"].endswith(" <- this run")
+    assert _counted(rows["memory: activations, none"]) == pytest.approx(activations, rel=0.01)
     total = sum(states.values()) * count + activations
     assert _counted(rows["memory: total per process"]) == pytest.approx(total, rel=0.01)
 
 
+def test_every_policy_is_described_and_the_configured_one_counted() -> None:
+    save = '["goku_kernels::varlen_attention", "aten::sin"]'
+    config = _config(
+        "activation_checkpointing.mode=operators",
+        f"activation_checkpointing.save={save}",
+        "activation_checkpointing.every=3",
+        depth=4, dim=32, heads=2, text_dim=32,
+    )  # fmt: skip
+    rows = _rows(describe(config))
+    policies = {
+        "none": ActivationCheckpointing(),
+        "full": ActivationCheckpointing(mode="full"),
+        "every_nth": ActivationCheckpointing(mode="every_nth", every=3),
+        "operators": config.activation_checkpointing,
+    }
+    for mode, policy in policies.items():
+        row = rows[f"memory: activations, {mode}"]
+        wanted = 1024 * saved_bytes_per_token(config.model, 4, policy)
+        assert _counted(row) == pytest.approx(wanted, rel=0.05)  # 1.2 MiB may be 1.15
+        assert row.endswith(" <- this run") == (mode == "operators")
+    assert "(every 3)" in rows["memory: activations, every_nth"]
+    operators = rows["memory: activations, operators"]
+    assert "(keeping goku_kernels::varlen_attention, aten::sin; not predicted" in operators
+    assert "not counted: aten::sin)" in operators
+    count = sum(p.numel() for p in GokuTransformer(config.model).parameters())
+    kept = 1024 * saved_bytes_per_token(config.model, 4, policies["operators"])
+    assert _counted(rows["memory: total per process"]) == pytest.approx(20 * count + kept, rel=0.05)
+
+
+def test_an_operator_that_does_not_exist_is_refused() -> None:
+    config = _config(
+        "activation_checkpointing.mode=operators",
+        'activation_checkpointing.save=["goku_kernels::attention"]',
+    )
+    with pytest.raises(ValueError, match="'goku_kernels::attention', which is no operator"):
+        describe(config)
+
+
+def test_the_triton_kernels_keep_less() -> None:
+    eager, fused = (
+        _rows(
+            describe(_config(f"kernels.backend={backend}", dim=128, depth=2, heads=2, text_dim=32))
+        )
+        for backend in ("torch", "triton")
+    )
+    name = "memory: activations, none"
+    assert _counted(fused[name]) < _counted(eager[name])
+    wanted = 1024 * saved_bytes_per_token(
+        _config(dim=128, depth=2, heads=2, text_dim=32).model, 4, fused=True
+    )
+    assert _counted(fused[name]) == pytest.approx(wanted, rel=0.01)
+
+
 def test_processes_and_precision_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    rows = _rows(describe(_config("train.precision=bfloat16")))
-    assert rows["processes"] == "4 (data parallel)"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    overrides = ("parallel.dp_replicate=2", "parallel.sp=2")
+    config = _config(*overrides, "train.precision=bfloat16", dim=64, depth=2, heads=2, text_dim=32)
+    rows = _rows(describe(config))
+    assert rows["processes"].startswith("8 = dp_replicate 2 x dp_shard 2 x sp 2; each has 1/4 of")
     assert rows["precision"].startswith("bfloat16 products")
-    half = _counted(rows["memory: activations"])
-    assert half == pytest.approx(saved_bytes_per_token(_config(), 2) * 1024, rel=0.01)
+    # Half of the tokens, and of the states a fourth: FSDP2 cuts rows, which 4 divides here.
+    half = _counted(rows["memory: activations, none"])
+    assert half == pytest.approx(512 * saved_bytes_per_token(config.model, 2, sp=2), rel=0.01)
+    count = sum(p.numel() for p in GokuTransformer(config.model).parameters())
+    for name, size in {"weights": 1, "gradients": 1, "AdamW moments": 2, "EMA": 1}.items():
+        assert _counted(rows[f"memory: {name}"]) == pytest.approx(size * count, rel=0.01)
+    # Gathered in bf16, so that autocast copies nothing: less than the whole model in fp32.
+    assert "memory: bf16 copies" not in rows
+    assert 0 < _counted(rows["memory: gathered weights and gradients"]) < 8 * count
+    parts = [
+        _counted(value)
+        for name, value in rows.items()
+        if name.startswith("memory:") and "activations" not in name and "total" not in name
+    ]
+    total = _counted(rows["memory: total per process"])
+    assert total == pytest.approx(sum(parts) + half, rel=0.01)
+
+    offloaded = _rows(describe(_config(*overrides, "sharding.cpu_offload=true")))
+    assert "memory: weights" not in offloaded
+    assert "host memory: weights" in offloaded
+
+
+def test_processes_that_the_mesh_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config("parallel.sp=2")
+    assert _rows(describe(config))["processes"].startswith("2 = dp_replicate 1 x dp_shard 1 x sp 2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="does not divide the 3 processes"):
+        describe(config)
 
 
 def test_flops_of_a_step_are_those_of_full_packs_of_one_sample() -> None:
@@ -102,70 +183,3 @@ def test_nothing_is_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     describe(_config())  # media and VAE are absent
     assert not list(tmp_path.iterdir())
-
-
-# --- activations ----------------------------------------------------------------------------------
-
-
-def _saved_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward, parameters left out."""
-    model = GokuTransformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # no zero gates
-            parameter.add_(0.01)
-    packing = Packing.from_grids([(1, 8, tokens // 8)])
-    text = Packing.from_lengths([16])
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []  # or an address could be given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(tensor)
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    low = dtype != torch.float32
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", dtype if low else torch.bfloat16, enabled=low),
-    ):
-        out = model(
-            torch.ones(tokens, config.patch_dim),
-            torch.full((1,), 0.5),
-            torch.ones(16, config.text_dim),
-            packing,
-            text,
-        )
-    assert out.grad_fn is not None
-    return sum(found.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"dim": 32, "depth": 2, "heads": 2},
-        {"dim": 256, "depth": 2, "heads": 4},
-        {"dim": 256, "depth": 5, "heads": 4},
-        {"dim": 128, "depth": 2, "heads": 2, "mlp_ratio": 2.0},
-    ],
-)
-def test_saved_bytes_per_token(shape: dict[str, Any], dtype: torch.dtype) -> None:
-    """Against the hooks: the slope over tokens, so that text, times and copies of weights, which
-    do not grow with the tokens, drop out. Rotation tables and what is narrower than the model (its
-    input and output) are left out of the estimate: within 10%."""
-    config = _config(**shape, text_dim=32)
-    few, many = (_saved_bytes(config.model, tokens, dtype) for tokens in (64, 192))
-    measured = (many - few) / 128
-    estimate = saved_bytes_per_token(config, dtype.itemsize)
-    assert estimate == pytest.approx(measured, rel=0.10)
-
-
-def test_an_estimate_for_2b_is_of_the_known_order() -> None:
-    """28 blocks of 1792: some MB a token in bf16, which is why long packs recompute."""
-    config = load_run_config(yaml.safe_load(dump(_config(preset="goku-2b"))))
-    low, full = saved_bytes_per_token(config, 2), saved_bytes_per_token(config, 4)
-    assert 4e6 < low < 8e6
-    assert 1.2 < full / low < 1.8

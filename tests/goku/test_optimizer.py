@@ -1,5 +1,6 @@
 """Schedule and moving average against their formulas in plain Python."""
 
+import copy
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_adamw_decays_matrices_alone():
 def test_ema_follows_its_formula_step_by_step():
     model = torch.nn.Linear(2, 1, bias=False).double()
     expected = model.weight.detach().clone()
-    ema = EMA(EMAConfig(decay=0.9), model)
+    ema = EMA(EMAConfig(decay=0.9), copy.deepcopy(model))
     for n in range(200):
         with torch.no_grad():
             model.weight.copy_(torch.tensor([[math.sin(n), math.cos(n)]]))

@@ -1,98 +1,117 @@
-"""Reductions on real gloo processes: unequal work, a rank without any, and the device that is not there."""
+"""Processes and meshes, packs shared among processes, sharded models: on real gloo processes."""
 
-import os
+from __future__ import annotations
+
 import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
 
-from goku.parallelize import broadcast_module, parallel_context, reduce_gradients
+from goku.model import PRESETS, GokuTransformer, KernelConfig
+from goku.parallelize import (
+    ActivationCheckpointing,
+    PackSharding,
+    ParallelContext,
+    ShardingConfig,
+    build_model,
+    clip,
+    copy_parameters,
+    parallel_context,
+)
+from goku_kernels import Packing
+from goku_runtime.mesh import ParallelDims
+
+SCRIPT = Path(__file__).with_name("shard_processes.py")
+CPU = torch.device("cpu")
 
 
-def _free_port() -> int:
+def _port() -> dict[str, int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return {"port": probe.getsockname()[1]}
 
 
-def _model() -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).double()
+@pytest.mark.parametrize(("world", "heads"), [(2, 2), (4, 3)])
+def test_a_pack_on_several_processes_is_the_pack_on_one(run_processes: Any, world: int, heads: int):
+    run_processes(world, SCRIPT, ("model_on_shards", {"heads": heads}), "too_few_tokens")
 
 
-def _data() -> torch.Tensor:
-    return torch.arange(60, dtype=torch.float64).view(12, 5).sin()
+def test_arrangement_and_failures(run_processes: Any):
+    run_processes(
+        4, SCRIPT, ("arrangement", _port()), ("bad_arrangement", _port()), ("one_fails", _port()),
+        backend="none",
+    )  # fmt: skip
 
 
-def _worker(rank: int, world: int, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    with parallel_context("cpu", timeout_minutes=1) as context:
-        torch.manual_seed(rank)  # different on purpose: the broadcast must make them equal
-        model = _model()
-        broadcast_module(model, context)
-        # rows 0-6 on rank 0, 7-11 on rank 1, none on rank 2
-        rows = _data()[[slice(0, 7), slice(7, 12), slice(0, 0)][rank]]
-        if len(rows):
-            (model(rows).square().sum() / 12).backward()
-        reduce_gradients(model, context)
-
-        torch.manual_seed(0)
-        alone = _model()
-        (alone(_data()).square().sum() / 12).backward()
-        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-            # fp64 sums in another order
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=1e-14)
-        total = context.all_sum(torch.tensor([1.0, float(rank)]))
-        assert total.tolist() == [3.0, 3.0]
-
-
-def test_gradients_equal_one_process_with_unequal_and_empty_shares():
-    mp.spawn(_worker, args=(3, _free_port()), nprocs=3, join=True)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda x: sum(x) >= 5),
+    size=st.integers(1, 5),
+)
+def test_rows_of_samples_in_a_shard(lengths: list[int], size: int):
+    samples = [i for i, n in enumerate(lengths) for _ in range(n)]
+    rows = -(-len(samples) // size)
+    texts = [torch.full((3, 2), float(i)) for i in range(len(lengths))]
+    for rank in range(size):
+        parallel: Any = SimpleNamespace(
+            size=size, rows=lambda tokens: -(-tokens // size), attention=None,
+            token_offset=lambda tokens, rank=rank: rank * rows,
+        )  # fmt: skip
+        shard = PackSharding(parallel).shard(Packing.from_lengths(lengths))
+        mine = samples[rank * rows : (rank + 1) * rows]
+        assert shard.packing.lengths == tuple(mine.count(i) for i in range(len(lengths)))
+        assert (shard.rows, shard.token_offset) == (rows, rank * rows)
+        kept = PackSharding.text(texts, shard)
+        assert [len(text) for text in kept] == [3 * (i in mine) for i in range(len(lengths))]
 
 
 def test_alone_is_the_identity():
     with parallel_context("cpu") as context:
         assert (context.rank, context.world, context.is_main, context.group) == (0, 1, True, None)
+        assert (context.packs, context.pack_rank, context.leads_pack) == (1, 0, True)
+        assert context.pack_sharding(4) is None
         values = torch.tensor([1.5, 2.5])
         assert context.all_sum(values) is values
         context.barrier()
-        model = _model()
-        reduce_gradients(model, context)
-        assert all(p.grad is None for p in model.parameters())
+        with pytest.raises(ValueError, match="2"), parallel_context("cpu", dims=ParallelDims(sp=2)):
+            pass
 
 
-def test_absent_or_unknown_device_is_named():
+def test_a_model_built_alone_is_a_plain_model():
+    context = ParallelContext(0, 1, CPU, None)
+    arguments = PRESETS["tiny-test"], KernelConfig(), context, ShardingConfig()
+    model = build_model(*arguments, ActivationCheckpointing(), torch.float32, seed=3)
+    plain = GokuTransformer(PRESETS["tiny-test"])
+    plain.initialise(3)
+    assert type(model) is GokuTransformer
+    for (name, ours), (wanted, theirs) in zip(
+        model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert name == wanted
+        assert torch.equal(ours, theirs)
+    copy_parameters(model, plain)
+    gradient = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=gradient)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    # fp32 norms summed in another order
+    assert clip(model, 0.0, context).item() == pytest.approx(norm.item(), rel=1e-6)
+    assert clip(model, 0.5, context).item() == pytest.approx(norm.item(), rel=1e-6)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match=r"sharding\.prefetch is -1"):
+        ShardingConfig(prefetch=-1)
     with pytest.raises(ValueError, match="tpu"), parallel_context("tpu"):
         pass
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda"), parallel_context("cuda"):
             pass
-
-
-def _one_fails(rank: int, world: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def work() -> int:
-        if rank == 1:
-            raise OSError(28, "No space left on device")
-        return 7
-
-    with parallel_context("cpu", timeout_minutes=1) as context:
-        assert context.gather(rank * 10) == [0, 10, 20]
-        assert context.together(lambda: rank) == rank
-        with pytest.raises(OSError if rank == 1 else ValueError, match="No space left") as caught:
-            context.together(work)
-        assert rank == 1 or str(caught.value).startswith("rank 1: ")
-        context.on_main(lambda: None)
-
-
-def test_when_one_rank_fails_all_raise_and_none_waits():
-    mp.spawn(_one_fails, args=(3, _free_port()), nprocs=3, join=True)

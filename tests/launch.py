@@ -11,9 +11,11 @@ fails unless all are 0.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -21,6 +23,12 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+
+
+def die_with_parent() -> None:
+    """No orphans: whoever kills pytest kills these processes, too."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def load(path: str) -> ModuleType:
@@ -41,6 +49,7 @@ def fork_rank(rank: int, world: int, script: ModuleType) -> int:
     child = os.fork()
     if child:
         return child
+    die_with_parent()
     code = 1
     try:
         if backend != "none":
@@ -65,6 +74,7 @@ def fork_rank(rank: int, world: int, script: ModuleType) -> int:
 
 
 def main() -> None:
+    die_with_parent()
     torch.set_num_threads(1)
     world = int(sys.argv[1])
     script = load(sys.argv[3])

@@ -1,0 +1,130 @@
+"""The examples train as the unparallelised model does, and refuse what they cannot run."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed: pip install goku[dev]",
+)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """The examples, and what the scripts here share, for the processes that run_processes starts."""
+    for folder in (EXAMPLES, HERE):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def compare(degrees, **more):
+    return "compare", {"degrees": degrees, **more}
+
+
+def test_plain_loop(run_processes):
+    # Five heads on two and on four ranks: uneven.
+    run_processes(
+        4,
+        HERE / "plain_loop_processes.py",
+        *map(compare, ([1, 4, 1], [1, 2, 2], [2, 1, 2], [1, 1, 4])),
+    )
+
+
+def test_transformers_model(run_processes):
+    # Six query heads on two key heads; on four ranks uneven, with replicated key heads.
+    run_processes(
+        4,
+        HERE / "transformers_model_processes.py",
+        compare([1, 2, 2], recompute=True),
+        compare([1, 1, 4]),
+        compare([2, 1, 2], llama=True),
+        "refuse",
+    )
+
+
+def test_diffusers_wan(run_processes):
+    run_processes(
+        4,
+        HERE / "diffusers_wan_processes.py",
+        compare([1, 2, 2], recompute=True),
+        compare([1, 1, 4]),
+        "times_of_tokens",
+    )
+
+
+@needs_deepspeed
+def test_deepspeed_zero(run_processes):
+    run_processes(
+        4,
+        HERE / "deepspeed_zero_processes.py",
+        *(
+            compare([1, -1, sp], stage=stage, told=told)
+            for told, sp in (("world", 2), ("world", 4), ("mpu", 2))
+            for stage in (1, 2, 3)
+        ),
+        "wrong_scale",
+    )
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_torchrun():
+    degrees = ("--sp", "2", "--steps", "2")
+    done = run(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "localhost:0", EXAMPLES / "plain_loop.py", *degrees,
+        GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = re.findall(r"^step (\d): loss [\d.]+, gradient norm [\d.]+$", done.stdout, re.MULTILINE)
+    assert steps == ["0", "1"], done.stdout  # one rank prints
+
+
+DEEPSPEED = pytest.param("deepspeed_zero", marks=needs_deepspeed)
+
+
+@pytest.mark.parametrize("command", ["plain_loop", DEEPSPEED])
+def test_help(command):
+    done = run(EXAMPLES / f"{command}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"examples/{command}.py" in done.stdout
+    assert "torchrun" in done.stdout
+    assert "--sp" in done.stdout
+
+
+# Three processes, of which none are started: bad options are found before a group is joined.
+WORLD = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "environment", "message"),
+    [
+        ("plain_loop", ["--sp", "2"], WORLD, "does not divide the 3 processes"),
+        ("plain_loop", [], {}, "torchrun"),
+        ("transformers_model", ["--dp-shard", "0"], WORLD, "dp_shard is 0"),
+        ("diffusers_wan", [], WORLD, "3 data-parallel groups"),
+        pytest.param("deepspeed_zero", ["--stage", "4"], WORLD, "--stage", marks=needs_deepspeed),
+    ],
+)
+def test_bad_options(command, options, environment, message):
+    done = run(EXAMPLES / f"{command}.py", *options, **environment)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1], done.stderr
