@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,10 @@ examples, from the repository with the packages installed:
   torchrun --nproc-per-node 4 -m bench.exchange --only goku-2b exchange
   torchrun --nproc-per-node 4 -m bench.exchange --shape 4096+512+77 28 4 64
   python -m bench report                                           shows the rows
+
+On a CPU glibc maps every buffer past 32 MB anew, and first touches of its pages take longer than the
+exchange. With this memory is used again, as a GPU's allocator does; rows say which it was:
+  export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 DeepSpeed takes part if it can be imported: pip install deepspeed, or a folder that holds it on
 PYTHONPATH; on a machine without a GPU set DS_ACCELERATOR=cpu. The first time it compiles an
@@ -109,7 +112,7 @@ def judged(
 
 def together(
     calls: Mapping[str, Callable[[], object]], group: ProcessGroup | None, device: torch.device, *,
-    seconds: float, min_rounds: int = 3,
+    seconds: float, min_rounds: int = 5,
 ) -> dict[str, timing.Timing]:  # fmt: skip
     """Time `calls` in turn, on all ranks at once (None: there is one); the slowest rank counts.
 
@@ -197,14 +200,14 @@ def measure(
         ours = times.get(OURS)
         for name in [*(peer.name for peer in peers), *parts]:
             status, note = verdicts[name][direction] if name in verdicts else ("measured", "")
-            extra: dict[str, Any] = {"ranks": size, "backend": backend}
+            extra: dict[str, Any] = {"ranks": size, "backend": backend, "memory": _memory(device)}
             if name in times and name != ALONE:
                 seconds_each = 1e-3 * times[name].median_ms
                 extra["bandwidth_bytes_per_s"] = sent / seconds_each
                 if ours is not None and name not in parts:
                     extra["ratio"] = times[name].median_ms / ours.median_ms
-            if name == DEEPSPEED and status != "absent":
-                extra["version"] = metadata.version("deepspeed")
+            if name == DEEPSPEED and "deepspeed" in sys.modules:
+                extra["version"] = sys.modules["deepspeed"].__version__
             if name == CONTEXT and device.type == "cpu" and status != "absent":
                 # Its ring is made of CUDA's attentions; DTensor's own rules stand in for it.
                 note = f"{note}; on a CPU no ring runs, only DTensor's own rules".lstrip("; ")
@@ -218,6 +221,14 @@ def measure(
                 backend=backend if name == OURS else "", direction=direction, part=name in parts,
                 extra=extra,
             )  # fmt: skip
+
+
+def _memory(device: torch.device) -> str:
+    """Where the memory of new tensors comes from: it decides much of a CPU's times."""
+    if device.type != "cpu":
+        return "caching allocator"
+    kept = os.environ.get("MALLOC_MMAP_MAX_") == "0"
+    return "used again (MALLOC_MMAP_MAX_=0)" if kept else "malloc's default"
 
 
 def is_bad(row: harness.Row) -> bool:

@@ -56,7 +56,7 @@ is faster. tokens/s are of all processes together.
 
 _ON_CPU = """\
 Rows of a CPU: P processes share its cores and exchange through its memory, so that they show that
-the benchmark runs and what copies cost, and say nothing of a GPU or a network.
+the benchmark runs and what copies cost, and say nothing of a GPU or a network.{memory}
 
 """
 
@@ -88,7 +88,11 @@ def render(shown: Shown) -> str:
             if not rows:
                 parts.append(f"{NOT_MEASURED.capitalize()}.\n")
                 continue
-            parts.append((_ON_CPU if kind == "cpu" else "") + body(shown, rows))
+            if kind == "cpu":
+                memory = {r["extra"]["memory"] for r in rows if "memory" in r["extra"]}
+                said = f" Memory of new tensors: {', '.join(sorted(memory))}." if memory else ""
+                parts.append(_ON_CPU.format(memory=said))
+            parts.append(body(shown, rows))
             parts.append(_unmeasured(rows))
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 import torch
 import torch.distributed as dist
 
 from goku_runtime.mesh import ParallelDims
 
-__all__ = ["parser_of", "start"]
+__all__ = ["finish", "parser_of", "start"]
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -56,3 +57,11 @@ def start(parser: argparse.ArgumentParser, packs: int) -> tuple[argparse.Namespa
     torch.set_default_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return options, dims
+
+
+def finish() -> None:
+    """Leave the group that `start` joined."""
+    dist.destroy_process_group()
+    # DTensor keeps a mesh's gloo groups alive (torch 2.13). A thread of theirs that has yet to drop its
+    # last tensor needs the interpreter for that, and would abort the process once it is gone.
+    time.sleep(0.1)

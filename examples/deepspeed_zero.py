@@ -28,7 +28,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from command_line import parser_of, start
+from command_line import finish, parser_of, start
 from packed_transformer import HEADS, PACKS, WIDTH, Model, packs_of_step
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -148,7 +148,7 @@ def main() -> None:
     for step, (loss, norm) in enumerate(steps):
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

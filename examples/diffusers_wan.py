@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from command_line import parser_of, start
+from command_line import finish, parser_of, start
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
@@ -260,7 +260,7 @@ def main() -> None:
     for step, (loss, norm) in enumerate(steps):
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

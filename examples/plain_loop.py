@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from command_line import parser_of, start
+from command_line import finish, parser_of, start
 from packed_transformer import HEADS, PACKS, WIDTH, Model, packs_of_step
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -44,11 +44,16 @@ def train(model: Model, mesh: DeviceMesh, steps: int) -> Iterator[tuple[float, f
         yield loss.item(), norm.item()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command."""
     options, dims = start(parser_of(__doc__), PACKS)
     mesh = dims.build_mesh(torch.get_default_device().type)
     torch.manual_seed(0)
     for step, (loss, norm) in enumerate(train(Model(), mesh, options.steps)):
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    dist.destroy_process_group()
+    finish()
+
+
+if __name__ == "__main__":
+    main()

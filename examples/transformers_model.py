@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from command_line import parser_of, start
+from command_line import finish, parser_of, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
@@ -223,7 +223,7 @@ def main() -> None:
     for step, (loss, norm) in enumerate(steps):
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from goku.parallelize import ParallelContext
     from goku.run_config import RunConfig
     from goku.sampler import Loaded
+    from goku.trainer import StopRequest
 
 __all__ = ["main", "parser"]
 
@@ -186,12 +188,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_run(config: RunConfig, profile: bool) -> int:
-    from goku.parallelize import parallel_context
+    from goku.parallelize import check_policies, parallel_context
     from goku.prepare import prepare_datasets, prepare_vae
     from goku.trainer import Trainer, TrainingStopped, stop_signals
 
-    joined = parallel_context(config.train.device, dims=config.parallel)
-    with joined as context, stop_signals() as stop:
+    def run(context: ParallelContext, stop: StopRequest) -> int:
+        # A frame of its own: what refers to process groups is gone before they are destroyed.
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         trainer = Trainer(config, context, training, vae, text, unseen)
@@ -200,7 +202,12 @@ def _train_run(config: RunConfig, profile: bool) -> int:
         except TrainingStopped as error:
             print(f"goku train: {error}", file=sys.stderr)
             return 1
-    return 0
+        return 0
+
+    check_policies(config.model, config.sharding, config.activation_checkpointing)
+    joined = parallel_context(config.train.device, dims=config.parallel)
+    with joined as context, stop_signals() as stop:
+        return run(context, stop)
 
 
 def _sample(args: argparse.Namespace) -> int:

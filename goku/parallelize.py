@@ -9,6 +9,7 @@ over dp_shard x sp. Gradients are summed over all processes: the loss is already
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from goku_runtime.sharding import (
     materialise,
     microbatch,
 )
+from goku_runtime.sharding_plan import plan
 
 __all__ = [
     "ActivationCheckpointing",
@@ -45,6 +47,7 @@ __all__ = [
     "ParallelDims",
     "ShardingConfig",
     "build_model",
+    "check_policies",
     "clip",
     "copy_parameters",
     "local",
@@ -179,8 +182,14 @@ def parallel_context(
     if world == 1:
         yield ParallelContext(0, 1, where, None)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    # With its device known, NCCL splits one communicator per axis instead of making groups one after another.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=where if cuda else None,
+    )
     context = ParallelContext(rank, world, where, None, dims=dims)
+    failed = True
     try:
         object.__setattr__(context, "group", dist.group.WORLD)
         object.__setattr__(context, "mesh", dims.build_mesh(where.type))
@@ -188,12 +197,21 @@ def parallel_context(
         waiting = timedelta(days=1)
         object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
         yield context
+        failed = False
     finally:
         # A traceback may keep `context` until the interpreter ends, and a gloo group whose threads still run then
-        # aborts the process ("terminate called"), hiding its exit code: the groups must not outlive this block.
+        # aborts the process ("terminate called"), hiding its exit code: the groups should not outlive this block.
         for name in ("group", "host_group", "mesh"):
             object.__setattr__(context, name, None)
-        dist.destroy_process_group()
+        # NCCL's teardown may wait for the others, who are in a collective with a rank that failed: leaving without
+        # it closes the connections, and they learn of it.
+        if not (failed and cuda):
+            dist.destroy_process_group()
+        if not cuda:
+            # DTensor keeps a mesh's groups alive for good (torch 2.13), so their threads are not joined. Now and then
+            # one has yet to drop a tensor of its last collective, for which it needs the interpreter: it gets it here,
+            # where later it would abort the process (seen once in six runs).
+            time.sleep(0.1)
 
 
 class PackSharding:
@@ -281,20 +299,51 @@ def build_model(
     sharding: ShardingConfig,
     checkpointing: ActivationCheckpointing,
     dtype: torch.dtype,
-    seed: int,
+    seed: int | None,
 ) -> GokuTransformer:
     """A Goku model on the context's device, each process holding its part; the weights depend on `seed` alone.
 
     Built on the meta device and filled parameter by parameter, so that no process ever holds it whole (one parameter at
-    a time it does, in host memory). dtype: of the matrix products.
+    a time it does, in host memory). dtype: of the matrix products. seed: None fills it with zeros, for weights that are
+    copied or loaded into it.
     """
     with torch.device("meta"):
         model = GokuTransformer(config, kernels)
     apply_activation_checkpointing(model, checkpointing, BLOCKS)
     if context.mesh is not None:
         apply_hybrid_sharding(model, context.mesh, sharding.policy(dtype))
-    materialise(model, context.device, lambda name, like: initial_value(name, like, seed))
+    offloaded = context.mesh is not None and sharding.cpu_offload
+    device = torch.device("cpu") if offloaded else context.device
+
+    def initial(name: str, like: Tensor) -> Tensor:
+        if seed is None:
+            return torch.zeros(like.shape, dtype=like.dtype)
+        return initial_value(name, like, seed)
+
+    materialise(model, device, initial)
     return model
+
+
+def check_policies(
+    config: ModelConfig, sharding: ShardingConfig, checkpointing: ActivationCheckpointing
+) -> None:
+    """Refuse, before any work is done, what `build_model` would refuse.
+
+    Raises ValueError that begins with the section's name.
+    """
+    with torch.device("meta"):
+        model = GokuTransformer(config)
+    for section, check in (
+        (
+            "activation_checkpointing",
+            lambda: apply_activation_checkpointing(model, checkpointing, BLOCKS),
+        ),
+        ("sharding", lambda: plan(model, sharding.policy(torch.bfloat16))),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            raise ValueError(f"{section}: {error}") from error
 
 
 def local(tensor: Tensor) -> Tensor:

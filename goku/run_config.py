@@ -108,6 +108,11 @@ class RunConfig:
                 f"model.latent_channels is {self.model.latent_channels}, but vae.model.channels is "
                 f"{self.vae.model.channels}; they must be equal"
             )
+        if self.parallel.sp > self.packing.tokens_per_pack:
+            raise ValueError(
+                f"parallel.sp is {self.parallel.sp}, more than packing.tokens_per_pack = "
+                f"{self.packing.tokens_per_pack}; allowed: processes that each get a token of every pack"
+            )
         if self.text.path is None and self.text.tiny_dim != self.model.text_dim:
             raise ValueError(
                 f"model.text_dim is {self.model.text_dim}, but the embedded text encoder is text.tiny_dim = "

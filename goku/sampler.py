@@ -1,7 +1,8 @@
 """From prompts to pictures and clips: integrate the learned velocity from noise (t = 0) to data (t = 1) and decode.
 
 Many requests of different sizes are integrated in one packed batch. A sample's noise depends on its seed alone, so
-the result does not depend on which other requests share the pack, nor on the number of processes.
+the result does not depend on which other requests share the pack, nor (but for rounding where processes share a
+sample's tokens) on the number of processes.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def load_for_sampling(run: Path, device: torch.device) -> Loaded:
             f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it{hint}"
         )
     config = checkpoint.read_values(path)["run"]["config"]
-    model = GokuTransformer(parser.parse(ModelConfig, config["model"], where="model"))
+    with torch.device("meta"):  # no time for initial values, which are loaded over
+        model = GokuTransformer(parser.parse(ModelConfig, config["model"], where="model"))
+    model.to_empty(device="cpu")
     state: dict[str, Any] = {"ema": dict(model.state_dict()), "run": None}
     checkpoint.load(state, path, partial=True)
     vae = load_vae(Path(config["vae"]["path"]))

@@ -5,8 +5,8 @@ on (seed, step) alone. Groups of `parallel.sp` processes share it as packs of at
 gradients are summed over all processes, and each takes the optimizer step on the weights that it holds. Sharded weights
 are gathered block by block, so that all groups run their k-th pack at once: where one has none left, it runs an idle
 pack without weight. Nothing draws from torch's global generator, so a resumed run repeats an uninterrupted one:
-bit for bit on one process (proven on a CPU; a GPU's eager attention backward may not be deterministic), and to fp32
-rounding on another number of processes.
+bit for bit on one process (proven on a CPU; a GPU's eager attention backward may not be deterministic), and to the
+rounding of its precision on another number of processes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from goku.packing import efficiency, partition, sample_cost, step_positions
 from goku.parallelize import (
     ActivationCheckpointing,
     ParallelContext,
+    ShardingConfig,
     build_model,
     clip,
     copy_parameters,
@@ -109,8 +111,11 @@ class Trainer:
         self.builder = self._builder(dataset)
         self.unseen = None if unseen is None else self._builder(unseen)
         self.stream = ShuffledStream(len(dataset.items), config.seed)
-        self.model = self._build(config.activation_checkpointing)
-        average = self._build(ActivationCheckpointing())
+        self.model = self._build(config.activation_checkpointing, config.sharding, config.seed)
+        # The average runs forwards without backwards, after which FSDP2 would leave it gathered, and its updates would
+        # go into the gathered copy.
+        resharding = replace(config.sharding, reshard_after_forward=True)
+        average = self._build(ActivationCheckpointing(), resharding, None)
         copy_parameters(self.model, average)
         self.ema = EMA(config.ema, average)
         self.optimizer = build_adamw(config.optimizer, self.model)
@@ -131,16 +136,12 @@ class Trainer:
             backend=config.kernels.operator_backend, sharding=self.sharding,
         )  # fmt: skip
 
-    def _build(self, checkpointing: ActivationCheckpointing) -> GokuTransformer:
-        config = self.config
+    def _build(
+        self, checkpointing: ActivationCheckpointing, sharding: ShardingConfig, seed: int | None
+    ) -> GokuTransformer:
+        config, context = self.config, self.context
         return build_model(
-            config.model,
-            config.kernels,
-            self.context,
-            config.sharding,
-            checkpointing,
-            self.dtype,
-            config.seed,
+            config.model, config.kernels, context, sharding, checkpointing, self.dtype, seed
         )
 
     # ---- the loop
@@ -156,7 +157,9 @@ class Trainer:
             resumed = self.resume(log)
             self.context.on_main(self._write_config)
             event, word = ("resume", "resumed") if resumed else ("start", "starting")
-            log.event(event, self.step, world=self.context.world, dtype=str(self.dtype))
+            world, dims = self.context.world, self.context.dims
+            degrees = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "sp": dims.sp}
+            log.event(event, self.step, world=world, parallel=degrees, dtype=str(self.dtype))
             log.message(f"{word} at step {self.step} of {train.steps} in {self.out}")
             if isinstance(stop, StopRequest):
                 stop.graceful = True
@@ -349,8 +352,8 @@ class Trainer:
     def sample(self, log: RunLog) -> None:
         """Draw the first training captions with fixed seeds into out/samples/step_N; each group draws its share.
 
-        All processes integrate together, since sharded weights are gathered together; decoding and writing are each
-        group's own. There a rank that fails says so and goes on: failures are logged and training continues.
+        All processes integrate together, since sharded weights are gathered together: what fails there ends the run,
+        unless it is alone. Decoding and writing are each group's own, and a rank that fails there says so and goes on.
         """
         train = self.config.train
         items = self.builder.dataset.items[: train.sample_captions] if train.sample_every else []
@@ -368,11 +371,17 @@ class Trainer:
         drawn: list[tuple[str, str]] = []
         failure: str | None = None
         context = self.context
-        latents = integrate_all(
-            self.ema.module, self.vae, self.text.encode, requests, settings, self.device,
-            share=(context.pack_rank, context.packs), sharding=self.sharding,
-        )  # fmt: skip
+
+        def integrate() -> dict[int, Tensor]:
+            return integrate_all(
+                self.ema.module, self.vae, self.text.encode, requests, settings, self.device,
+                share=(context.pack_rank, context.packs), sharding=self.sharding,
+            )  # fmt: skip
+
+        latents = integrate() if context.world > 1 else {}
         try:
+            if context.world == 1:
+                latents = integrate()
             for i, latent in sorted(latents.items()) if context.leads_pack else []:
                 path = save_media(decode(self.vae, latent), folder / file_stem(items[i].name))
                 drawn.append((items[i].name, str(path.relative_to(self.out))))

@@ -146,7 +146,7 @@ def _lay_out(
             lengths = [length_of(p) for p in positions]
             costs = [cost(length) for length in lengths]
             plan = partition(lengths, costs, ranks, packing.tokens_per_pack)
-            flat = [pack for rank in plan for pack in rank]
+            flat = [pack for rank in plan for pack in rank if pack]
             shares.append(efficiency(flat, lengths, packing.tokens_per_pack))
             packs += len(flat)
             taken += len(positions)

@@ -34,13 +34,12 @@ class Modulation(nn.Module):
 
     def __init__(self, dim: int, rows: int) -> None:
         super().__init__()
-        self.rows = rows
         self.linear = nn.Linear(dim, rows * dim)
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """c (B, d) -> `rows` views (B, d)."""
+    def forward(self, c: Tensor) -> Tensor:
+        """c (B, d) -> (B, rows * d), for the caller to chunk."""
         with torch.autocast(c.device.type, enabled=False):
-            return self.linear(F.silu(c.to(self.linear.weight.dtype))).chunk(self.rows, dim=-1)
+            return self.linear(F.silu(c.to(self.linear.weight.dtype)))
 
 
 class Attention(nn.Module):
@@ -175,7 +174,9 @@ class GokuBlock(nn.Module):
         options: Any = {"eps": self.eps, "backend": self.kernels.operator_backend}
         if shard is not None:
             options["token_offset"] = shard.token_offset
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(c)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(c).chunk(
+            6, dim=-1
+        )
         y = adaln_modulate(x, shift_msa, scale_msa, cu, norm="layer", **options)
         branch = self.attn1(y, y, packing, packing, shard)
         y, x = gated_residual_adaln(

@@ -68,7 +68,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, packing: Packing, token_offset: int = 0) -> Tensor:
         """x (T, d), c (B, d) -> (T, patch_dim), in the parameters' dtype, under autocast too."""
-        shift, scale = self.modulation(c)
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
         y = adaln_modulate(
             x, shift, scale, packing.cu_seqlens, norm="layer", eps=self.eps,
             token_offset=token_offset, backend=self.kernels.operator_backend,

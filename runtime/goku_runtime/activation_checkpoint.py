@@ -24,7 +24,10 @@ __all__ = ["EXCHANGES", "ActivationCheckpointing", "apply_activation_checkpointi
 
 # Kept in every mode. Their wait_tensor is not: on a kept, finished result it returns at once, whereas a
 # kept wait_tensor would leave other collectives, which are repeated, without anyone who waits for them.
-EXCHANGES: tuple[str, ...] = ("_c10d_functional::all_to_all_single",)
+EXCHANGES: tuple[str, ...] = (
+    "_c10d_functional::all_to_all_single",
+    "_c10d_functional::all_gather_into_tensor",  # SequenceParallel.gather
+)
 
 _MODES = ("none", "full", "every_nth", "operators")
 _NAME = re.compile(r"(?P<namespace>\w+)::(?P<operator>\w+)(?:\.(?P<overload>\w+))?")

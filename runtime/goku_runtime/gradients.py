@@ -18,7 +18,9 @@ __all__ = ["clip_gradients", "gradient_norm"]
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor], mesh: DeviceMesh | None) -> Tensor:
-    """L2 norm of the whole gradient: one all-reduce of one number over (dp_shard, sp).
+    """L2 norm of the whole gradient: one all-reduce of one number over (dp_shard, sp), and one over
+    dp_replicate where there are replicas: each may have summed in another order, and factors that
+    differ by a rounding would let the replicas' weights drift apart.
 
     Norms of the local parts are taken in float32 (float64 for float64 gradients), squared and
     summed in float64. The copies that dp_replicate holds, and plain tensors, which every rank
@@ -51,6 +53,8 @@ def gradient_norm(parameters: Iterable[Tensor], mesh: DeviceMesh | None) -> Tens
     total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=device)
     if group is not None:
         dist.all_reduce(total, group=group)
+    if mesh is not None and mesh.size() > shards:
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=mesh.get_group("dp_replicate"))
     return total.sqrt()
 
 

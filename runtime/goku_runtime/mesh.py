@@ -16,6 +16,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -131,7 +132,9 @@ class ParallelDims:
                 warnings.warn(str(placed), stacklevel=2)
         shape = (dims.dp_replicate, dims.dp_shard, dims.sp)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        shard_mesh(mesh)  # its groups too, while all ranks are here
+        sharded = shard_mesh(mesh)  # its groups too, while all ranks are here
+        for group in (*mesh.get_all_groups(), *sharded.get_all_groups()):
+            _take_timeout(group, dist.group.WORLD, device_type)
         return mesh
 
 
@@ -170,6 +173,15 @@ class Placement:
             f"{exchanges}; parameters are sharded over {shards} ranks {within}, "
             f"{dims.dp_replicate} copies"
         )
+
+
+def _take_timeout(group: ProcessGroup, source: ProcessGroup | None, device_type: str) -> None:
+    """Give a group of a mesh the timeout of the caller's: torch gives it the backend's default, half
+    an hour with gloo, in which a stopped rank of sp would go unnoticed."""
+    assert source is not None
+    options = getattr(source._get_backend(torch.device(device_type)), "options", None)
+    if options is not None:  # the fake backend of tests has none
+        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
 
 
 def _nodes(group: int, node: int, world: int) -> int:

@@ -63,9 +63,9 @@ class SequenceParallel:
     over ranks are computed in promote(dtype, float32). No operation waits for a device: all lengths
     are Python ints. All ranks of the group have to call the same operations in the same order; if
     one fails, the others get the backend's error (gloo: RuntimeError at once if its process ended,
-    else after the group's timeout, which for the groups of a DeviceMesh is the backend's default,
-    30 minutes, and not what init_process_group was given). torch's fake group cannot play a rank without heads, which
-    sends nothing and yet receives, except on meta or fake tensors.
+    else after the group's timeout; torch gives the groups of a DeviceMesh the backend's default,
+    `ParallelDims.build_mesh` that of init_process_group). torch's fake group cannot play a rank
+    without heads, which sends nothing and yet receives, except on meta or fake tensors.
 
     Args:
         group: the ranks that share a pack, in order of their tokens. None, or a group of one
@@ -126,7 +126,7 @@ class SequenceParallel:
         Raises:
             ValueError: fewer tokens than ranks.
         """
-        if tokens < self.size:
+        if tokens < (self.size if self.size > 1 else 0):
             raise ValueError(
                 f"tokens is {tokens}; with {self.size} ranks at least {self.size} are needed"
             )
@@ -210,7 +210,8 @@ class SequenceParallel:
             cu_seqlens: the offsets of the samples in the whole pack; passed to `attn` as it is.
             attn: attn(q, k, v, cu_seqlens) with whole samples, q (rows, h, D), k and v
                 (rows, hk, D), query head i with key head i // (h // hk); returns (rows, h, D) in
-                q's dtype. h are the heads of this rank, hk divides h.
+                q's dtype (under autocast q, k and v, but for fp64, arrive in autocast's). h are the
+                heads of this rank, hk divides h.
             tokens: T. attn's rows are exactly those, padding does not travel, and padding rows of
                 the result and of the gradients are 0. None: attn's rows are all P * S, and what
                 becomes of the padding is up to `attn`.
@@ -222,11 +223,11 @@ class SequenceParallel:
             ValueError: wrong shapes, numbers of heads or rows, dtypes that differ, a device that
                 the group does not serve, or a result of `attn` of another shape or dtype.
         """
-        shard_rows = self._check_qkv(q, k, v, tokens)
         if self.size == 1:
-            out = attn(q, k, v, cu_seqlens)
-            self._check_result(out, q)
-            return out
+            self._check_qkv(q, k, v, tokens)
+            return attn(q, k, v, cu_seqlens)
+        q, k, v = _as_autocast(q, k, v)
+        shard_rows = self._check_qkv(q, k, v, tokens)
         if tokens is None:
             rows: Sequence[int] = (shard_rows,) * self.size
         else:
@@ -302,6 +303,16 @@ class SequenceParallel:
                 f"attn returned {out.dtype} of shape {tuple(out.shape)} for {q.dtype} queries of "
                 f"shape {tuple(q.shape)}; the result has to be like the queries"
             )
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What attention would make of them under autocast, before they travel: half the bytes, and one
+    dtype on ranks with heads and without. fp64 stays, as everywhere under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)
 
 
 def exchange_bytes(

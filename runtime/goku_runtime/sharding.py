@@ -18,7 +18,11 @@ averaged; one divisor on a plain sum over all ranks says both (`ShardingPolicy.g
 
 What FSDP2 asks of a trainer: every rank calls the same wrapped modules in the same order, and runs
 `backward` as often, if need be on a dummy batch with loss 0. Modules are entered through their
-`forward`. A wrapped module cannot be copied by `copy.deepcopy`; build and shard a second one.
+`forward`. A wrapped module cannot be copied by `copy.deepcopy`; build and shard a second one. With
+`reshard_after_forward=False` a forward without a backward (an evaluation) leaves the parameters
+gathered: what is written to them then is lost, so call `reshard` after it. Below torch 2.13 every
+trainable parameter needs a gradient on every rank, or on none. Choose the current device
+(torch.cuda.set_device) before anything is sharded.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ __all__ = [
     "materialise",
     "memory_estimate",
     "microbatch",
+    "reshard",
 ]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -102,8 +107,8 @@ def apply_hybrid_sharding(
         fully_shard(
             unit.module,
             mesh=sharded,
-            # Said for the root too, whose default is False: `parameters()` then gives the sharded
-            # ones at any time outside of forward and backward.
+            # Said for the root too, whose default is False: where it is True, `parameters()` gives the
+            # sharded ones at any time outside of forward and backward.
             reshard_after_forward=policy.reshard_after_forward,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=unit.gathered_dtype,
@@ -164,6 +169,7 @@ def materialise(
                 tensor.to_local().copy_(_local_part(value, tensor))
             else:
                 tensor.copy_(value)
+            del value  # before the next one is made
 
 
 def microbatch(module: nn.Module, *, last: bool, keep_unsharded: bool = False) -> None:
@@ -195,6 +201,17 @@ def microbatch(module: nn.Module, *, last: bool, keep_unsharded: bool = False) -
         wrapped.set_reshard_after_forward(
             policy.reshard_after_forward and not holding, recurse=False
         )
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered parameters of a sharded module, so that `parameters()` gives its shards.
+
+    For modules that ran a forward without a backward under ``reshard_after_forward=False``; no
+    communication. A module that is not sharded is left alone.
+    """
+    for wrapped in module.modules():
+        if isinstance(wrapped, FSDPModule):
+            wrapped.reshard()
 
 
 def _something_to_do(units: list[Unit], policy: ShardingPolicy) -> bool:

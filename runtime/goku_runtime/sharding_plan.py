@@ -91,8 +91,8 @@ def plan(module: nn.Module, policy: ShardingPolicy) -> list[Unit]:
     """The units of `module`, the root first and every other before those nested in it.
 
     Raises:
-        ValueError: a pattern matches nothing or a container without `forward`; two units share a
-            parameter; the parameters of one unit are stored in several dtypes.
+        ValueError: a pattern matches nothing or a container without `forward`; a parameter has no
+            dimension; two units share a parameter; the parameters of one unit are stored in several dtypes.
     """
     modules = dict(module.named_modules())
     blocks = _matching(modules, "blocks", policy.blocks)
@@ -115,6 +115,8 @@ def plan(module: nn.Module, policy: ShardingPolicy) -> list[Unit]:
     owned: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
     owner: dict[nn.Parameter, str] = {}
     for path, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.ndim == 0:
+            raise ValueError(f"{path} has no dimension to shard; allowed: at least one")
         name = max((n for n in names if _contains(n, path)), key=len)
         if owner.setdefault(parameter, name) != name:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +29,28 @@ def _free_port() -> int:
 def train(
     write_config: Callable[..., Path], run_processes: Callable[..., str], tmp_path: Path
 ) -> Callable[..., Path]:
-    """train(name, world, *overrides) -> the run's folder; a name again resumes that run."""
+    """train(name, world, *overrides) -> the run's folder; a name again resumes that run.
 
-    def run(name: str, world: int, *overrides: str) -> Path:
+    What the ranks printed is in its output.txt.
+    """
+
+    def run(name: str, world: int, *overrides: str, dtypes: bool = False) -> Path:
         config = write_config(tmp_path / name)
         wanted = [f"train.steps={STEPS}", *overrides]
         arguments = {"config": str(config), "overrides": wanted, "port": _free_port()}
-        run_processes(world, SCRIPT, ("train", arguments), backend="none")
+        call = ("train", arguments | {"dtypes": dtypes})
+        output = run_processes(world, SCRIPT, call, backend="none")
+        (tmp_path / name / "output.txt").write_text(output)
         return tmp_path / name
 
     return run
+
+
+def _idle(out: Path) -> int:
+    """Idle packs of all ranks together."""
+    found = re.findall(r"rank \d+: (\d+) of \d+ packs idle", (out / "output.txt").read_text())
+    assert found
+    return sum(map(int, found))
 
 
 def _steps(out: Path) -> dict[int, dict[str, Any]]:
@@ -85,38 +98,46 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         assert errors[name] <= 1e-5 * sizes[name], name
 
 
+# Steps of two to four of the five samples, so that four groups of processes have packs left over.
+FEW = ("packing.tokens_per_step=30",)
 MESHES = {
-    "dp": (4, "parallel.dp_replicate=4", "parallel.dp_shard=1"),
-    "sharded": (4,),
-    "hybrid": (4, "parallel.dp_replicate=2"),
+    "sharded": (4,),  # the default
+    "dp": (2, "parallel.dp_replicate=2", "sharding.reshard_after_forward=false"),
+    "hybrid": (4, "parallel.dp_replicate=2", "sharding.reshard_after_forward=false"),
     "sequence": (4, "parallel.sp=4"),  # two heads on four processes
-    "hybrid and sequence": (8, "parallel.dp_replicate=2", "parallel.dp_shard=2", "parallel.sp=2"),
+    "all": (8, "parallel.dp_replicate=2", "parallel.dp_shard=2", "parallel.sp=2"),
 }
 
 
 @pytest.mark.slow
 def test_every_mesh_trains_as_one_process(train: Callable[..., Path]) -> None:
-    alone = train("alone", 1)
+    alone = train("alone", 1, *FEW)
+    assert len({len(step["positions"]) for step in _steps(alone).values()}) > 1
     for name, (world, *overrides) in MESHES.items():
-        # 24 tokens a pack and 48 a step: with 4 groups of processes some have no pack.
-        assert_same_run(train(name.replace(" ", "-"), world, *overrides), alone)
+        out = train(name, world, *FEW, *overrides)
+        assert_same_run(out, alone)
+        assert (_idle(out) > 0) == (name in ("sharded", "hybrid", "all"))
 
 
 @pytest.mark.slow
-def test_one_run_on_three_meshes_with_recomputation_is_the_run_on_one_process(
+def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
     train: Callable[..., Path],
 ) -> None:
-    """Resumed on another mesh, with packs accumulated and activations recomputed in every way."""
+    """More processes, then fewer, with packs accumulated and activations recomputed in every way."""
     alone = train("alone", 1)
+    train("moved", 1, "train.steps=1")
     operators = ["activation_checkpointing.mode=operators"]
     operators += ["activation_checkpointing.save=[goku_kernels::varlen_attention]"]
-    train("moved", 4, "train.steps=2", "parallel.sp=2", *operators)
+    train("moved", 4, "train.steps=3", "parallel.sp=2", *operators)
     nth = "activation_checkpointing.mode=every_nth"
-    train("moved", 2, "train.steps=4", nth, "sharding.keep_unsharded=true")
+    # Packs of 18 tokens: two rounds on each of two groups.
+    accumulated = ["sharding.keep_unsharded=true", "packing.tokens_per_pack=18"]
+    out = train("moved", 2, "train.steps=5", nth, *accumulated)
+    assert "rounds: 2" in (out / "output.txt").read_text()
     train("moved", 1, "activation_checkpointing.mode=full")
     assert_same_run(alone.parent / "moved", alone)
     log = read_log(alone.parent / "moved" / "train.jsonl")
-    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [4, 2, 1]
+    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [1, 4, 2, 1]
 
 
 @pytest.mark.slow
@@ -154,3 +175,27 @@ def _assert_same_picture(ours: Path, theirs: Path) -> None:
     assert a.shape == b.shape
     assert abs(a - b).max() <= 1
     assert (a != b).mean() < 0.01
+
+
+@pytest.mark.slow
+def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
+    train: Callable[..., Path],
+    write_config: Callable[..., Path],
+    run_processes: Any,
+    tmp_path: Path,
+) -> None:
+    """One process's losses but for bf16's rounding; and decisions that one rank brings about."""
+    precision = "train.precision=bfloat16"
+    alone = train("bf16-alone", 1, precision)
+    out = train("bf16", 4, precision, "parallel.sp=2", dtypes=True)
+    a, b = _steps(out), _steps(alone)
+    for step in b:
+        assert a[step]["positions"] == b[step]["positions"]
+        assert a[step]["loss"] == pytest.approx(b[step]["loss"], rel=1e-3)
+        assert a[step]["grad_norm"] == pytest.approx(b[step]["grad_norm"], rel=1e-2)
+
+    config = write_config(tmp_path / "decided")
+    call = ("decisions", {"config": str(config), "port": _free_port()})
+    run_processes(4, SCRIPT, call, backend="none")
+    assert [step["skipped"] for step in _steps(tmp_path / "decided").values()] == [0, 1, 0, 0]
+    assert len(list((tmp_path / "decided" / "checkpoints").glob("step_*"))) == 1

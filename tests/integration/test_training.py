@@ -62,12 +62,6 @@ def _assert_same_state(ours: Trainer, theirs: Trainer) -> None:
         assert ours.state()["run"][name] == theirs.state()["run"][name]
 
 
-def _fixed_losses(out: Path) -> dict[int, float]:
-    return {
-        e["step"]: e["fixed_loss"] for e in read_log(out / "train.jsonl") if e["event"] == "eval"
-    }
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
     """start(config): training as a process that does not outlive the test."""
@@ -193,44 +187,6 @@ def test_a_stop_signal_finishes_the_step_and_exits_0(
     assert log[-1]["event"] == "stop"
     assert log[-1]["step"] == last == _latest_step(out)
     assert checkpoint.verify(out / "checkpoints" / f"step_{last:07d}").total_bytes > 0
-
-
-def test_one_then_two_then_four_processes_take_the_same_samples_to_the_same_losses(
-    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any
-) -> None:
-    out = tmp_path / "several"
-    config = write_config(out, train={"steps": 3})
-    _run(config)
-    for processes, steps in ((2, 6), (4, 8)):
-        result = goku("train", config, f"train.steps={steps}", processes=processes)
-        assert result.returncode == 0, result.stderr
-    worlds = [
-        e["world"] for e in read_log(out / "train.jsonl") if e["event"] in ("start", "resume")
-    ]
-    assert worlds == [1, 2, 4]
-    ours, theirs = _steps(out), _steps(whole.out)
-    assert ours.keys() == theirs.keys()
-    for step in theirs:
-        assert ours[step]["positions"] == theirs[step]["positions"]
-        assert ours[step]["tokens"] == theirs[step]["tokens"]
-        # fp32: sums over samples in another order
-        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6)
-        assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-5)
-    final = [_fixed_losses(folder)[8] for folder in (out, whole.out)]
-    assert final[0] == pytest.approx(final[1], rel=1e-6)
-
-
-def test_back_from_two_processes_to_one(
-    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path, goku: Any
-) -> None:
-    config = write_config(tmp_path / "back", train={"steps": 4})
-    result = goku("train", config, processes=2)
-    assert result.returncode == 0, result.stderr
-    _run(config, "train.steps=8")
-    ours, theirs = _steps(tmp_path / "back"), _steps(whole.out)
-    assert [ours[k]["positions"] for k in ours] == [theirs[k]["positions"] for k in theirs]
-    for step in theirs:
-        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6)
 
 
 def test_samples_of_all_ranks_are_logged_and_one_rank_may_fail(
