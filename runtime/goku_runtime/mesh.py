@@ -111,7 +111,8 @@ class ParallelDims:
     def build_mesh(self, device_type: str, *, ranks_per_node: int | None = None) -> DeviceMesh:
         """The mesh of all ranks of the default group, axes dp_replicate, dp_shard, sp.
 
-        Where groups of sp cross nodes, a UserWarning says so with the numbers. Every rank calls it.
+        Where groups of sp cross nodes, a UserWarning of rank 0 says so with the numbers. All groups
+        get the timeout that init_process_group was given. Every rank calls it.
 
         Args:
             device_type: "cuda" or "cpu".
@@ -128,7 +129,7 @@ class ParallelDims:
             ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
         if ranks_per_node is not None:
             placed = dims.placement(dims.world, ranks_per_node)
-            if placed.sp_nodes > 1:
+            if placed.sp_nodes > 1 and dist.get_rank() == 0:
                 warnings.warn(str(placed), stacklevel=2)
         shape = (dims.dp_replicate, dims.dp_shard, dims.sp)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
@@ -256,7 +257,9 @@ def data_parallel_group(mesh: DeviceMesh) -> ProcessGroup | None:
         return None
     if replicate == 1 or shard == 1:
         return mesh.get_group("dp_shard" if replicate == 1 else "dp_replicate")
-    return mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()  # see shard_mesh
+    group = mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()  # see shard_mesh
+    _take_timeout(group, dist.group.WORLD, mesh.device_type)
+    return group
 
 
 def data_parallel_size(mesh: DeviceMesh) -> int:

@@ -98,5 +98,19 @@ def sp_across_nodes_warns(rank: int, world: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ParallelDims(sp=world).build_mesh("cpu", ranks_per_node=world // 2)
+    if rank:
+        assert not caught
+        return
     (text,) = [str(w.message) for w in caught]
     assert f"1 of 1 groups of sp={world} touch up to 2 nodes of {world // 2} ranks" in text
+
+
+def groups_have_the_callers_timeout(rank: int, world: int) -> None:
+    """A stopped rank is noticed after it; torch gives these groups gloo's half an hour."""
+    mesh = ParallelDims(2, sp=2).build_mesh("cpu")
+    groups = [*mesh.get_all_groups(), *shard_mesh(mesh).get_all_groups(), data_parallel_group(mesh)]
+    cpu = torch.device("cpu")
+    wanted = dist.group.WORLD._get_backend(cpu).options._timeout
+    assert wanted.total_seconds() < 1800
+    for group in groups:
+        assert group._get_backend(cpu).options._timeout == wanted

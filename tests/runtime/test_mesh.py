@@ -20,6 +20,7 @@ def test_groups_of_eight_processes(run_processes: Callable[..., str]) -> None:
         "fully_shard_takes_the_mesh",
         "wrong_degrees_and_axes_are_refused",
         "sp_across_nodes_warns",
+        "groups_have_the_callers_timeout",
     )
 
 
