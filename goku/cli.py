@@ -238,6 +238,11 @@ def _sample(args: argparse.Namespace) -> int:
     requests = [
         Request(prompt, args.height, args.width, args.frames, seed) for _, prompt, seed in cases
     ]
+    tokens = ((args.frames - 1) // 4 + 1) * (args.height // 16) * (args.width // 16)
+    if not 1 <= args.sp <= tokens:
+        raise ValueError(
+            f"--sp is {args.sp}; allowed: 1 to {tokens}, the tokens of a sample of this size"
+        )
     # Every process holds the whole model: nothing is sharded but the tokens.
     with parallel_context(args.device, dims=ParallelDims(sp=args.sp)) as context:
         settings = SampleConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,12 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
         # What training would refuse is better refused before minutes of work.
         frames, height, width = clip.shape[1:]
         grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
-        cut_grid(grid, config.packing.tokens_per_pack, record.name, config.packing.overlong)
+        kept = cut_grid(grid, config.packing.tokens_per_pack, record.name, config.packing.overlong)
+        if math.prod(kept) < config.parallel.sp:
+            raise ValueError(
+                f"{record.name} has {math.prod(kept)} tokens; allowed: parallel.sp = "
+                f"{config.parallel.sp} or more"
+            )
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 

@@ -122,12 +122,29 @@ def test_the_process_itself_refuses_and_prints_no_traceback(
         ("train.steps=0", ["train.steps", "0", "allowed: >= 1"]),
         ("train.precision=fp8", ["train.precision", "fp8", "float32, bfloat16"]),
         ("train.steps", ["train.steps", "section.key=value"]),
+        ("parallel.sp=0", ["parallel", "sp is 0", ">= 1"]),
+        ("parallel.sp=3", ["sp=3", "1 process"]),
+        ("parallel.sp=25", ["parallel.sp is 25", "tokens_per_pack = 24"]),
+        ("sharding.prefetch=-1", ["sharding", "prefetch is -1", ">= 0"]),
+        (
+            "activation_checkpointing.mode=some",
+            ["activation_checkpointing.mode", "some", "every_nth"],
+        ),
     ],
 )
 def test_bad_config_keys_and_values(
     override: str, words: list[str], write_config: WriteConfig, refused: Any, tmp_path: Path
 ) -> None:
     refused(words, "train", write_config(tmp_path / "out"), override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_operators_that_do_not_exist_are_named_before_any_work(
+    write_config: WriteConfig, refused: Any, tmp_path: Path
+) -> None:
+    wanted = {"mode": "operators", "save": ["aten::nothing"]}
+    config = write_config(tmp_path / "out", activation_checkpointing=wanted)
+    refused(["activation_checkpointing: ", "aten::nothing"], "train", config)
     assert not (tmp_path / "out").exists()
 
 
@@ -363,6 +380,8 @@ def test_sampling_from_nothing(refused: Any, tmp_path: Path) -> None:
         (["--shift", "0"], ["shift is 0", "> 0"]),
         (["--fps", "0"], ["fps is 0", ">= 1"]),
         (["--guidance", "nan"], ["guidance is nan"]),
+        (["--sp", "9"], ["--sp is 9", "1 to 8"]),
+        (["--sp", "2"], ["sp=2", "1 process"]),
     ],
 )
 def test_sampling_values_out_of_range(
