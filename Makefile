@@ -92,7 +92,8 @@ imports: $(DEV)  ## who may import whom (import-linter)
 # One thread a process: two workers on two cores, and results that do not depend on the machine's
 # number of cores. Triton interprets or compiles a kernel for good when it is imported, so the tests
 # in its interpreter are runs of their own.
-RUN = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Without the flag files of few tests come last, and those of several processes, the longest, have few.
+RUN = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 INTERPRETER := tests/kernels/interpreter
 PYTEST = $(RUN) --ignore=tests/gpu --ignore=$(INTERPRETER)
 

@@ -309,7 +309,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What attention would make of them under autocast, before they travel: half the bytes, and one
     dtype on ranks with heads and without. fp64 stays, as everywhere under autocast."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # no autocast for meta tensors
         return tensors
     low = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)

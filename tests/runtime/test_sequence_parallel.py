@@ -402,8 +402,8 @@ def test_bad_attention(fake_group: Callable[..., dist.ProcessGroup]) -> None:
         "attn returned torch.float64 .* for torch.float32",
         q, k, k, attn=lambda q, k, v, cu_seqlens: q.double(),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="attn returned"):
-        SequenceParallel(None, 8, 2).attention(q, k, k, q, lambda q, k, v, cu_seqlens: k)
+    # Alone it is attn's own result, whatever that is.
+    assert SequenceParallel(None, 8, 2).attention(q, k, k, q, lambda q, k, v, cu_seqlens: k) is k
     with pytest.raises(ValueError, match="tokens is 3; with 4 ranks"):
         sp.rows(3)
     with pytest.raises(ValueError, match="tokens is 2; with 4 ranks"):
@@ -412,6 +412,23 @@ def test_bad_attention(fake_group: Callable[..., dist.ProcessGroup]) -> None:
         sp.shard(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"x has shape \(3, 2\); 8 tokens on 4 ranks are 2 rows"):
         sp.gather(torch.zeros(3, 2), 8)
+
+
+def test_autocast_makes_what_travels_small(fake_group: Callable[..., dist.ProcessGroup]) -> None:
+    """What attention would cast, q and k in fp32 after their rotation, is cast before it travels."""
+    sp = SequenceParallel(fake_group(0, 4), 8)
+    q = torch.zeros(3, 8, 5)
+    seen = []
+
+    def attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        seen.append({q.dtype, k.dtype, v.dtype})
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sp.attention(q, q, q.bfloat16(), q, attn).dtype == torch.bfloat16
+        assert sp.attention(*[q.double()] * 3, q, attn).dtype == torch.float64
+    assert sp.attention(q, q, q, q, attn).dtype == torch.float32
+    assert seen == [{torch.bfloat16}, {torch.float64}, {torch.float32}]
 
 
 def test_a_group_on_another_device(fake_group: Callable[..., dist.ProcessGroup]) -> None:
