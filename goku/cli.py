@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         "--sp",
         type=int,
         default=1,
-        help="processes (of torchrun) that share the tokens of each sample; the number of processes is a multiple",
+        help="how many processes share the tokens of each sample; torchrun starts a multiple of it",
     )
     sample.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sample.add_argument(

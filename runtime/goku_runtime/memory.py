@@ -74,7 +74,7 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         def gib(size: int) -> str:
-            return f"{size / 2**30:.2f} GiB"
+            return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
         return (
             f"{gib(self.device)} on the device and {gib(self.host)} on the host: parameters"

@@ -80,13 +80,13 @@ class ParallelDims:
             if world < 1 or world % fixed:
                 raise ValueError(
                     f"dp_replicate={self.dp_replicate} x sp={self.sp} = {fixed} does not divide the "
-                    f"{world} processes; allowed: degrees whose product is {world}"
+                    f"{_processes(world)}; allowed: degrees whose product is {world}"
                 )
             return replace(self, dp_shard=world // fixed)
         if self.world != world:
             raise ValueError(
                 f"dp_replicate={self.dp_replicate} x dp_shard={self.dp_shard} x sp={self.sp} = "
-                f"{self.world}, but there are {world} processes; allowed: degrees whose product is "
+                f"{self.world}, but there are {_processes(world)}; allowed: degrees whose product is "
                 f"{world}"
             )
         return self
@@ -137,6 +137,12 @@ class ParallelDims:
         for group in (*mesh.get_all_groups(), *sharded.get_all_groups()):
             _take_timeout(group, dist.group.WORLD, device_type)
         return mesh
+
+
+def _processes(world: int) -> str:
+    if world == 1:
+        return "1 process (torchrun --nproc-per-node N starts several)"
+    return f"{world} processes"
 
 
 @dataclass(frozen=True)

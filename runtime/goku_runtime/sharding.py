@@ -15,6 +15,7 @@ averaged; one divisor on a plain sum over all ranks says both (`ShardingPolicy.g
         loss(model, pack).backward()
     clip_gradients(model.parameters(), 1.0, mesh)
     optimizer.step()
+    optimizer.zero_grad()
 
 What FSDP2 asks of a trainer: every rank calls the same wrapped modules in the same order, and runs
 `backward` as often, if need be on a dummy batch with loss 0. Modules are entered through their

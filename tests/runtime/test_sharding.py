@@ -321,4 +321,4 @@ def test_memory_of_8b_at_4096_ranks() -> None:
     assert estimates[0] == estimates[1]
     ideal = sum(p.numel() for p in model.parameters()) * 16 / 256
     assert ideal <= estimates[0].state < 1.01 * ideal  # what padding costs
-    assert "GiB on the device" in str(estimates[0])
+    assert "on the device" in str(estimates[0])
