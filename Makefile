@@ -59,7 +59,7 @@ demo: $(GOKU)  ## train, kill, resume and sample a small Goku; the result is dem
 	@$(BIN)/goku demo $(ARGS)
 
 .PHONY: test
-test: check pytest  ## everything: lint, types, import contracts, all tests that need no GPU
+test: check pytest  ## lint, types, import contracts, the tests that need no GPU but for `make long`
 
 # ---- parts of `make test` ------------------------------------------------------------------------
 
@@ -99,8 +99,12 @@ PYTEST = $(RUN) --ignore=tests/gpu --ignore=$(INTERPRETER)
 
 .PHONY: pytest
 pytest: $(DEV)  ## the tests alone; ARGS are pytest's
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(if $(ARGS),$(ARGS),-m "not long")
 	@$(if $(ARGS),,TRITON_INTERPRET=1 $(RUN) $(INTERPRETER))
+
+.PHONY: long
+long: $(DEV)  ## the tests that `make test` has no time for: every mesh, other Pythons, nvcc
+	@$(PYTEST) -m long $(ARGS)
 
 .PHONY: quick
 quick: $(DEV)  ## the tests that take less than about ten seconds each

@@ -209,6 +209,7 @@ def interpreter(version: str) -> Path | None:
     return None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.12", "3.13"])
 def test_other_pythons(version, sdist, tmp_path):
@@ -258,6 +259,7 @@ def build_in_place(checkout: Path, expect: int | None = 0, **environ: str) -> st
     return " ".join(output.split())  # CMake wraps its messages
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_sources_are_built_with_nvcc(checkout_with_a_kernel, tmp_path):
@@ -308,6 +310,7 @@ def test_transformers_beside_the_folder(tmp_path):
     assert run([sys.executable, "-c", script], cwd=ROOT).split()[-1] == "T5EncoderModel"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_neighbours(tmp_path):
     """Hugging Face's kernels, transformers and diffusers themselves, from the repository root."""

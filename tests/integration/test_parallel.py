@@ -108,6 +108,7 @@ MESHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_mesh_trains_as_one_process(train: Callable[..., Path]) -> None:
     alone = train("alone", 1, *FEW)
@@ -139,6 +140,7 @@ def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
     assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [1, 4, 2, 1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sampling_while_sharded_and_by_the_command(
     train: Callable[..., Path], goku: Any, capsys: pytest.CaptureFixture[str]
@@ -176,6 +178,7 @@ def _assert_same_picture(ours: Path, theirs: Path) -> None:
     assert (a != b).mean() < 0.01
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
     train: Callable[..., Path],

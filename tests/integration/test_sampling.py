@@ -196,6 +196,8 @@ def _size(request: Request) -> tuple[int, int, int]:
     return request.frames, request.height, request.width
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_the_command_writes_the_same_files_on_one_and_two_processes(
     run: Path, tmp_path: Path, goku: Any
 ) -> None:
