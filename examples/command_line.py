@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from goku_runtime.mesh import ParallelDims
 
-__all__ = ["finish", "parser_of", "start"]
+__all__ = ["parser_of", "show", "start"]
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -59,8 +60,11 @@ def start(parser: argparse.ArgumentParser, packs: int) -> tuple[argparse.Namespa
     return options, dims
 
 
-def finish() -> None:
-    """Leave the group that `start` joined."""
+def show(steps: Iterable[tuple[float, float]]) -> None:
+    """Print each step's loss and gradient norm on rank 0, then leave the group that `start` joined."""
+    for step, (loss, norm) in enumerate(steps):
+        if dist.get_rank() == 0:
+            print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
     dist.destroy_process_group()
     # DTensor keeps a mesh's gloo groups alive (torch 2.13). A thread of theirs that has yet to drop its
     # last tensor needs the interpreter for that, and would abort the process once it is gone.

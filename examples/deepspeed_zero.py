@@ -28,7 +28,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from command_line import finish, parser_of, start
+from command_line import parser_of, show, start
 from packed_transformer import HEADS, PACKS, WIDTH, Model, packs_of_step
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -145,10 +145,7 @@ def main() -> None:
     config = configuration(options.stage, options.groups, PACKS // data_parallel_size(mesh))
     torch.manual_seed(0)
     steps = train(Model(), mesh, options.steps, config, options.groups)
-    for step, (loss, norm) in enumerate(steps):
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    finish()
+    show(steps)
 
 
 if __name__ == "__main__":

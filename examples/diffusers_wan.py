@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from command_line import finish, parser_of, start
+from command_line import parser_of, show, start
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
@@ -257,10 +257,7 @@ def main() -> None:
     options, dims = start(parser, VIDEOS)
     mesh = dims.build_mesh(torch.get_default_device().type)
     steps = train(build(), mesh, options.steps, options.recompute)
-    for step, (loss, norm) in enumerate(steps):
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    finish()
+    show(steps)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from command_line import finish, parser_of, start
+from command_line import parser_of, show, start
 from packed_transformer import HEADS, PACKS, WIDTH, Model, packs_of_step
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -49,10 +49,7 @@ def main() -> None:
     options, dims = start(parser_of(__doc__), PACKS)
     mesh = dims.build_mesh(torch.get_default_device().type)
     torch.manual_seed(0)
-    for step, (loss, norm) in enumerate(train(Model(), mesh, options.steps)):
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    finish()
+    show(train(Model(), mesh, options.steps))
 
 
 if __name__ == "__main__":

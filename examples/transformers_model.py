@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from command_line import finish, parser_of, start
+from command_line import parser_of, show, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
@@ -220,10 +220,7 @@ def main() -> None:
     options, dims = start(parser, PACKS)
     mesh = dims.build_mesh(torch.get_default_device().type)
     steps = train(build(), mesh, options.steps, options.recompute)
-    for step, (loss, norm) in enumerate(steps):
-        if dist.get_rank() == 0:
-            print(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-    finish()
+    show(steps)
 
 
 if __name__ == "__main__":
