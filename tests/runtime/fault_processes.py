@@ -3,8 +3,10 @@
     fault_processes.py STORE TIMEOUT SCENARIO ...
 
 Each SCENARIO is the JSON of {"fault": "raise" | "kill" | "stop", "where": "forward" | "backward",
-"victim": rank}, each played by WORLD ranks of its own, forked from this process. Ranks and this
-process print lines of JSON. A rank ends with VICTIM_RAISED, SURVIVED after an error in the exchange,
+"victim": rank}, each played by WORLD ranks of its own, forked from this process. With "sp" the
+exchange is that of a mesh's sp group, and a collective of all ranks follows it, as in a training
+step: the other groups' exchanges go through, so that is where they notice. Ranks and this process
+print lines of JSON. A rank ends with VICTIM_RAISED, SURVIVED after an error in the exchange,
 or UNNOTICED if the exchange went through; a stopped rank is killed when all others have ended.
 """
 
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from goku_runtime.mesh import ParallelDims, sequence_parallel_group
 from goku_runtime.sequence_parallel import SequenceParallel
 
 WORLD = 4
@@ -86,15 +89,23 @@ def run(rank: int, store: str, timeout: float, scenario: dict[str, object]) -> i
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
-    sp = SequenceParallel(dist.group.WORLD, HEADS)
+    group = dist.group.WORLD
+    if degree := scenario.get("sp"):
+        mesh = ParallelDims(1, WORLD // degree, degree).build_mesh("cpu")
+        group = sequence_parallel_group(mesh)
+    sp = SequenceParallel(group, HEADS)
     step(sp)  # all is well
-    began = time.monotonic()
+    began, exchanged = time.monotonic(), False
     try:
         step(sp, fault, where, victim=rank == victim)
+        exchanged = True
+        if degree:
+            dist.all_reduce(torch.ones(1))
     except Raised:
         return VICTIM_RAISED
     except RuntimeError as error:
-        say(rank=rank, seconds=time.monotonic() - began, error=str(error))
+        seconds = time.monotonic() - began
+        say(rank=rank, seconds=seconds, error=str(error), exchanged=exchanged)
         dist.destroy_process_group()  # which does not hang either
         return SURVIVED
     return UNNOTICED

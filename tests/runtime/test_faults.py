@@ -28,6 +28,8 @@ SCENARIOS = [
         ("stop", "backward", 1),
     )
 ]
+# The groups that a mesh makes have a timeout of their own; the last one's victim stops in one of two.
+SCENARIOS.append({"fault": "stop", "where": "forward", "victim": 2, "sp": 2})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,9 @@ def test_every_other_rank_gets_an_error(played: list[list[dict[str, object]]], n
         assert any(word in error["error"] for word in ("Timed out", "onnection", "timed out")), (
             error
         )
+        # With sp only the victim's partner is in the exchange that fails.
+        degree = scenario.get("sp", WORLD)
+        assert error["exchanged"] == (error["rank"] // degree != scenario["victim"] // degree)
     if scenario["fault"] == "stop":
         # Nothing but the timeout tells of a process that stands still.
         assert max(error["seconds"] for error in errors) >= TIMEOUT, errors
