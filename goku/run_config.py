@@ -28,7 +28,10 @@ class TrainConfig:
     float32 elsewhere; eval_items, eval_times: how many items and how many fixed times per item make the fixed-noise
     loss; sample_captions: how many training captions are drawn at each sampling; sample_steps: Euler steps;
     max_skipped_steps: a step whose gradient norm is not finite is skipped (weights, EMA and optimizer untouched,
-    counted in the log); after this many in a row the run stops with exit code 1, the last checkpoint intact.
+    counted in the log); after this many in a row the run stops with exit code 1, the last checkpoint intact;
+    checkpoint_mode: "async" waits until the state was copied in memory and writes during the next steps, "overlap"
+    copies during the next forward and backward and waits before the optimizer's step, "sync" waits for the disk;
+    keep_checkpoints, keep_checkpoints_every: the newest so many stay, and those of every n-th step (0: none).
     """
 
     steps: int = 1000
@@ -42,7 +45,9 @@ class TrainConfig:
     sample_captions: int = 4
     sample_steps: int = 20
     checkpoint_every: int = 500
+    checkpoint_mode: Literal["async", "overlap", "sync"] = "async"
     keep_checkpoints: int = 2
+    keep_checkpoints_every: int = 0
     max_skipped_steps: int = 10
     tensorboard: bool = False
 
@@ -62,6 +67,7 @@ class TrainConfig:
             "sample_every",
             "sample_captions",
             "checkpoint_every",
+            "keep_checkpoints_every",
             "max_skipped_steps",
         ):
             if getattr(self, name) < 0:

@@ -49,6 +49,7 @@ from goku.parallelize import (
     microbatch,
 )
 from goku.precision import autocast, autocast_dtype
+from goku.run_checkpoints import RunCheckpoints
 from goku.run_config import RunConfig, resume_differences
 from goku.sampler import Request, SampleConfig, decode, find_checkpoint, integrate_all, save_media
 from goku.statistics import StepStatistics
@@ -119,6 +120,7 @@ class Trainer:
         copy_parameters(self.model, average)
         self.ema = EMA(config.ema, average)
         self.optimizer = build_adamw(config.optimizer, self.model)
+        self.checkpoints = RunCheckpoints(self.out, config.train, context.host_group)
         self.step = self.position = self.skipped = 0
         self.fingerprints = {
             "data": dataset.fingerprint(),
@@ -153,7 +155,7 @@ class Trainer:
         non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
         """
         train = self.config.train
-        with self._folder() as log:
+        with self._folder() as log, self.checkpoints:
             resumed = self.resume(log)
             self.context.on_main(self._write_config)
             event, word = ("resume", "resumed") if resumed else ("start", "starting")
@@ -169,6 +171,7 @@ class Trainer:
             with self._profiler(profile) as profiler:
                 while self.step < train.steps:
                     stopping = self.train_step(log, stop)
+                    self.checkpoints.poll(log)
                     if profiler is not None:
                         profiler.step()
                     last = self.step == train.steps
@@ -177,7 +180,9 @@ class Trainer:
                     if _due(self.step, train.sample_every, last):
                         self.sample(log)
                     if stopping or last or _due(self.step, train.checkpoint_every, last):
-                        self.save(log)
+                        self.checkpoints.save(self.state(), self.step, log)
+                    if stopping or last:
+                        self.checkpoints.finish(log)
                     if stopping and not last:
                         log.event("stop", self.step)
                         log.message(
@@ -270,6 +275,7 @@ class Trainer:
             self.skipped += 1
             return norm, lr
         self.skipped = 0
+        self.checkpoints.wait_staged()  # what follows changes what is being copied
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -432,32 +438,13 @@ class Trainer:
         config["vae"]["path"] = str(Path(self.config.vae.path).absolute())
         return config
 
-    def save(self, log: RunLog) -> None:
-        """Write checkpoints/step_N on all ranks, then move `latest` and remove what retention does not keep."""
-        root = self.out / "checkpoints"
-        path = root / f"step_{self.step:07d}"
-        started = time.perf_counter()
-        checkpoint.save(self.state(), path, overwrite=True, process_group=self.context.host_group)
-
-        def keep() -> None:
-            checkpoint.set_latest(root, path.name)
-            checkpoint.prune(root, self.config.train.keep_checkpoints)
-
-        self.context.on_main(keep)
-        log.event(
-            "checkpoint",
-            self.step,
-            path=str(path.relative_to(self.out)),
-            seconds=time.perf_counter() - started,
-        )
-
     def resume(self, log: RunLog) -> bool:
         """Continue from the latest checkpoint of `out`, if there is one.
 
         Raises ValueError with the differences when that checkpoint belongs to another run (config or data), and
         CheckpointError when it is damaged.
         """
-        root = self.out / "checkpoints"
+        root = self.checkpoints.root
         # The main rank looks, since looking also removes what a crash left.
         found = self.context.together(
             lambda: find_checkpoint(root) if self.context.is_main else None

@@ -4,39 +4,15 @@
 #include <cstdint>
 #include <string>
 
+#include "bindings.h"
 #include "crc32c.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// A contiguous view of a buffer object, held for as long as the checksum reads it: the exporter may
-// not move it.
-class ContiguousView {
- public:
-  explicit ContiguousView(py::handle object) {
-    // PyBUF_SIMPLE: the exporter itself refuses what is not C-contiguous (BufferError, NumPy:
-    // ValueError) and what is no buffer at all (TypeError).
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  }
-  ~ContiguousView() { PyBuffer_Release(&view_); }
-  ContiguousView(const ContiguousView&) = delete;
-  ContiguousView& operator=(const ContiguousView&) = delete;
-
-  const void* data() const { return view_.buf; }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_{};
-};
-
-std::uint32_t as_crc(std::int64_t value, const char* name) {
-  if (value < 0 || value > 0xFFFFFFFFll) {
-    throw py::value_error(std::string(name) + " is " + std::to_string(value) +
-                          "; allowed is 0 to 4294967295");
-  }
-  return static_cast<std::uint32_t>(value);
-}
+using goku::io::as_crc;
+using goku::io::ContiguousView;
 
 // Below this size the work is shorter than handing the lock over.
 constexpr std::size_t kReleaseFrom = 64 * 1024;
@@ -54,7 +30,7 @@ std::uint32_t checksum(Function function, py::handle buffer, std::int64_t crc) {
 }  // namespace
 
 PYBIND11_MODULE(_io, m, py::mod_gil_not_used()) {
-  m.doc() = "The native part of goku_runtime: checksums.";
+  m.doc() = "The native part of goku_runtime: checksums and the file engine.";
   m.def(
       "crc32c",
       [](py::handle buffer, std::int64_t crc) { return checksum(goku::io::crc32c, buffer, crc); },
@@ -75,4 +51,7 @@ PYBIND11_MODULE(_io, m, py::mod_gil_not_used()) {
       },
       py::arg("crc1"), py::arg("crc2"), py::arg("len2"));
   m.def("crc32c_implementation", &goku::io::crc32c_implementation);
+  goku::io::register_errors(m);
+  goku::io::register_buffer(m);
+  goku::io::register_engine(m);
 }

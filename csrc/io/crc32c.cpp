@@ -76,6 +76,27 @@ constexpr std::array<Table, 8> make_slices() {
 
 constexpr std::array<Table, 8> kSlice = make_slices();
 
+// shift[k][b]: byte b at position k of the register, times x^(8 * bytes).
+constexpr std::array<Table, 4> make_shift(std::uint64_t bytes) {
+  const std::uint32_t factor = power_of_x8(bytes);
+  std::array<Table, 4> shift{};
+  for (std::size_t k = 0; k < 4; ++k) {
+    for (int bit = 0; bit < 8; ++bit) {
+      const std::uint32_t image = multiply(factor, 1u << (8 * static_cast<unsigned>(k) + bit));
+      // Linear: an entry is the sum of the images of its bits.
+      for (std::uint32_t byte = 0; byte < 256; ++byte) {
+        if ((byte >> bit & 1u) != 0) shift[k][byte] ^= image;
+      }
+    }
+  }
+  return shift;
+}
+
+inline std::uint32_t apply(const std::array<Table, 4>& shift, std::uint32_t state) {
+  return shift[0][state & 0xFFu] ^ shift[1][state >> 8 & 0xFFu] ^ shift[2][state >> 16 & 0xFFu] ^
+         shift[3][state >> 24];
+}
+
 // ---- portable ----
 
 // Composed from bytes, so that it means the same on either byte order; compilers see one
@@ -108,29 +129,8 @@ std::uint32_t advance_portable(std::uint32_t state, const unsigned char* p, std:
 constexpr std::size_t kLongLane = 4096;
 constexpr std::size_t kShortLane = 256;
 
-// shift[k][b]: byte b at position k of the register, times x^(8 * lane).
-constexpr std::array<Table, 4> make_shift(std::size_t lane) {
-  const std::uint32_t factor = power_of_x8(lane);
-  std::array<Table, 4> shift{};
-  for (std::size_t k = 0; k < 4; ++k) {
-    for (int bit = 0; bit < 8; ++bit) {
-      const std::uint32_t image = multiply(factor, 1u << (8 * static_cast<unsigned>(k) + bit));
-      // Linear: an entry is the sum of the images of its bits.
-      for (std::uint32_t byte = 0; byte < 256; ++byte) {
-        if ((byte >> bit & 1u) != 0) shift[k][byte] ^= image;
-      }
-    }
-  }
-  return shift;
-}
-
 constexpr std::array<Table, 4> kLongShift = make_shift(kLongLane);
 constexpr std::array<Table, 4> kShortShift = make_shift(kShortLane);
-
-inline std::uint32_t apply(const std::array<Table, 4>& shift, std::uint32_t state) {
-  return shift[0][state & 0xFFu] ^ shift[1][state >> 8 & 0xFFu] ^ shift[2][state >> 16 & 0xFFu] ^
-         shift[3][state >> 24];
-}
 
 inline std::uint64_t load64(const unsigned char* p) {
   std::uint64_t word;
@@ -211,6 +211,12 @@ std::uint32_t crc32c_combine(std::uint32_t crc_a, std::uint32_t crc_b,
   // The initial value and the final xor of the two halves cancel: only A's value travels past B's
   // bytes.
   return multiply(power_of_x8(size_b), crc_a) ^ crc_b;
+}
+
+Crc32cJoiner::Crc32cJoiner(std::uint64_t size_b) noexcept : shift_(make_shift(size_b)) {}
+
+std::uint32_t Crc32cJoiner::operator()(std::uint32_t crc_a, std::uint32_t crc_b) const noexcept {
+  return apply(shift_, crc_a) ^ crc_b;
 }
 
 const char* crc32c_implementation() noexcept {

@@ -133,7 +133,9 @@ FREE = [
     "train.sample_captions=3",
     "train.sample_steps=3",
     "train.checkpoint_every=3",
+    "train.checkpoint_mode=sync",
     "train.keep_checkpoints=3",
+    "train.keep_checkpoints_every=3",
     "train.max_skipped_steps=3",
     "train.tensorboard=true",
 ]

@@ -51,13 +51,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes, *, fsync: bool = True) -> None:
     """Writes a new file and hands it to the device. Raises OSError as the system does."""
     try:
         with open(path, "xb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            if fsync:
+                os.fsync(stream.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -69,17 +70,19 @@ class NewDirectory:
     Args:
         target: where it is to appear.
         overwrite: whether a checkpoint may be there already.
+        fsync: whether the names in directories are made durable.
 
     Raises:
         FileExistsError: something is there and `overwrite` is not set, or it is no checkpoint.
         OSError: the directory cannot be made.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
+    def __init__(self, target: Path, *, overwrite: bool, fsync: bool = True) -> None:
         if os.path.lexists(target):
             _check_replaceable(target, overwrite)
         self.target = target
         self.overwrite = overwrite
+        self.fsync = fsync
         self._made_parents = _make_parents(target.parent)
         self._published = False
         self.path = _temporary(target, "saving")
@@ -100,7 +103,8 @@ class NewDirectory:
             FileExistsError: something has appeared there meanwhile, and `overwrite` is not set.
             OSError: as the system raises it.
         """
-        sync_directory(self.path)
+        if self.fsync:
+            sync_directory(self.path)
         replaced = None
         if self.overwrite and os.path.lexists(self.target):
             with sole_access(self.target.parent):
@@ -113,8 +117,9 @@ class NewDirectory:
                     raise _exists(self.target) from error
                 raise
         self._published = True
-        for directory in (self.target, *self._made_parents):
-            sync_directory(directory.parent)
+        if self.fsync:
+            for directory in (self.target, *self._made_parents):
+                sync_directory(directory.parent)
         os.close(self._lock)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already

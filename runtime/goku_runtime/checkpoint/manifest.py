@@ -27,12 +27,13 @@ __all__ = [
     "file_problem",
     "file_problems",
     "raise_problems",
-    "verify",
 ]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "goku-checkpoint"
-VERSION = 1
+VERSION = 2
+# Every version that was ever released stays readable.
+READABLE = (1, 2)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 _CRC = re.compile(r"[0-9a-f]{8}")
 
@@ -68,6 +69,7 @@ class Manifest:
 
     files: Mapping[str, FileSum]
     created_ns: int
+    version: int = VERSION
 
     @classmethod
     def of(cls, files: Mapping[str, FileSum]) -> Manifest:
@@ -78,7 +80,7 @@ class Manifest:
         """The one spelling of this manifest."""
         content: dict[str, object] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "created_ns": self.created_ns,
             "files": {
                 name: {"size": entry.size, "crc32c": f"{entry.crc:08x}"}
@@ -108,13 +110,13 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
-        if content.get("version") != VERSION:
-            raise CheckpointError(
-                f"{path} has version {content.get('version')!r}; this program reads {VERSION}"
-            )
+        version = content.get("version")
+        if type(version) is not int or version not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise CheckpointError(f"{path} has version {version!r}; this program reads {known}")
         try:
             files = {name: _file_sum(name, entry) for name, entry in content["files"].items()}
-            manifest = cls(files, content["created_ns"])
+            manifest = cls(files, content["created_ns"], version)
             same = type(manifest.created_ns) is int and manifest.to_bytes() == data
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}") from error
@@ -171,19 +173,6 @@ def file_problems(
         extra = sorted(name for name in os.listdir(directory) if name not in known)
         problems += [f"{name}: extra, not named in {MANIFEST_NAME}" for name in extra]
     return problems
-
-
-def verify(path: str | os.PathLike[str]) -> Report:
-    """Reads every file of a checkpoint and compares size and CRC-32C with the manifest.
-
-    Raises:
-        CheckpointError: no checkpoint, or files missing, truncated, altered or extra: all named.
-        OSError: a file cannot be read.
-    """
-    directory = Path(path)
-    manifest = Manifest.read(directory)
-    raise_problems(directory, file_problems(directory, manifest))
-    return Report(directory, {name: entry.size for name, entry in manifest.files.items()})
 
 
 def raise_problems(directory: Path, problems: list[str]) -> None:

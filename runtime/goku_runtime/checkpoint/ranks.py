@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -86,19 +87,54 @@ class Ranks:
             same errno), CheckpointError, ValueError, TypeError, ImportError or RuntimeError that
             names the rank.
         """
-        try:
-            result = step()
-        except BaseException as error:
-            self.gather(_Failure.of(error))
-            raise
-        for rank, failure in enumerate(self.gather(None)):
-            if failure is not None:
-                raise failure.raised(rank)
-        return result
+        result: list[T] = []
+        self.collect(lambda: result.append(step()))  # which returns None: results are not sent
+        return result[0]
 
     def on_first(self, step: Callable[[], T]) -> T | None:
         """`together` for a step that rank 0 takes alone; None on the others."""
         return self.together(lambda: step() if self.is_first else None)
+
+    def collect(self, step: Callable[[], T]) -> list[T]:
+        """`together`, and every rank's result in order of rank; they are sent with pickle."""
+        try:
+            found: Any = step()
+        except BaseException as error:
+            self.gather(_Failure.of(error))
+            raise
+        results = self.gather(found)
+        for rank, failure in enumerate(results):
+            if isinstance(failure, _Failure):
+                raise failure.raised(rank)
+        return results
+
+    def agree(self, step: Callable[[], tuple[T, int]]) -> tuple[T, bool]:
+        """`together` for a step that also gives a digest, in one all-reduce of three numbers.
+
+        Args:
+            step: gives its result and a number from 0 to 2**63 - 1.
+
+        Returns:
+            This rank's result, and whether the digests of all ranks are equal.
+        """
+        try:
+            result, digest = step()
+        except BaseException as error:
+            self._largest(1, 0, 0)
+            self.gather(_Failure.of(error))
+            raise
+        # The largest of d and of -d: they are d and -d only if all ranks have the same.
+        failed, most, least = self._largest(0, digest, -digest)
+        if failed:
+            self.collect(lambda: None)  # which raises, naming the rank
+        return result, most == -least
+
+    def _largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over the ranks, by one all-reduce."""
+        found = torch.tensor(numbers, dtype=torch.int64)
+        if self.count > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return [int(number) for number in found]
 
     def raise_dcp(self, error: CheckpointException) -> None:
         """Raises what stood behind DCP's exception (no Exception itself, so `except` misses it).

@@ -65,8 +65,10 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     return complete[0] if complete else None
 
 
-def prune(root: str | os.PathLike[str], keep_last: int, *, sums: bool = True) -> list[Path]:
-    """Deletes all complete checkpoints but the `keep_last` newest and the latest.
+def prune(
+    root: str | os.PathLike[str], keep_last: int, *, keep_every: int = 0, sums: bool = True
+) -> list[Path]:
+    """Deletes all complete checkpoints but the `keep_last` newest, the latest and every n-th.
 
     The newest one whose files still have their sums is kept too, whatever `keep_last` says: were
     all those to be kept damaged, it would be the last good one. That reads the newest once more.
@@ -75,23 +77,30 @@ def prune(root: str | os.PathLike[str], keep_last: int, *, sums: bool = True) ->
     Args:
         root: the directory of checkpoints.
         keep_last: how many to keep, at least 1.
+        keep_every: keeps those, too, whose number (the digits that end the name, as in step_2000) is a
+            multiple of this; 0: none.
         sums: False trusts the sizes and reads nothing.
 
     Returns:
         The deleted ones, the newest first.
 
     Raises:
-        ValueError: `keep_last` is less than 1.
+        ValueError: `keep_last` is less than 1 or `keep_every` less than 0.
         OSError: as the system raises it; what is half deleted no longer looks like a checkpoint.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: found {keep_last}; must be at least 1")
+    if keep_every < 0:
+        raise ValueError(f"keep_every: found {keep_every}; must be at least 0")
     root = Path(root)
     remove_leftovers(root)
     complete = _complete(root)
     keep = {*complete[:keep_last], latest(root)}
     good = (path for path in complete if not _problems(root, path.name, sums=sums))
     keep.add(next(good, None))
+    if keep_every:
+        numbers = ((path, re.search(r"\d+$", path.name)) for path in complete)
+        keep |= {path for path, found in numbers if found and int(found[0]) % keep_every == 0}
     pruned = [path for path in complete if path not in keep]
     for path in pruned:
         remove(path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from goku_runtime.checkpoint.manifest import CheckpointError
 
-__all__ = ["Flat", "Match", "decode", "flatten", "is_spread", "match", "parse_tree", "to_json"]
+__all__ = [
+    "Flat",
+    "Match",
+    "decode",
+    "flatten",
+    "is_spread",
+    "leaves",
+    "match",
+    "merge",
+    "parse_tree",
+    "to_json",
+]
 
 _PLAIN = (bool, int, str, type(None))
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -34,11 +45,6 @@ class Flat:
 
     tree: Any
     tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def description(self) -> str:
-        """What must be the same on every rank: the tree, and each tensor's dtype and full shape."""
-        shapes = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in self.tensors.items()}
-        return to_json({"tree": self.tree, "tensors": shapes})
 
 
 def to_json(tree: Any) -> str:
@@ -84,6 +90,10 @@ def _encode_dict(mapping: dict[Any, Any], where: str, tensors: dict[str, Tensor]
             pairs.append((key, _encode_dict(value, name, tensors)))
         else:
             pairs.append((key, _encode_value(value, name)))
+    return _dict_node(pairs)
+
+
+def _dict_node(pairs: Sequence[tuple[Any, Any]]) -> Any:
     if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
         return dict(pairs)
     return {"$dict": [list(pair) for pair in pairs]}
@@ -126,6 +136,47 @@ def is_spread(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor  # slow to import, and seldom needed
 
     return isinstance(tensor, DTensor)
+
+
+# --- between ranks ------------------------------------------------------------------------------
+
+
+def leaves(flat: Flat) -> dict[str, str]:
+    """Each leaf in words, by its name: a plain value as JSON, a tensor by its dtype and shape."""
+    found = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in flat.tensors.items()}
+
+    def collect(node: Any, where: str) -> None:
+        if _is_dict(node):
+            for key, child in _children(node):
+                collect(child, _join(where, key))
+        elif _tensor_name(node) is None:
+            found[where] = json.dumps(node)
+
+    collect(flat.tree, "")
+    return found
+
+
+def merge(trees: Sequence[Any]) -> Any:
+    """One tree with the leaves of all, in the order in which they come.
+
+    Raises:
+        ValueError: something is a dict in one tree and none in another, or leaves differ; named.
+    """
+    return _merge(list(trees), "")
+
+
+def _merge(nodes: list[Any], where: str) -> Any:
+    first = nodes[0]
+    if not all(_is_dict(node) for node in nodes):
+        if any(node != first for node in nodes):
+            raise ValueError(f"state: {where} differs between ranks")
+        return first
+    below: dict[str | int, list[Any]] = {}
+    for node in nodes:
+        for key, child in _children(node):
+            below.setdefault(key, []).append(child)
+    pairs = [(key, _merge(found, _join(where, key))) for key, found in below.items()]
+    return _dict_node(pairs)
 
 
 # --- putting together ---------------------------------------------------------------------------
@@ -222,17 +273,14 @@ class Match:
     problems: list[str] = field(default_factory=list)
 
 
-def match(state: dict[Any, Any], tree: Any, *, partial: bool = False) -> Match:
+def match(state: dict[Any, Any], tree: Any) -> Match:
     """Lays a saved tree over a caller's state, changing nothing.
 
-    `partial` lets the tree hold what the state has no key for. A None in the state takes any value
-    without tensors; everything else must have a counterpart of its kind (tensor, dict, plain value)
-    under the same key.
+    A None in the state takes any value without tensors; everything else must have a counterpart of
+    its kind (tensor, dict, plain value) under the same key.
     """
     result = Match()
     _match_dict(state, tree, "", result)
-    for name in [] if partial else result.unexpected:
-        result.problems.append(f"{name}: unexpected")
     return result
 
 

@@ -34,5 +34,10 @@ def test_what_fails_on_one_rank_is_raised_on_all(run_ranks: Run, tmp_path: Path)
     run_ranks(2, tmp_path, "one_rank_fails", "replicated_once")
 
 
+def test_ranks_with_keys_of_their_own(run_ranks: Run, tmp_path: Path) -> None:
+    output = run_ranks(4, tmp_path, "other_keys")
+    assert "4 of 4 ranks lack keys that others have" in output, "the log says so"
+
+
 def test_groups_that_are_parts_of_the_world(run_ranks: Run, tmp_path: Path) -> None:
     run_ranks(3, tmp_path, "parts_of_the_world")

@@ -220,10 +220,11 @@ def test_the_files(tmp_path: Path) -> None:
     save({"w": torch.ones(3), "step": 1}, tmp_path / "made" / "on" / "the way" / "c")
     directory = tmp_path / "made" / "on" / "the way" / "c"
     names = {path.name for path in directory.iterdir()}
-    assert names == {".metadata", "__0_0.distcp", "state.json", "manifest.json"}
+    ours = {"__0_0.distcp", "__0_0.crc", "index.json", "state.json", "manifest.json"}
+    assert names == ours | {".metadata", "__values.distcp"}
     assert [path.name for path in directory.parent.iterdir()] == ["c"]
     manifest = json.loads((directory / "manifest.json").read_bytes())
-    assert (manifest["format"], manifest["version"]) == ("goku-checkpoint", 1)
+    assert (manifest["format"], manifest["version"]) == ("goku-checkpoint", 2)
     assert set(manifest["files"]) == names - {"manifest.json"}
     for name, entry in manifest["files"].items():
         assert entry["size"] == (directory / name).stat().st_size

@@ -1,0 +1,102 @@
+"""A run's checkpoints: saved while training goes on, and logged once they are in their place."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from goku.metrics import RunLog
+from goku.run_config import TrainConfig
+from goku_runtime.checkpoint import Checkpointer, Retention, SaveHandle
+
+__all__ = ["RunCheckpoints"]
+
+
+@dataclass
+class _Saving:
+    handle: SaveHandle
+    step: int
+    started: float
+    stall: float
+
+
+class RunCheckpoints:
+    """`out`/checkpoints, written by all ranks as `train.checkpoint_mode` says.
+
+    A context manager: at its end the save that is under way is waited for.
+    """
+
+    def __init__(self, out: Path, train: TrainConfig, group: dist.ProcessGroup | None) -> None:
+        self.root = out / "checkpoints"
+        self._mode = train.checkpoint_mode
+        self._retention = Retention(train.keep_checkpoints, train.keep_checkpoints_every)
+        self._checkpointer = Checkpointer(group)
+        self._saving: _Saving | None = None
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._saving is not None:  # training failed: what it failed with is raised, not this
+            self._saving.handle.wait_ended()
+        self._checkpointer.close()
+
+    def save(self, state: dict[str, Any], step: int, log: RunLog) -> None:
+        """Write step_N on all ranks, move `latest` and remove what retention does not keep.
+
+        Waits for the save before, and raises its error.
+        """
+        self.finish(log)
+        started = time.perf_counter()
+        handle = self._checkpointer.async_save(
+            state,
+            self.root / f"step_{step:07d}",
+            overwrite=True,
+            latest=True,
+            retention=self._retention,
+            stage="background" if self._mode == "overlap" else "now",
+        )
+        self._saving = _Saving(handle, step, started, time.perf_counter() - started)
+        if self._mode == "sync":
+            self.finish(log)
+
+    def wait_staged(self) -> None:
+        """Wait until the state that is being saved may change."""
+        if self._saving is not None:
+            started = time.perf_counter()
+            self._saving.handle.wait_staged()
+            self._saving.stall += time.perf_counter() - started
+
+    def finish(self, log: RunLog) -> None:
+        """Wait for the save that is under way, if there is one; raises its error."""
+        if self._saving is not None:
+            self._saving.handle.result()
+            self.poll(log)
+
+    def poll(self, log: RunLog) -> None:
+        """Log the save that was under way, if it has ended well; waits for nothing.
+
+        Whether one has ended is not seen by all ranks at the same step, so nothing is raised here.
+        """
+        saving = self._saving
+        if saving is None or not saving.handle.succeeded:
+            return
+        self._saving = None
+        log.event(
+            "checkpoint",
+            saving.step,
+            path=os.path.relpath(saving.handle.path, self.root.parent),
+            seconds=time.perf_counter() - saving.started,
+            stall_seconds=saving.stall,
+        )

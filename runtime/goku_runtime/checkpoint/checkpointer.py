@@ -1,0 +1,388 @@
+"""Saving: who writes what, when training may go on, and how a checkpoint gets its name.
+
+A save has four parts. *Preparing*: the state is taken apart and laid out, on every rank alone, and one
+all-reduce of a digest shows that all did the same. *Staging*: tensors are copied into page-aligned
+memory. *Writing*: the engine writes each rank's file. *Committing*: rank 0 collects sizes and sums,
+writes the index and the manifest, and renames the directory into place. `save` does all four with a
+few windows of memory; `async_save` leaves the last two, or three, to a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from goku_runtime.checkpoint.checksum import crc32c
+from goku_runtime.checkpoint.directory import NewDirectory, write_durably
+from goku_runtime.checkpoint.handle import Progress, SaveHandle
+from goku_runtime.checkpoint.layout import Layout, Layouts
+from goku_runtime.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    FileSum,
+    Manifest,
+    file_problems,
+    raise_problems,
+)
+from goku_runtime.checkpoint.options import CHUNK, CheckpointOptions, Retention
+from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.root import POINTER_NAME, prune, set_latest
+from goku_runtime.checkpoint.staging import Memory, Window, windows
+
+if TYPE_CHECKING:
+    from goku_runtime._io import FileWriter
+
+__all__ = ["Checkpointer"]
+
+logger = logging.getLogger(__name__)
+
+# Windows in flight while `save` copies: one being filled, the others being written.
+_RING = 4
+
+
+@dataclass
+class _Job:
+    """One save, from preparing to committing."""
+
+    layout: Layout
+    tree: Any
+    sources: list[Tensor]
+    target: Path
+    directory: NewDirectory | None  # rank 0's
+    unfinished: Path
+    latest: bool
+    retention: Retention | None
+    progress: Progress
+    handle: SaveHandle | None = None
+    # What the training's stream had reached on each GPU when the save was asked for.
+    events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+
+
+class Checkpointer:
+    """Saves the states of one training, again and again, by the ranks of one group.
+
+    It keeps what the saves have in common: the layout, for as long as names, shapes, dtypes, meshes and
+    placements stay; the memory that tensors are staged in; a group of its own for the thread of
+    `async_save`, whose collectives must not meet those of the training. `close` gives them back; it is
+    a context manager.
+
+    Args:
+        process_group: the ranks that save; None takes the default group where there is one. If it has no
+            backend for CPU tensors (NCCL alone) a Gloo group of the same ranks is made.
+        options: of files and memory.
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        options: CheckpointOptions | None = None,
+    ) -> None:
+        self._options = options or CheckpointOptions()
+        self._groups: list[dist.ProcessGroup] = []
+        self._ranks = Ranks(process_group)
+        if self._ranks.count > 1 and "cpu" not in _devices(self._ranks.group):
+            self._ranks = self._gloo()
+        self._background: Ranks | None = None
+        self._layouts = Layouts(self._ranks)
+        self._staged: tuple[Layout, Memory, Window] | None = None
+        self._ring: list[Memory] = []
+        self._handle: SaveHandle | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- what users call
+
+    def save(
+        self,
+        state: dict[Any, Any],
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        latest: bool = False,
+        retention: Retention | None = None,
+    ) -> Path:
+        """Saves a state as a new checkpoint, whole or not at all; see `goku_runtime.checkpoint.save`."""
+        self._wait()
+        job = self._prepare(state, path, overwrite, latest, retention)
+        self._write(job, self._ranks)
+        return job.target
+
+    def async_save(
+        self,
+        state: dict[Any, Any],
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        latest: bool = False,
+        retention: Retention | None = None,
+        stage: Literal["now", "background"] = "now",
+    ) -> SaveHandle:
+        """Saves a state in the background; see `goku_runtime.checkpoint.async_save`.
+
+        Waits for the save before, if that has not ended. Had that one failed, the log says so.
+        """
+        if stage not in ("now", "background"):
+            raise ValueError(f"stage is {stage!r}; allowed: 'now', 'background'")
+        self._wait()
+        if self._ranks.count > 1 and self._background is None:
+            self._background = self._gloo()
+        job = self._prepare(state, path, overwrite, latest, retention)
+        handle = job.handle = SaveHandle(job.target, job.progress)
+        for device in {source.device for source in job.sources if source.is_cuda}:
+            job.events[device] = torch.cuda.current_stream(device).record_event()
+        executor = ThreadPoolExecutor(1, thread_name_prefix=f"saving {job.target.name}")
+        handle.follow(executor.submit(self._run, job, handle))
+        executor.shutdown(wait=False)  # the thread ends with its one task
+        self._handle = handle
+        if stage == "now":
+            handle.wait_staged()
+        return handle
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if there is one, and raises its error."""
+        handle = self._handle
+        self._wait()
+        if handle is not None:
+            handle.result()
+
+    def close_after(self, handle: SaveHandle) -> None:
+        """Closes this once a save of it has ended, without waiting for that; its error is the handle's."""
+        self._handle = None
+        handle.on_end(self.close)
+
+    def close(self) -> None:
+        """Waits for the save in the background and gives memory and groups back.
+
+        All ranks call it. Raises the save's error, when everything has been given back.
+        """
+        try:
+            self.wait()
+        finally:
+            for memory in self._ring:
+                memory.close()
+            if self._staged is not None:
+                self._staged[1].close()
+            self._ring, self._staged = [], None
+            for group in self._groups:
+                dist.destroy_process_group(group)
+            self._groups = []
+
+    # ---- preparing
+
+    def _wait(self) -> None:
+        """Waits for the end of the save before, good or bad."""
+        if self._handle is not None:
+            self._handle.wait_ended()
+            self._handle = None
+
+    def _gloo(self) -> Ranks:
+        """The same ranks with a Gloo group of their own."""
+        members = dist.get_process_group_ranks(self._ranks.group or dist.group.WORLD)
+        group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        self._groups.append(group)
+        return Ranks(group)
+
+    def _prepare(
+        self,
+        state: dict[Any, Any],
+        path: str | os.PathLike[str],
+        overwrite: bool,
+        latest: bool,
+        retention: Retention | None,
+    ) -> _Job:
+        target = Path(os.path.abspath(path))
+        layout, tree, sources = self._layouts.of(state)
+        fsync = self._options.fsync
+        directory = self._ranks.on_first(lambda: _make(target, overwrite, fsync))
+        unfinished = Path(self._ranks.gather(str(directory.path) if directory else "")[0])
+        progress = Progress(layout.image.nbytes)
+        return _Job(
+            layout, tree, sources, target, directory, unfinished, latest, retention, progress
+        )
+
+    def _whole(self, layout: Layout) -> tuple[Memory, Window]:
+        """Memory for the whole image; the last save's if the layout is the same."""
+        if self._staged is None or self._staged[0] is not layout:
+            if self._staged is not None:
+                self._staged[1].close()
+                self._staged = None  # before the next is made: both may not fit
+            memory = Memory(layout.image.nbytes, pin=layout.on_gpu)
+            window = Window(layout.image, 0, layout.image.nbytes, memory)
+            self._staged = layout, memory, window
+        return self._staged[1:]
+
+    # ---- staging
+
+    def _copy(self, job: _Job, window: Window) -> None:
+        """Copies tensors into a window and waits until they are there."""
+        if not job.layout.on_gpu:
+            window.copy(job.sources)
+        else:
+            # A stream of its own: the training's kernels go on, and only this copy is waited for.
+            streams = {}
+            for device in {source.device for source in job.sources if source.is_cuda}:
+                streams[device] = torch.cuda.Stream(device)
+                if device in job.events:
+                    streams[device].wait_event(job.events[device])
+                else:
+                    streams[device].wait_stream(torch.cuda.current_stream(device))
+            with ExitStack() as entered:
+                for stream in streams.values():
+                    entered.enter_context(torch.cuda.stream(stream))
+                window.copy(job.sources, non_blocking=True)
+            for stream in streams.values():
+                stream.synchronize()
+        job.progress.staged = max(job.progress.staged, window.stop)
+
+    # ---- writing
+
+    def _run(self, job: _Job, handle: SaveHandle) -> None:
+        """The thread of `async_save`."""
+        try:
+            self._write(job, self._background or self._ranks)
+        finally:
+            job.sources = []  # a handle that is kept does not keep the tensors
+            handle.staged()
+
+    def _write(self, job: _Job, ranks: Ranks) -> None:
+        """Writes this rank's file, then commits: all ranks succeed or all raise."""
+        try:
+            sums: dict[str, FileSum] = {}
+            for each in ranks.collect(lambda: self._write_files(job)):
+                sums |= each
+            ranks.on_first(lambda: _commit(job, sums))
+        except BaseException:
+            self._abandon(job)
+            raise
+
+    def _abandon(self, job: _Job) -> None:
+        if job.directory is not None:
+            job.directory.discard()
+
+    def _write_files(self, job: _Job) -> dict[str, FileSum]:
+        """This rank's data file and its sums."""
+        if not job.unfinished.is_dir():
+            raise CheckpointError(
+                f"{job.unfinished.parent}: rank 0 made a directory there which this rank does not "
+                "see; a checkpoint needs a file system that all ranks share"
+            )
+        image = job.layout.image
+        if not image.nbytes:
+            if job.handle is not None:
+                job.handle.staged()
+            return {}
+        path = job.unfinished / job.layout.file
+        engine = self._options.engine()
+        try:
+            writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
+            job.progress.follow(lambda: writer.written)
+            try:
+                if job.handle is not None:
+                    job.handle.on_cancel(writer.cancel)
+                self._submit(job, writer)
+                size, crc = writer.finish()
+                sums = writer.chunk_crcs()
+            except BaseException:
+                writer.cancel()
+                with suppress(OSError, RuntimeError):
+                    writer.finish()  # the memory is free once nothing is in flight
+                raise
+            finally:
+                job.progress.follow(lambda: image.nbytes)
+                if job.handle is not None:
+                    job.handle.on_cancel(None)
+        finally:
+            engine.close()
+        beside = path.with_suffix(".crc")
+        write_durably(beside, sums, fsync=self._options.fsync)
+        return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
+
+    def _submit(self, job: _Job, writer: FileWriter) -> None:
+        """Hands the image to the writer, copying what has not been copied."""
+        image, handle, limit = job.layout.image, job.handle, self._options.staging_bytes
+        if handle is not None and (limit is None or image.nbytes <= limit):
+            memory, window = self._whole(job.layout)
+            self._copy(job, window)
+            handle.staged()
+            writer.submit(memory.address, 0, image.nbytes)
+            return
+        size, count = self._options.window_bytes, _RING
+        if handle is not None and limit is not None:
+            count = max(limit // size, 1)
+            size = min(size, limit // CHUNK * CHUNK)
+        size = min(size, -(-image.nbytes // CHUNK) * CHUNK)
+        count = min(count, -(-image.nbytes // size))
+        self._make_ring(count, size, pin=job.layout.on_gpu)
+        tickets: list[int | None] = [None] * count
+        for number, (start, stop) in enumerate(windows(image.nbytes, size)):
+            slot = number % count
+            before = tickets[slot]
+            if before is not None:
+                writer.wait(before)
+            memory = self._ring[slot]
+            self._copy(job, Window(image, start, stop, memory))
+            tickets[slot] = writer.submit(memory.address, start, stop - start)
+        if handle is not None:
+            handle.staged()
+
+    def _make_ring(self, count: int, size: int, *, pin: bool) -> None:
+        fits = len(self._ring) >= count and all(memory.nbytes >= size for memory in self._ring)
+        if not fits:
+            for memory in self._ring:
+                memory.close()
+            self._ring = []
+            self._ring = [Memory(size, pin=pin) for _ in range(count)]
+
+
+# ---- committing
+
+
+def _make(target: Path, overwrite: bool, fsync: bool) -> NewDirectory:
+    if target.name in ("", POINTER_NAME):
+        raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+    return NewDirectory(target, overwrite=overwrite, fsync=fsync)
+
+
+def _commit(job: _Job, sums: dict[str, FileSum]) -> None:
+    """Rank 0 (the one with the directory) writes what is left, the manifest last, and renames."""
+    directory = job.directory
+    assert directory is not None
+    if job.handle is not None and job.handle.cancelled:
+        raise RuntimeError(f"{job.target}: cancelled")
+    for name, data in job.layout.files(job.tree).items():
+        write_durably(directory.path / name, data, fsync=directory.fsync)
+        sums[name] = FileSum(len(data), crc32c(data))
+    manifest = Manifest.of(sums)
+    write_durably(directory.path / MANIFEST_NAME, manifest.to_bytes(), fsync=directory.fsync)
+    raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
+    directory.publish()
+    if job.latest:
+        set_latest(job.target.parent, job.target.name)
+    if job.retention is not None:
+        for path in prune(
+            job.target.parent, job.retention.keep_last, keep_every=job.retention.keep_every
+        ):
+            logger.info("removed %s", path)
+
+
+def _devices(group: dist.ProcessGroup | None) -> Sequence[str]:
+    """The device types that a group has a backend for."""
+    config = dist.get_backend_config(group)
+    return [part.split(":")[0] for part in config.split(",")]

@@ -1,0 +1,150 @@
+"""What `torch.distributed.checkpoint` needs to read a checkpoint of ours; never read by us.
+
+`.metadata` is the pickle that DCP's FileSystemReader loads: for each tensor its boxes and where their
+records lie. Plain values lie in state.json, which DCP does not know: they are written again, each
+as `torch.save` writes it, one after another into a file of their own. Names and paths are those that
+DCP's default planner gives the nested state, so `dcp.load` and `dcp_to_torch_save` nest it again, with
+what that planner loses: int keys become str, empty dicts vanish.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from goku_runtime.checkpoint.plan import GlobalPlan, TensorEntry, data_file
+from goku_runtime.checkpoint.tree import decode
+
+__all__ = ["METADATA_NAME", "VALUES_NAME", "DcpFiles", "files"]
+
+METADATA_NAME = ".metadata"
+VALUES_NAME = "__values.distcp"
+VERSION = "1.0.0"  # DCP's, of what it pickles
+
+Path = tuple[str | int, ...]
+
+
+class DcpFiles:
+    """The files for one plan. The pickle, most of the work where ranks are many, is kept for as long
+    as paths, and lengths of plain values, stay the same."""
+
+    def __init__(self, plan: GlobalPlan) -> None:
+        self.plan = plan
+        self._last: tuple[Any, bytes] | None = None
+
+    def files(self, tree: Any) -> dict[str, bytes]:
+        """The content of `.metadata` and, where there are plain values, of `__values.distcp`.
+
+        Args:
+            tree: of the state, as `tree.flatten` gives it. Of two leaves of one name (the keys "a.b"
+                and "a" with "b" in it) DCP can have only one: a tensor, or the first.
+
+        Raises:
+            ValueError: a tensor of the plan that the tree does not name.
+        """
+        paths, values = _leaves(tree, self.plan)
+        for name in self.plan.entries:
+            if name not in paths:
+                raise ValueError(f"{name}: a tensor of the plan that the tree does not name")
+        stream = io.BytesIO()
+        places = []
+        for name, value in values.items():
+            begin = stream.tell()
+            torch.save(value, stream)
+            places.append((name, begin, stream.tell() - begin))
+        key = (list(paths.items()), places)
+        if self._last is None or self._last[0] != key:
+            self._last = key, _pickled(self.plan, paths, places)
+        found = {METADATA_NAME: self._last[1]}
+        return found | ({VALUES_NAME: stream.getvalue()} if values else {})
+
+
+def files(plan: GlobalPlan, tree: Any) -> dict[str, bytes]:
+    """DcpFiles.files for a plan that is used once."""
+    return DcpFiles(plan).files(tree)
+
+
+def _pickled(plan: GlobalPlan, paths: dict[str, Path], places: list[tuple[str, int, int]]) -> bytes:
+    described: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    names = {rank: data_file(rank) for rank, size in enumerate(plan.sizes) if size}
+    for name, entry in plan.entries.items():
+        described[name] = _tensor(entry, names, storage)
+    for name, begin, length in places:
+        described[name] = BytesStorageMetadata()
+        storage[MetadataIndex(name)] = _StorageInfo(VALUES_NAME, begin, length)
+    metadata = Metadata(
+        described, planner_data=paths, storage_data=storage, storage_meta=StorageMeta()
+    )
+    # Older versions of torch have no such field; an attribute does no harm there.
+    metadata.version = VERSION
+    return pickle.dumps(metadata)
+
+
+def _tensor(
+    entry: TensorEntry, names: dict[int, str], storage: dict[MetadataIndex, _StorageInfo]
+) -> TensorStorageMetadata:
+    chunks: list[ChunkStorageMetadata] = []
+    sizes: dict[tuple[int, ...], torch.Size] = {}  # few differ, and pickle writes each object once
+    for number, part in enumerate(entry.parts()):
+        start = torch.Size(part.box.start)
+        size = sizes.setdefault(part.box.size, torch.Size(part.box.size))
+        chunks.append(ChunkStorageMetadata(start, size))
+        index = MetadataIndex(entry.name, start, number)
+        storage[index] = _StorageInfo(names[part.rank], part.offset, part.length)
+    properties = TensorProperties(dtype=entry.dtype)
+    return TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+
+
+# --- the tree as DCP's planner would flatten the state -----------------------------------------------
+
+
+def _leaves(tree: Any, plan: GlobalPlan) -> tuple[dict[str, Path], dict[str, Any]]:
+    """The path of every leaf that DCP gets, by name, and the plain ones among them."""
+    found = [(".".join(map(str, path)), path, node) for path, node in _walk((), tree)]
+    paths = {name: path for name, path, node in found if _is_tensor(node) and name in plan.entries}
+    values: dict[str, Any] = {}
+    for name, path, node in found:
+        if name not in paths:
+            paths[name] = path
+            values[name] = decode(node)
+    return paths, values
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, dict) and len(node) == 1 and "$tensor" in node
+
+
+def _walk(path: Path, node: Any) -> Iterator[tuple[Path, Any]]:
+    """The leaves of an encoded node: tensors, values, and lists without dicts in them."""
+    if _is_dict(node):
+        for key, child in node["$dict"] if "$dict" in node else node.items():
+            yield from _walk((*path, str(key)), child)
+    elif isinstance(node, list) and _branches(node):
+        for number, child in enumerate(node):
+            yield from _walk((*path, number), child)
+    else:
+        yield path, node
+
+
+def _is_dict(node: Any) -> bool:
+    return isinstance(node, dict) and not ({"$tensor", "$tuple", "$float"} & node.keys())
+
+
+def _branches(node: Any) -> bool:
+    """Whether DCP looks into a list: there is a dict in it, or in a list in it (not in a tuple)."""
+    return _is_dict(node) or (isinstance(node, list) and any(map(_branches, node)))

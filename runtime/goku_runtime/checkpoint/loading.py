@@ -1,0 +1,151 @@
+"""Loading a checkpoint into a state, in place, whatever ranks and meshes it was saved from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from goku_runtime.checkpoint.layout import STATE_NAME
+from goku_runtime.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    file_problem,
+    raise_problems,
+)
+from goku_runtime.checkpoint.options import CheckpointOptions
+from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.stored import Version2
+from goku_runtime.checkpoint.tree import Match, decode, match, parse_tree
+from goku_runtime.checkpoint.version1 import Version1
+
+__all__ = ["load", "read_values"]
+
+
+def load(
+    state: dict[Any, Any],
+    path: str | os.PathLike[str],
+    *,
+    partial: bool = False,
+    convert: bool = False,
+    broadcast: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    options: CheckpointOptions | None = None,
+) -> None:
+    """Loads a checkpoint into `state`, in place.
+
+    The number of ranks, meshes and placements may differ from those that saved: each rank reads the
+    bytes of its own parts, and verifies the chunks that they lie in before a byte is copied.
+
+    Bytes go straight into dense CPU tensors; others (on a GPU, strided, of another dtype) are read
+    aside, 256 MiB or one tensor at a time. Plain values are replaced in the dicts, so the tensors of
+    ``model.state_dict()`` may be given directly. Where `state` has None, any plain value or dict of
+    them is accepted. What does not fit is found before anything is read; an error after that (damage,
+    a failing disk) leaves some tensors loaded and others not, none of them with wrong values.
+
+    Args:
+        state: nested dicts with the keys, shapes and dtypes of the checkpoint. A rank's may lack keys that
+            other ranks have.
+        path: the checkpoint.
+        partial: leave out what the checkpoint has and `state` has not, such as the optimizer.
+        convert: accept tensors of another dtype, and convert as `Tensor.copy_` does.
+        broadcast: read what several ranks hold on one of them, which sends it to the others: for file
+            systems slower than the network. Tensors on a GPU need a group that can send them.
+        process_group: the ranks that load, each with its own `state`; None takes the default group where
+            there is one.
+        options: of the reading engine.
+
+    Raises:
+        CheckpointError: no checkpoint, or files missing, truncated, altered or extra: named, with the
+            tensors in the altered bytes and the rank that wrote them.
+        ValueError: keys missing or unexpected, or kinds, shapes or dtypes that differ: all named,
+            with what was saved and what is wanted. (CheckpointError is a ValueError too.)
+        OSError: a file cannot be read.
+        Either on all ranks; those where nothing is wrong name one where something is.
+    """
+    ranks = Ranks(process_group)
+    directory = Path(os.path.abspath(path))
+    manifest = ranks.together(lambda: Manifest.read(directory))
+    stored: Version1 | Version2
+    if manifest.version == 1:
+        stored = Version1(ranks, directory, manifest)
+    else:
+        stored = Version2(ranks, directory, manifest)
+    plan = _matched(state, ranks, directory, stored, partial=partial, convert=convert)
+    tensors = {name: tensor for name, (_, tensor) in plan.tensors.items()}
+    if isinstance(stored, Version1):
+        stored.load(tensors)
+    else:
+        options = options or CheckpointOptions()
+        with ranks.together(options.engine) as engine:
+            stored.load(tensors, engine, broadcast=broadcast)
+    for parent, key, value in plan.values:
+        parent[key] = value
+
+
+def read_values(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The plain values of a checkpoint, nested as they were saved, without its tensors.
+
+    Only what is read is verified: the manifest and state.json.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of the two files is damaged.
+        OSError: a file cannot be read.
+    """
+    directory = Path(path)
+    manifest = Manifest.read(directory)
+    if STATE_NAME not in manifest.files:
+        raise CheckpointError(f"{directory} is damaged: {STATE_NAME}: missing")
+    raise_problems(directory, file_problem(directory / STATE_NAME, manifest.files[STATE_NAME]))
+    values = decode(_read_tree(directory))
+    return dict(values)
+
+
+def _matched(
+    state: dict[Any, Any],
+    ranks: Ranks,
+    directory: Path,
+    stored: Version1 | Version2,
+    *,
+    partial: bool,
+    convert: bool,
+) -> Match:
+    """Lays what was saved over the state; raises on all ranks if it does not fit on one."""
+    own: list[Match] = []
+
+    def check() -> tuple[list[str], list[str]]:
+        plan = match(state, _read_tree(directory))
+        own.append(plan)
+        problems = plan.problems + _tensor_problems(plan, stored, convert=convert)
+        return problems, [] if partial else plan.unexpected
+
+    found = ranks.collect(check)
+    # What no rank has a key for; a rank may lack what another one has.
+    nobody = set.intersection(*(set(unexpected) for _, unexpected in found))
+    plan = own[0]
+    problems = found[ranks.rank][0]
+    problems = problems + [f"{name}: unexpected" for name in plan.unexpected if name in nobody]
+    for rank, (others, _) in enumerate(found):
+        problems = problems or [f"rank {rank}: {each}" for each in others]
+    if problems:
+        raise ValueError(f"{directory} does not fit the state: " + "; ".join(problems))
+    return plan
+
+
+def _read_tree(directory: Path) -> Any:
+    path = directory / STATE_NAME
+    return parse_tree(path.read_bytes(), str(path))
+
+
+def _tensor_problems(plan: Match, stored: Version1 | Version2, *, convert: bool) -> list[str]:
+    """Which of the caller's tensors do not have the shape and dtype of the saved ones."""
+    problems = []
+    for saved_name, (name, tensor) in plan.tensors.items():
+        dtype, shape = stored.described(saved_name)
+        other = str(tensor.dtype) != dtype and not convert
+        if other or tuple(tensor.shape) != shape:
+            wanted = f"{tensor.dtype} {tuple(tensor.shape)}"
+            problems.append(f"{name}: {dtype} {shape} was saved, {wanted} is wanted")
+    return problems

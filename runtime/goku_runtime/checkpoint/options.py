@@ -1,0 +1,114 @@
+"""How checkpoints are written and read: what `Checkpointer` takes beside the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from goku_runtime._io import Engine
+
+__all__ = ["CheckpointOptions", "Retention"]
+
+# 4 bytes of CRC for each 64 KiB: what is read beside the bytes wanted is at most two such chunks for
+# each run of them, and the sums of a terabyte are 64 MiB.
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Of the files and of the memory between them and the tensors.
+
+    Attributes:
+        backend: "io_uring", "threads" (pread and pwrite) or "auto", the first that the kernel allows.
+        direct: "on" writes past the page cache (O_DIRECT), "off" through it, "auto" past it where
+            the file system allows that.
+        queue_depth, block_bytes, threads: requests in flight, bytes of one, threads that copy and
+            sum; 0 takes the engine's defaults. `goku ckpt probe` measures them for a directory.
+        fsync: hand files and directories to the device before a checkpoint gets its name. Without it a
+            power failure can leave a checkpoint that `verify` finds damaged.
+        staging_bytes: the most host memory in which `async_save` keeps a copy of what this rank
+            writes; None: as much as that is. With less, staging waits for the device.
+        window_bytes: in which `save` copies and writes; four are in memory at a time.
+
+    Raises:
+        ValueError: a value that is not allowed, with its name.
+    """
+
+    backend: Literal["auto", "io_uring", "threads"] = "auto"
+    direct: Literal["auto", "on", "off"] = "auto"
+    queue_depth: int = 0
+    block_bytes: int = 0
+    threads: int = 0
+    fsync: bool = True
+    staging_bytes: int | None = None
+    window_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("backend", ("auto", "io_uring", "threads")),
+            ("direct", ("auto", "on", "off")),
+        ):
+            if getattr(self, name) not in allowed:
+                text = ", ".join(allowed)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {text}")
+        for name in ("queue_depth", "block_bytes", "threads"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: integers >= 0")
+        least = 4 * CHUNK
+        for name in ("window_bytes", "staging_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "staging_bytes":
+                continue
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; allowed: integers >= {least}")
+        if self.window_bytes % CHUNK:
+            raise ValueError(
+                f"window_bytes is {self.window_bytes}; allowed: multiples of {CHUNK}, the bytes of a chunk"
+            )
+
+    def engine(self, *, trace: bool = False) -> Engine:
+        """The engine of these options.
+
+        Raises:
+            ImportError: the compiled module is missing; the message says which step builds it.
+            OSError, ValueError: what was asked for is not to be had here.
+        """
+        try:
+            from goku_runtime import _io
+        except ImportError as error:
+            raise ImportError(
+                "goku_runtime._io (checkpoint files) cannot be imported: "
+                "`pip install .` in the repository builds it with a C++ compiler, no GPU is needed"
+            ) from error
+        return _io.Engine(
+            backend=self.backend,
+            direct=self.direct,
+            queue_depth=self.queue_depth,
+            block_bytes=self.block_bytes,
+            threads=self.threads,
+            trace=trace,
+        )
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a directory stay.
+
+    Attributes:
+        keep_last: the newest so many, at least 1.
+        keep_every: also those whose number (the digits that end the name, as in step_2000) is a
+            multiple of this; 0: none.
+
+    Raises:
+        ValueError: a value that is not allowed, with its name.
+    """
+
+    keep_last: int
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("keep_last", 1), ("keep_every", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; allowed: integers >= {least}")

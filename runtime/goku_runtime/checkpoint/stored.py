@@ -1,0 +1,284 @@
+"""A checkpoint of version 2, open for reading: its index, its sums, and its tensors.
+
+Only files that hold wanted bytes are opened. A byte reaches a tensor only after the CRC-32C of the
+chunk that it lies in was compared, so nothing wrong is ever loaded.
+"""
+
+from __future__ import annotations
+
+import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from goku_runtime.checkpoint.index import INDEX_NAME, Index, parse
+from goku_runtime.checkpoint.layout import STATE_NAME, global_rank
+from goku_runtime.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    file_problem,
+    file_problems,
+    raise_problems,
+)
+from goku_runtime.checkpoint.plan import Box, held
+from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.tree import is_spread
+
+if TYPE_CHECKING:
+    from goku_runtime._io import Engine
+
+__all__ = ["Stored", "Version2", "sums_name"]
+
+# Tensors that bytes cannot go straight into (on a GPU, strided, of another dtype) are read aside, this
+# much at a time, or one tensor if that is more.
+_ASIDE_BYTES = 256 << 20
+
+
+def sums_name(data_file: str) -> str:
+    """The name of the file that holds a data file's CRCs."""
+    return data_file.removesuffix(".distcp") + ".crc"
+
+
+class Stored:
+    """The data files of one checkpoint, as its manifest and index describe them.
+
+    Raises:
+        CheckpointError: the index is missing or damaged.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.index: Index = parse(
+            self.file(INDEX_NAME),
+            {name: entry.size for name, entry in manifest.files.items()},
+            f"{directory / INDEX_NAME}",
+        )
+        self._sums: dict[str, bytes] = {}
+        self.bytes_read = 0
+        self.bytes_wanted = 0
+
+    def file(self, name: str) -> bytes:
+        """A small file, verified."""
+        wanted = self.manifest.files.get(name)
+        if wanted is None:
+            raise CheckpointError(f"{self.directory} is damaged: {name}: missing")
+        path = self.directory / name
+        raise_problems(self.directory, file_problem(path, wanted))
+        return path.read_bytes()
+
+    def sums(self, data_file: str) -> bytes:
+        """The CRC-32C of each chunk of a data file: little-endian, 4 bytes each."""
+        if data_file not in self._sums:
+            name, size = sums_name(data_file), self.manifest.files[data_file].size
+            found = self.file(name)
+            if len(found) != -(-size // self.index.chunk) * 4:
+                raise CheckpointError(
+                    f"{self.directory} is damaged: {name} has {len(found)} bytes for {size} bytes of data"
+                )
+            self._sums[data_file] = found
+        return self._sums[data_file]
+
+    def read(self, engine: Engine, wanted: Sequence[tuple[str, Box, Tensor]]) -> None:
+        """Reads boxes of tensors into dense CPU tensors of their shapes and dtypes.
+
+        Raises:
+            CheckpointError: bytes that are not those that were written; tensor and writer are named.
+            OSError: a file cannot be read.
+        """
+        by_file: defaultdict[int, array.array[int]] = defaultdict(lambda: array.array("q"))
+        for name, box, target in wanted:
+            address = target.data_ptr()
+            for run in self.index.tensors[name].runs(box):
+                by_file[run.file].extend(
+                    (run.offset, run.row_bytes, run.rows, run.file_stride,
+                     address + run.memory_offset, run.memory_stride)
+                )  # fmt: skip
+        for number, rows in sorted(by_file.items()):
+            self._read_file(engine, self.index.files[number], rows)
+
+    def _read_file(self, engine: Engine, name: str, rows: array.array[int]) -> None:
+        from goku_runtime._io import ChunkError
+
+        path, size = self.directory / name, self.manifest.files[name].size
+        segments = memoryview(rows).cast("B").cast("q", (len(rows) // 6, 6))
+        try:
+            stats = engine.read(
+                str(path), segments, chunk=self.index.chunk, crcs=self.sums(name), size=size
+            )
+        except ChunkError as error:
+            text = self.damage(name, error.offset, error.length)
+            raise CheckpointError(f"{self.directory} is damaged: {text}") from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.directory} is damaged: {name}: missing") from error
+        except ValueError as error:
+            raise CheckpointError(f"{self.directory} is damaged: {name}: {error}") from error
+        self.bytes_read += stats.bytes_read
+        self.bytes_wanted += stats.bytes_wanted
+
+    def damage(self, name: str, offset: int, length: int) -> str:
+        """A damaged piece of a data file in words: the bytes, the tensors in them, who wrote them."""
+        tensors = sorted(self.tensors_in(name, offset, length))
+        shown = ", ".join(tensors[:8]) + (f" and {len(tensors) - 8} more" if tensors[8:] else "")
+        rank = name.removeprefix("__").partition("_")[0]
+        return (
+            f"{name}: altered, bytes {offset} to {offset + length} ({shown or 'between tensors'}), "
+            f"written by rank {rank}"
+        )
+
+    def tensors_in(self, name: str, offset: int, length: int) -> Iterator[str]:
+        """The tensors whose payloads lie at least partly in a piece of a data file."""
+        number = self.index.files.index(name)
+        for tensor, stored in self.index.tensors.items():
+            for part in stored.parts:
+                size = part.box.volume * stored.dtype.itemsize
+                meets = part.offset < offset + length and offset < part.offset + size
+                if part.file == number and meets:
+                    yield tensor
+                    break
+
+
+class Version2(Stored):
+    """A checkpoint opened by all ranks together; see `goku_runtime.checkpoint.load`.
+
+    Sizes of all files are looked at, by the ranks in turn; sums as bytes are read.
+
+    Raises:
+        CheckpointError: files missing, truncated or extra, or a damaged index: all named.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, ranks: Ranks, directory: Path, manifest: Manifest) -> None:
+        self._ranks = ranks
+        share = (ranks.rank, ranks.count)
+        found = ranks.collect(lambda: file_problems(directory, manifest, sums=False, share=share))
+        raise_problems(directory, [problem for each in found for problem in each])
+
+        def open_index() -> None:
+            super(Version2, self).__init__(directory, manifest)
+            self.file(STATE_NAME)
+
+        ranks.together(open_index)
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """A saved tensor's dtype ("torch.float32") and shape. Raises CheckpointError: there is none."""
+        stored = self.index.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.directory / INDEX_NAME} is damaged: it lacks {name!r}")
+        return str(stored.dtype), stored.shape
+
+    def load(self, tensors: Mapping[str, Tensor], engine: Engine, *, broadcast: bool) -> None:
+        """Reads tensors into the caller's, by saved name, on all ranks.
+
+        Args:
+            tensors: of the saved shapes; another dtype is converted to.
+            engine: that reads.
+            broadcast: read what several ranks hold on one of them, which sends it to the others.
+        """
+        mine = {each.name: each.box for each in held(tensors, rank=global_rank())}
+        readers = {
+            name: _first_replicas(tensor, self._ranks) if broadcast else True
+            for name, tensor in tensors.items()
+        }
+        self._ranks.together(
+            lambda: self._load(
+                {
+                    name: tensor
+                    for name, tensor in tensors.items()
+                    if name in mine and readers[name]
+                },
+                mine,
+                engine,
+            )
+        )
+        if broadcast:
+            for tensor in tensors.values():
+                _send(tensor, self._ranks)
+
+    def _load(self, tensors: Mapping[str, Tensor], mine: Mapping[str, Box], engine: Engine) -> None:
+        wanted: list[tuple[str, Box, Tensor]] = []
+        aside: list[tuple[Tensor, Tensor]] = []
+        aside_bytes = 0
+        for name, tensor in tensors.items():
+            spread: Any = tensor
+            local: Tensor = (spread.to_local() if is_spread(tensor) else tensor).detach()
+            stored = self.index.tensors[name]
+            target = local
+            straight = local.device.type == "cpu" and local.is_contiguous()
+            lazy = local.is_conj() or local.is_neg()
+            if not straight or lazy or local.dtype != stored.dtype:
+                target = torch.empty(mine[name].size, dtype=stored.dtype)
+                aside.append((local, target))
+                aside_bytes += target.nbytes
+            wanted.append((name, mine[name], target))
+            if aside_bytes >= _ASIDE_BYTES:
+                self._read_batch(engine, wanted, aside)
+                wanted, aside, aside_bytes = [], [], 0
+        self._read_batch(engine, wanted, aside)
+
+    def _read_batch(
+        self,
+        engine: Engine,
+        wanted: Sequence[tuple[str, Box, Tensor]],
+        aside: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        self.read(engine, wanted)
+        with torch.no_grad():
+            for local, target in aside:
+                local.copy_(target)
+
+
+# ---- replicas
+
+
+def _replicated(tensor: Tensor) -> list[tuple[Any, int]]:
+    """The mesh dimensions of a DTensor along which ranks hold the same: (mesh, dimension)."""
+    from torch.distributed.tensor import Replicate
+
+    spread: Any = tensor
+    return [
+        (spread.device_mesh, dim)
+        for dim, placement in enumerate(spread.placements)
+        if isinstance(placement, Replicate) and spread.device_mesh.size(dim) > 1
+    ]
+
+
+def _first_replicas(tensor: Tensor, ranks: Ranks) -> bool:
+    """Whether this rank is the one among those with the same part that reads it."""
+    if not is_spread(tensor):
+        return ranks.is_first
+    return all(mesh.get_local_rank(dim) == 0 for mesh, dim in _replicated(tensor))
+
+
+def _send(tensor: Tensor, ranks: Ranks) -> None:
+    """Sends a part from the rank that read it to those that hold the same."""
+    import torch.distributed as dist
+
+    if not is_spread(tensor):
+        if ranks.count > 1:
+            _broadcast(
+                tensor, dist.get_global_rank(ranks.group, 0) if ranks.group else 0, ranks.group
+            )
+        return
+    spread: Any = tensor
+    dims = _replicated(tensor)
+    for number, (mesh, dim) in enumerate(dims):
+        # Only where the part has arrived: at the front of the dimensions that come later.
+        if all(mesh.get_local_rank(later) == 0 for _, later in dims[number + 1 :]):
+            group = mesh.get_group(dim)
+            _broadcast(spread.to_local(), dist.get_global_rank(group, 0), group)
+
+
+def _broadcast(tensor: Tensor, source: int, group: Any) -> None:
+    import torch.distributed as dist
+
+    with torch.no_grad():
+        dense = tensor.detach().contiguous()
+        dist.broadcast(dense, source, group=group)
+        if dense.data_ptr() != tensor.data_ptr():
+            tensor.copy_(dense)
