@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from goku.model import GokuTransformer, KernelConfig, ModelConfig, TokenShard, initial_value
 from goku_kernels import Packing
@@ -103,6 +103,13 @@ class ParallelContext:
         if self.mesh is None or self.dims.sp == 1:
             return None
         return PackSharding(SequenceParallel(self.mesh.get_group("sp"), heads))
+
+    def row(self, mine: Tensor) -> Tensor:
+        """A tensor with a row of every process, of which each holds its own: (world, *mine.shape)."""
+        if self.mesh is None:
+            return mine[None]
+        placements = [Shard(0)] * self.mesh.ndim  # the mesh is row-major in rank
+        return DTensor.from_local(mine[None], self.mesh, placements, run_check=False)
 
     @property
     def is_main(self) -> bool:

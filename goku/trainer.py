@@ -418,7 +418,7 @@ class Trainer:
             "model": dict(self.model.state_dict()),
             "ema": dict(self.ema.module.state_dict()),
             "optimizer": moments,
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": {"torch": self.context.row(torch.get_rng_state().to(self.device))},
             "run": {
                 "step": self.step,
                 "position": self.position,
@@ -468,8 +468,13 @@ class Trainer:
             )
         state = self.state()
         state["run"] = None  # whatever values were saved
+        dtype, shape = checkpoint.describe(path)["rng.torch"]
+        generators = state["rng"]["torch"] = torch.empty(shape, dtype=dtype)
         checkpoint.load(state, path, process_group=self.context.host_group)
-        torch.set_rng_state(state["rng"]["torch"])
+        # A row of every process; of rank 0 alone in checkpoints of version 1. Further processes keep theirs.
+        rows = generators.reshape(-1, shape[-1])
+        if self.context.rank < len(rows):
+            torch.set_rng_state(rows[self.context.rank])
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
         self.ema.updates = run["ema_updates"]

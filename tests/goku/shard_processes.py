@@ -12,6 +12,7 @@ from goku.flow import per_sample_mse
 from goku.model import GokuTransformer, KernelConfig, ModelConfig
 from goku.parallelize import PackSharding, parallel_context
 from goku_kernels import Packing
+from goku_runtime import checkpoint
 from goku_runtime.mesh import ParallelDims
 from goku_runtime.sequence_parallel import SequenceParallel
 
@@ -95,6 +96,23 @@ def arrangement(rank: int, world: int, port: int) -> None:
             world, world * (world - 1) / 2,
         ]  # fmt: skip
     assert context.mesh is None
+
+
+def a_row_of_every_process(rank: int, world: int, port: int, path: str) -> None:
+    """Random states are saved for each process, without a collective for them, and come back."""
+    _join(rank, world, port)
+    torch.manual_seed(rank)
+    mine = torch.get_rng_state()
+    with parallel_context("cpu", 1, ParallelDims(sp=2)) as context:
+        state = {"rng": context.row(mine)}
+        checkpoint.save(state, path, process_group=context.host_group)
+        dtype, shape = checkpoint.describe(path)["rng"]
+        assert (dtype, shape) == (torch.uint8, (world, len(mine)))
+        rows = torch.zeros(shape, dtype=dtype)
+        checkpoint.load({"rng": rows}, path, process_group=context.host_group)
+        for each in range(world):
+            torch.manual_seed(each)
+            assert torch.equal(rows[each], torch.get_rng_state())
 
 
 def bad_arrangement(rank: int, world: int, port: int) -> None:

@@ -41,9 +41,10 @@ def test_a_pack_on_several_processes_is_the_pack_on_one(run_processes: Any, worl
     run_processes(world, SCRIPT, ("model_on_shards", {"heads": heads}), "too_few_tokens")
 
 
-def test_arrangement_and_failures(run_processes: Any):
+def test_arrangement_and_failures(run_processes: Any, tmp_path: Path):
     run_processes(
         4, SCRIPT, ("arrangement", _port()), ("bad_arrangement", _port()), ("one_fails", _port()),
+        ("a_row_of_every_process", _port() | {"path": str(tmp_path / "checkpoint")}),
         backend="none",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ once it is durable. docs/checkpoints.md describes the format.
 from goku_runtime.checkpoint.checkpointer import Checkpointer
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.handle import SaveHandle
-from goku_runtime.checkpoint.loading import load, read_values
+from goku_runtime.checkpoint.loading import describe, load, read_values
 from goku_runtime.checkpoint.manifest import CheckpointError, Report
 from goku_runtime.checkpoint.options import CheckpointOptions, Retention
 from goku_runtime.checkpoint.root import latest, prune, set_latest
@@ -25,6 +25,7 @@ __all__ = [
     "SaveHandle",
     "async_save",
     "crc32c",
+    "describe",
     "latest",
     "load",
     "prune",

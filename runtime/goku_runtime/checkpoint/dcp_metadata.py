@@ -54,12 +54,12 @@ class DcpFiles:
                 and "a" with "b" in it) DCP can have only one: a tensor, or the first.
 
         Raises:
-            ValueError: a tensor of the plan that the tree does not name.
+            ValueError: a tensor of the plan that the tree does not name, or the other way round.
         """
-        paths, values = _leaves(tree, self.plan)
-        for name in self.plan.entries:
-            if name not in paths:
-                raise ValueError(f"{name}: a tensor of the plan that the tree does not name")
+        paths, values = _leaves(tree)
+        for name in (paths.keys() - values.keys()) ^ self.plan.entries.keys():
+            lacking, having = ("tree", "plan") if name in self.plan.entries else ("plan", "tree")
+            raise ValueError(f"{name}: a tensor of the {having} that the {lacking} does not name")
         stream = io.BytesIO()
         places = []
         for name, value in values.items():
@@ -113,10 +113,10 @@ def _tensor(
 # --- the tree as DCP's planner would flatten the state -----------------------------------------------
 
 
-def _leaves(tree: Any, plan: GlobalPlan) -> tuple[dict[str, Path], dict[str, Any]]:
+def _leaves(tree: Any) -> tuple[dict[str, Path], dict[str, Any]]:
     """The path of every leaf that DCP gets, by name, and the plain ones among them."""
     found = [(".".join(map(str, path)), path, node) for path, node in _walk((), tree)]
-    paths = {name: path for name, path, node in found if _is_tensor(node) and name in plan.entries}
+    paths = {name: path for name, path, node in found if _is_tensor(node)}
     values: dict[str, Any] = {}
     for name, path, node in found:
         if name not in paths:

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from goku_runtime.checkpoint import version1
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
@@ -17,11 +19,10 @@ from goku_runtime.checkpoint.manifest import (
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.ranks import Ranks
-from goku_runtime.checkpoint.stored import Version2
+from goku_runtime.checkpoint.stored import Stored, Version2
 from goku_runtime.checkpoint.tree import Match, decode, match, parse_tree
-from goku_runtime.checkpoint.version1 import Version1
 
-__all__ = ["load", "read_values"]
+__all__ = ["describe", "load", "read_values"]
 
 
 def load(
@@ -68,14 +69,14 @@ def load(
     ranks = Ranks(process_group)
     directory = Path(os.path.abspath(path))
     manifest = ranks.together(lambda: Manifest.read(directory))
-    stored: Version1 | Version2
+    stored: version1.Version1 | Version2
     if manifest.version == 1:
-        stored = Version1(ranks, directory, manifest)
+        stored = version1.Version1(ranks, directory, manifest)
     else:
         stored = Version2(ranks, directory, manifest)
     plan = _matched(state, ranks, directory, stored, partial=partial, convert=convert)
     tensors = {name: tensor for name, (_, tensor) in plan.tensors.items()}
-    if isinstance(stored, Version1):
+    if isinstance(stored, version1.Version1):
         stored.load(tensors)
     else:
         options = options or CheckpointOptions()
@@ -103,11 +104,28 @@ def read_values(path: str | os.PathLike[str]) -> dict[Any, Any]:
     return dict(values)
 
 
+def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor of a checkpoint, by name: its keys joined by dots.
+
+    Only the manifest and the index are read and verified.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of the two files is damaged.
+        OSError: a file cannot be read.
+    """
+    directory = Path(path)
+    manifest = Manifest.read(directory)
+    if manifest.version > 1:
+        tensors = Stored(directory, manifest).index.tensors
+        return {name: (each.dtype, each.shape) for name, each in tensors.items()}
+    return version1.described(directory, manifest)
+
+
 def _matched(
     state: dict[Any, Any],
     ranks: Ranks,
     directory: Path,
-    stored: Version1 | Version2,
+    stored: version1.Version1 | Version2,
     *,
     partial: bool,
     convert: bool,
@@ -139,7 +157,7 @@ def _read_tree(directory: Path) -> Any:
     return parse_tree(path.read_bytes(), str(path))
 
 
-def _tensor_problems(plan: Match, stored: Version1 | Version2, *, convert: bool) -> list[str]:
+def _tensor_problems(plan: Match, stored: version1.Version1 | Version2, *, convert: bool) -> list[str]:
     """Which of the caller's tensors do not have the shape and dtype of the saved ones."""
     problems = []
     for saved_name, (name, tensor) in plan.tensors.items():

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
+    file_problem,
     file_problems,
     raise_problems,
 )
@@ -22,7 +24,23 @@ from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.version1.metadata import METADATA_NAME, read_metadata
 from goku_runtime.checkpoint.version1.reader import StagingReader
 
-__all__ = ["Version1"]
+__all__ = ["Version1", "described"]
+
+
+def described(
+    directory: Path, manifest: Manifest
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor, by name. Raises CheckpointError: `.metadata` is damaged."""
+    wanted = manifest.files.get(METADATA_NAME)
+    if wanted is None:
+        raise CheckpointError(f"{directory} is damaged: {METADATA_NAME}: missing")
+    raise_problems(directory, file_problem(directory / METADATA_NAME, wanted))
+    saved = read_metadata(directory, manifest.files).state_dict_metadata
+    return {
+        name: (entry.properties.dtype, tuple(entry.size))
+        for name, entry in saved.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
 
 
 class Version1:
