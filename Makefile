@@ -100,18 +100,19 @@ PYTEST = $(RUN) --ignore=tests/gpu --ignore=$(INTERPRETER)
 .PHONY: pytest
 pytest: $(DEV)  ## the tests alone; ARGS are pytest's
 	@$(PYTEST) $(if $(ARGS),$(ARGS),-m "not long")
-	@$(if $(ARGS),,TRITON_INTERPRET=1 $(RUN) $(INTERPRETER))
+	@$(if $(ARGS),,TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) -m "not long")
 
 .PHONY: long
 long: $(DEV)  ## the tests that `make test` has no time for: every mesh, other Pythons, nvcc
 	@$(PYTEST) -m long $(ARGS)
+	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) -m long $(ARGS)
 
 .PHONY: quick
 quick: $(DEV)  ## the tests that take less than about ten seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 .PHONY: interpreter
-interpreter: $(DEV)  ## the Triton kernels in Triton's interpreter; ARGS are pytest's
+interpreter: $(DEV)  ## the Triton kernels in Triton's interpreter, all of it; ARGS are pytest's
 	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) $(ARGS)
 
 # ---- compiled without a GPU ----------------------------------------------------------------------
