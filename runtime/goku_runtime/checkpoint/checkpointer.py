@@ -9,6 +9,7 @@ few windows of memory; `async_save` leaves the last two, or three, to a thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from torch import Tensor
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.directory import NewDirectory, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
+from goku_runtime.checkpoint.index import CHUNK
+from goku_runtime.checkpoint.journal import Journal
 from goku_runtime.checkpoint.layout import Layout, Layouts
 from goku_runtime.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -34,7 +37,7 @@ from goku_runtime.checkpoint.manifest import (
     file_problems,
     raise_problems,
 )
-from goku_runtime.checkpoint.options import CHUNK, CheckpointOptions, Retention
+from goku_runtime.checkpoint.options import CheckpointOptions, Retention
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.root import POINTER_NAME, prune, set_latest
 from goku_runtime.checkpoint.staging import Memory, Window, windows
@@ -80,6 +83,7 @@ class Checkpointer:
         process_group: the ranks that save; None takes the default group where there is one. If it has no
             backend for CPU tensors (NCCL alone) a Gloo group of the same ranks is made.
         options: of files and memory.
+        journal: that this rank's requests to the file system are logged in.
 
     Raises:
         ValueError: this process is not in the group.
@@ -89,7 +93,10 @@ class Checkpointer:
         self,
         process_group: dist.ProcessGroup | None = None,
         options: CheckpointOptions | None = None,
+        *,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal
         self._options = options or CheckpointOptions()
         self._groups: list[dist.ProcessGroup] = []
         self._ranks = Ranks(process_group)
@@ -148,7 +155,11 @@ class Checkpointer:
         for device in {source.device for source in job.sources if source.is_cuda}:
             job.events[device] = torch.cuda.current_stream(device).record_event()
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"saving {job.target.name}")
-        handle.follow(executor.submit(self._run, job, handle))
+        try:
+            handle.follow(executor.submit(self._run, job, handle))
+        except BaseException:  # the system has no thread left, or the interpreter is ending
+            self._abandon(job)
+            raise
         executor.shutdown(wait=False)  # the thread ends with its one task
         self._handle = handle
         if stage == "now":
@@ -209,8 +220,8 @@ class Checkpointer:
     ) -> _Job:
         target = Path(os.path.abspath(path))
         layout, tree, sources = self._layouts.of(state)
-        fsync = self._options.fsync
-        directory = self._ranks.on_first(lambda: _make(target, overwrite, fsync))
+        fsync, journal = self._options.fsync, self._journal
+        directory = self._ranks.on_first(lambda: _make(target, overwrite, fsync, journal))
         unfinished = Path(self._ranks.gather(str(directory.path) if directory else "")[0])
         progress = Progress(layout.image.nbytes)
         return _Job(
@@ -265,7 +276,7 @@ class Checkpointer:
         """Writes this rank's file, then commits: all ranks succeed or all raise."""
         try:
             sums: dict[str, FileSum] = {}
-            for each in ranks.collect(lambda: self._write_files(job)):
+            for each in ranks.collect(lambda: self._written(job)):
                 sums |= each
             ranks.on_first(lambda: _commit(job, sums))
         except BaseException:
@@ -275,6 +286,18 @@ class Checkpointer:
     def _abandon(self, job: _Job) -> None:
         if job.directory is not None:
             job.directory.discard()
+
+    def _written(self, job: _Job) -> dict[str, FileSum]:
+        """`_write_files`, and the one error for a save that was given up, however far it was."""
+        try:
+            sums = self._write_files(job)
+        except OSError as error:
+            if error.errno == errno.ECANCELED:
+                raise _cancelled(job) from error
+            raise
+        if job.handle is not None and job.handle.cancelled:
+            raise _cancelled(job)
+        return sums
 
     def _write_files(self, job: _Job) -> dict[str, FileSum]:
         """This rank's data file and its sums."""
@@ -289,7 +312,7 @@ class Checkpointer:
                 job.handle.staged()
             return {}
         path = job.unfinished / job.layout.file
-        engine = self._options.engine()
+        engine = self._options.engine(trace=self._journal is not None)
         try:
             writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
             job.progress.follow(lambda: writer.written)
@@ -305,13 +328,16 @@ class Checkpointer:
                     writer.finish()  # the memory is free once nothing is in flight
                 raise
             finally:
-                job.progress.follow(lambda: image.nbytes)
+                done = writer.written
+                job.progress.follow(lambda: done)  # not the writer, which holds the file
                 if job.handle is not None:
                     job.handle.on_cancel(None)
         finally:
+            if self._journal is not None:
+                self._journal.add_trace(engine.trace())
             engine.close()
         beside = path.with_suffix(".crc")
-        write_durably(beside, sums, fsync=self._options.fsync)
+        write_durably(beside, sums, fsync=self._options.fsync, journal=self._journal)
         return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
 
     def _submit(self, job: _Job, writer: FileWriter) -> None:
@@ -320,6 +346,7 @@ class Checkpointer:
         if handle is not None and (limit is None or image.nbytes <= limit):
             memory, window = self._whole(job.layout)
             self._copy(job, window)
+            job.sources = []  # writing may take long, and the tensors be wanted elsewhere
             handle.staged()
             writer.submit(memory.address, 0, image.nbytes)
             return
@@ -339,6 +366,7 @@ class Checkpointer:
             memory = self._ring[slot]
             self._copy(job, Window(image, start, stop, memory))
             tickets[slot] = writer.submit(memory.address, start, stop - start)
+        job.sources = []
         if handle is not None:
             handle.staged()
 
@@ -354,31 +382,36 @@ class Checkpointer:
 # ---- committing
 
 
-def _make(target: Path, overwrite: bool, fsync: bool) -> NewDirectory:
+def _make(target: Path, overwrite: bool, fsync: bool, journal: Journal | None) -> NewDirectory:
     if target.name in ("", POINTER_NAME):
         raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
-    return NewDirectory(target, overwrite=overwrite, fsync=fsync)
+    return NewDirectory(target, overwrite=overwrite, fsync=fsync, journal=journal)
+
+
+def _cancelled(job: _Job) -> RuntimeError:
+    return RuntimeError(f"{job.target}: cancelled")
 
 
 def _commit(job: _Job, sums: dict[str, FileSum]) -> None:
     """Rank 0 (the one with the directory) writes what is left, the manifest last, and renames."""
     directory = job.directory
     assert directory is not None
+    fsync, journal = directory.fsync, directory.journal
     if job.handle is not None and job.handle.cancelled:
-        raise RuntimeError(f"{job.target}: cancelled")
+        raise _cancelled(job)
     for name, data in job.layout.files(job.tree).items():
-        write_durably(directory.path / name, data, fsync=directory.fsync)
+        write_durably(directory.path / name, data, fsync=fsync, journal=journal)
         sums[name] = FileSum(len(data), crc32c(data))
     manifest = Manifest.of(sums)
-    write_durably(directory.path / MANIFEST_NAME, manifest.to_bytes(), fsync=directory.fsync)
+    path = directory.path / MANIFEST_NAME
+    write_durably(path, manifest.to_bytes(), fsync=fsync, journal=journal)
     raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
     directory.publish()
     if job.latest:
-        set_latest(job.target.parent, job.target.name)
+        set_latest(job.target.parent, job.target.name, journal=journal)
     if job.retention is not None:
-        for path in prune(
-            job.target.parent, job.retention.keep_last, keep_every=job.retention.keep_every
-        ):
+        keep_last, keep_every = job.retention.keep_last, job.retention.keep_every
+        for path in prune(job.target.parent, keep_last, keep_every=keep_every, journal=journal):
             logger.info("removed %s", path)
 
 

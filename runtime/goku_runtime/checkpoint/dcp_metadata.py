@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from goku_runtime.checkpoint.plan import GlobalPlan, TensorEntry, data_file
 from goku_runtime.checkpoint.tree import decode
 
-__all__ = ["METADATA_NAME", "VALUES_NAME", "DcpFiles", "files"]
+__all__ = ["METADATA_NAME", "VALUES_NAME", "DcpFiles", "files", "leaves", "pickled"]
 
 METADATA_NAME = ".metadata"
 VALUES_NAME = "__values.distcp"
@@ -56,7 +56,7 @@ class DcpFiles:
         Raises:
             ValueError: a tensor of the plan that the tree does not name, or the other way round.
         """
-        paths, values = _leaves(tree)
+        paths, values = leaves(tree)
         for name in (paths.keys() - values.keys()) ^ self.plan.entries.keys():
             lacking, having = ("tree", "plan") if name in self.plan.entries else ("plan", "tree")
             raise ValueError(f"{name}: a tensor of the {having} that the {lacking} does not name")
@@ -68,7 +68,7 @@ class DcpFiles:
             places.append((name, begin, stream.tell() - begin))
         key = (list(paths.items()), places)
         if self._last is None or self._last[0] != key:
-            self._last = key, _pickled(self.plan, paths, places)
+            self._last = key, pickled(self.plan, paths, places)
         found = {METADATA_NAME: self._last[1]}
         return found | ({VALUES_NAME: stream.getvalue()} if values else {})
 
@@ -78,7 +78,14 @@ def files(plan: GlobalPlan, tree: Any) -> dict[str, bytes]:
     return DcpFiles(plan).files(tree)
 
 
-def _pickled(plan: GlobalPlan, paths: dict[str, Path], places: list[tuple[str, int, int]]) -> bytes:
+def pickled(plan: GlobalPlan, paths: Any, places: list[tuple[str, int, int]]) -> bytes:
+    """The content of `.metadata`.
+
+    Args:
+        plan: of the tensors.
+        paths: of all leaves by name, or whatever the planner of a DCP save keeps there.
+        places: (name, offset, bytes) of each plain value in `__values.distcp`.
+    """
     described: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     names = {rank: data_file(rank) for rank, size in enumerate(plan.sizes) if size}
@@ -113,7 +120,7 @@ def _tensor(
 # --- the tree as DCP's planner would flatten the state -----------------------------------------------
 
 
-def _leaves(tree: Any) -> tuple[dict[str, Path], dict[str, Any]]:
+def leaves(tree: Any) -> tuple[dict[str, Path], dict[str, Any]]:
     """The path of every leaf that DCP gets, by name, and the plain ones among them."""
     found = [(".".join(map(str, path)), path, node) for path, node in _walk((), tree)]
     paths = {name: path for name, path, node in found if _is_tensor(node)}

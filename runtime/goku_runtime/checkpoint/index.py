@@ -6,9 +6,11 @@ manifest: no tensor can be larger than the files together, and parts neither ove
 
 from __future__ import annotations
 
+import gc
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +27,8 @@ from goku_runtime.checkpoint.records import DTYPES, dtype_name
 __all__ = ["CHUNK", "INDEX_NAME", "Index", "IndexTensor", "Run", "StoredPart", "parse", "to_json"]
 
 INDEX_NAME = "index.json"
+# 4 bytes of CRC for each 64 KiB: what is read beside the bytes wanted is at most two such chunks for
+# each run of them, and the sums of a terabyte are 64 MiB.
 CHUNK = 65536
 """Bytes of a data file that one CRC-32C covers; a multiple of 4096."""
 
@@ -178,16 +182,29 @@ def parse(data: bytes, sizes: Mapping[str, int], where: str = INDEX_NAME) -> Ind
             names the field.
     """
     try:
-        content = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse
-        )  # fmt: skip
-        return _index(content, sizes)
-    except (
-        _Bad,
-        ValueError,
-        RecursionError,
-    ) as error:  # undecodable text and bad JSON are ValueErrors
+        with _no_collection():
+            content = json.loads(
+                data.decode("utf-8"),
+                object_pairs_hook=_object,
+                parse_constant=_refuse,
+                parse_float=_refuse,
+            )
+            return _index(content, sizes)
+    except (_Bad, ValueError, RecursionError) as error:  # bad text and bad JSON are ValueErrors
         raise CheckpointError(f"{where} is damaged: {error}") from error
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """Stops the garbage collector, if it runs: it would look again and again at millions of objects
+    all of which stay, for half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Layout:
         self.file = data_file(rank)
         self.on_gpu = on_gpu
         self._index: bytes | None = None
+        self._dcp = dcp_metadata.DcpFiles(plan)
 
     def files(self, tree: Any) -> dict[str, bytes]:
         """The files that rank 0 writes: the index, the values, and what stock DCP reads of both."""
@@ -59,7 +60,7 @@ class Layout:
             self._index = index.to_json(self.plan)
         return {
             index.INDEX_NAME: self._index,
-            **dcp_metadata.files(self.plan, tree),
+            **self._dcp.files(tree),
             STATE_NAME: to_json(tree).encode(),
         }
 
@@ -160,7 +161,8 @@ def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     for record in layout.image.records:
         tensor: Any = tensors[record.name]
         local: Tensor = tensor.to_local() if is_spread(tensor) else tensor
-        if tuple(local.shape) != record.shape:
+        # Of a tensor without elements one box stands for all: nothing is copied.
+        if record.nbytes and tuple(local.shape) != record.shape:
             raise ValueError(
                 f"{record.name}: this rank's part has shape {tuple(local.shape)}; its mesh and "
                 f"placements make it {record.shape}"

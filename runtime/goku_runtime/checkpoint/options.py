@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from goku_runtime.checkpoint.index import CHUNK
+
 if TYPE_CHECKING:
     from goku_runtime._io import Engine
 
 __all__ = ["CheckpointOptions", "Retention"]
-
-# 4 bytes of CRC for each 64 KiB: what is read beside the bytes wanted is at most two such chunks for
-# each run of them, and the sums of a terabyte are 64 MiB.
-CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)

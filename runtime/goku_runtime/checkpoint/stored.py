@@ -207,6 +207,8 @@ class Version2(Stored):
         for name, tensor in tensors.items():
             spread: Any = tensor
             local: Tensor = (spread.to_local() if is_spread(tensor) else tensor).detach()
+            if not local.numel():
+                continue
             stored = self.index.tensors[name]
             target = local
             straight = local.device.type == "cpu" and local.is_contiguous()

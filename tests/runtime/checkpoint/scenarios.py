@@ -52,11 +52,14 @@ def plain_state() -> dict[str, Any]:
         "columns": full(3, 4, 7),
         "copies": full(4, 3),
         "nothing": torch.empty(0, 2),
+        "void": torch.empty(0, 4),
         "few": full(5, 1, 2),
     }
 
 
-SPREAD = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "few": Shard(0)}
+SPREAD = {
+    "rows": Shard(0), "columns": Shard(1), "copies": Replicate(), "few": Shard(0), "void": Shard(1),
+}  # fmt: skip
 
 
 def spread_state(ranks: int, *, zero: bool = False) -> dict[str, Any]:

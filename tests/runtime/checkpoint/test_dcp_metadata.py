@@ -294,6 +294,8 @@ def test_a_tensor_without_a_place_in_the_tree() -> None:
     flat = flatten({"w": torch.ones(2)})
     with pytest.raises(ValueError, match="w: a tensor of the plan that the tree does not name"):
         files(planned(flat.tensors), flatten({"v": 1}).tree)
+    with pytest.raises(ValueError, match="w: a tensor of the tree that the plan does not name"):
+        files(planned({}), flat.tree)
 
 
 def test_what_is_kept_between_saves_follows_the_values(tmp_path: Path) -> None:

@@ -15,9 +15,19 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -234,6 +244,15 @@ def test_what_cannot_be_placed_is_refused_by_name() -> None:
         make_plan({}, world=2, members=[0])
 
 
+def test_axes_count_from_the_end_too() -> None:
+    plans = [
+        make_plan({"w": Described(torch.int8, (2, 6), mesh_of(3), (Shard(axis),))}, world=3)
+        for axis in (1, -1)
+    ]
+    assert plans[0].digest() == plans[1].digest()
+    assert plans[1].entries["w"].box_of(2) == Box((0, 4), (2, 2))
+
+
 def test_a_group_that_is_part_of_the_mesh() -> None:
     """One copy of two saves alone: boxes have fewer replicas, or none."""
     mesh = mesh_of(2, 3)
@@ -337,11 +356,49 @@ def test_the_digest_tells_any_change() -> None:
     assert make_plan(base(), world=4).digest() == digests[0]
 
 
-@pytest.fixture
-def fake_group() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+@pytest.fixture(params=[(0, 8)], ids=str)
+def fake_group(request: pytest.FixtureRequest) -> Iterator[None]:
+    rank, world = request.param
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     yield
     dist.destroy_process_group()
+
+
+# One rank: torch remembers what it computed for a mesh, whichever rank this process was at the time.
+@pytest.mark.parametrize("fake_group", [(10, 16)], indirect=True, ids=str)
+@pytest.mark.usefixtures("fake_group")
+def test_hybrid_shards_over_tensor_parallelism_as_torch_makes_them() -> None:
+    mesh = init_device_mesh("cpu", (2, 4, 2), mesh_dim_names=("r", "dp", "tp"))
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["r", "dp"])
+    state = model.state_dict()
+    placements = {type(each) for tensor in state.values() for each in tensor.placements}
+    assert placements == {Replicate, Shard, _StridedShard}
+    plan = make_plan(state, world=16)
+    counts = {name: len(list(entry.parts())) for name, entry in plan.entries.items()}
+    assert counts == {"0.weight": 8, "0.bias": 8, "2.weight": 8, "2.bias": 4}
+    for name, tensor in state.items():
+        size, start = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        assert tensor.to_local().shape == size
+        assert plan.entries[name].box_of(dist.get_rank()) == Box(tuple(start), tuple(size))
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_another_order_of_shards_is_refused() -> None:
+    spec_module = pytest.importorskip("torch.distributed.tensor._dtensor_spec")
+    if not hasattr(spec_module, "ShardOrderEntry"):
+        pytest.skip("this torch has no order of shards but the mesh's")
+    mesh = init_device_mesh("cpu", (2, 4))
+    whole = torch.zeros(8)
+    meta = spec_module.TensorMeta(whole.shape, whole.stride(), whole.dtype)
+    order = (spec_module.ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
+    spec = spec_module.DTensorSpec(mesh, (Shard(0), Shard(0)), meta, order)
+    tensor = DTensor(torch.zeros(1), spec, requires_grad=False)
+    with pytest.raises(ValueError, match=r"w: axis 0 is sharded over the mesh dimensions \(1, 0\)"):
+        make_plan({"w": tensor}, world=8)
 
 
 @pytest.mark.usefixtures("fake_group")

@@ -18,6 +18,7 @@ def test_two_ranks_save_and_one_and_three_load(run_ranks: Run, tmp_path: Path) -
     run_ranks(3, tmp_path, "load_spread@spread")
     directory = tmp_path / "spread"
     shapes = {"rows": (5, 3), "columns": (4, 7), "copies": (3,), "few": (1, 2), "nothing": (0, 2)}
+    shapes["void"] = (0, 4)
     model = {name: torch.zeros(shape) for name, shape in shapes.items()}
     model["plain"] = torch.zeros(6, 4, dtype=torch.bfloat16)
     model["scalar"] = torch.zeros((), dtype=torch.float64)
