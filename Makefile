@@ -111,6 +111,10 @@ long: $(DEV)  ## the tests that `make test` has no time for: every mesh, other P
 quick: $(DEV)  ## the tests that take less than about ten seconds each
 	@$(PYTEST) -m "not slow" $(ARGS)
 
+.PHONY: sanitize
+sanitize: $(DEV)  ## the checkpoint engine's C++ tests under address, undefined and thread sanitizers
+	@$(PYTEST) tests/csrc/test_sanitizers.py $(ARGS)
+
 .PHONY: interpreter
 interpreter: $(DEV)  ## the Triton kernels in Triton's interpreter, all of it; ARGS are pytest's
 	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) $(ARGS)

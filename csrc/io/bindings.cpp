@@ -1,10 +1,11 @@
 // goku_runtime._io. Registers only; the Python types stand in runtime/goku_runtime/_io.pyi.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 
-#include "bindings.h"
 #include "crc32c.h"
 
 namespace py = pybind11;

@@ -81,8 +81,8 @@ std::unique_ptr<Engine> make_engine(const std::string& backend, const std::strin
                                     std::int64_t queue_depth, std::int64_t block_bytes,
                                     std::int64_t threads, std::int64_t memory_budget, bool trace) {
   Options options;
-  options.backend = one_of("backend", backend,
-                           {Backend::automatic, Backend::io_uring, Backend::threads});
+  options.backend =
+      one_of("backend", backend, {Backend::automatic, Backend::io_uring, Backend::threads});
   options.direct = one_of("direct", direct, {Direct::automatic, Direct::on, Direct::off});
   options.queue_depth = as_count(queue_depth, "queue_depth");
   options.block_bytes = as_count(block_bytes, "block_bytes");
@@ -131,7 +131,8 @@ FileReader start_read(Engine& engine, py::handle path, py::handle segments, std:
                       py::handle crcs, std::int64_t size) {
   const ContiguousView view(segments, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT);
   const char* const format = view.view().format == nullptr ? "B" : view.view().format;
-  const bool integers = view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
+  const bool integers =
+      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
   if (!integers || view.size() % (6 * sizeof(std::int64_t)) != 0) {
     throw py::value_error("segments has " + std::to_string(view.size()) + " bytes of format '" +
                           format + "'; allowed are rows of six int64");
@@ -178,8 +179,9 @@ void register_reading(py::module_& m, const char* name) {
             return patiently(timeout, [&](double seconds) { return reader.wait(seconds); });
           },
           py::arg("timeout") = py::none())
-      .def("cancel", [](T& self) { self.handle->cancel(); },
-           py::call_guard<py::gil_scoped_release>());
+      .def(
+          "cancel", [](T& self) { self.handle->cancel(); },
+          py::call_guard<py::gil_scoped_release>());
 }
 
 // ---- writing ----
@@ -190,11 +192,13 @@ struct FileWriter {
 
 void register_writer(py::module_& m) {
   py::class_<FileWriter>(m, "FileWriter", py::is_final())
-      .def_property_readonly("path", [](const FileWriter& self) { return from_path(self.handle->path()); })
+      .def_property_readonly("path",
+                             [](const FileWriter& self) { return from_path(self.handle->path()); })
       .def_property_readonly("size", [](const FileWriter& self) { return self.handle->size(); })
       .def_property_readonly("chunk", [](const FileWriter& self) { return self.handle->chunk(); })
       .def_property_readonly("direct", [](const FileWriter& self) { return self.handle->direct(); })
-      .def_property_readonly("written", [](const FileWriter& self) { return self.handle->written(); })
+      .def_property_readonly("written",
+                             [](const FileWriter& self) { return self.handle->written(); })
       .def(
           "submit",
           [](FileWriter& self, std::uintptr_t address, std::int64_t offset, std::int64_t length) {
@@ -223,9 +227,11 @@ void register_writer(py::module_& m) {
              py::gil_scoped_release release;
              return writer.finish();
            })
-      .def("chunk_crcs", [](const FileWriter& self) { return little_endian(self.handle->chunk_crcs()); })
-      .def("cancel", [](FileWriter& self) { self.handle->cancel(); },
-           py::call_guard<py::gil_scoped_release>());
+      .def("chunk_crcs",
+           [](const FileWriter& self) { return little_endian(self.handle->chunk_crcs()); })
+      .def(
+          "cancel", [](FileWriter& self) { self.handle->cancel(); },
+          py::call_guard<py::gil_scoped_release>());
 }
 
 // ---- probing ----
@@ -249,7 +255,8 @@ py::dict trial_as_dict(const Trial& trial, std::int64_t bytes) {
 
 py::dict run_probe(py::handle directory, double seconds, std::int64_t bytes) {
   if (!(seconds > 0 && seconds <= 3600)) {
-    throw py::value_error("seconds is " + std::to_string(seconds) + "; allowed is 0 to 3600, not 0");
+    throw py::value_error("seconds is " + std::to_string(seconds) +
+                          "; allowed is 0 to 3600, not 0");
   }
   if (bytes < (1 << 20)) {
     throw py::value_error("bytes is " + std::to_string(bytes) + "; allowed is 1048576 and above");
@@ -307,18 +314,22 @@ void register_engine(py::module_& m) {
       .def(py::init(&make_engine), py::kw_only(), py::arg("backend") = "auto",
            py::arg("direct") = "auto", py::arg("queue_depth") = 0, py::arg("block_bytes") = 0,
            py::arg("threads") = 0, py::arg("memory_budget") = 0, py::arg("trace") = false)
-      .def_property_readonly("backend", [](const Engine& self) { return name(self.chosen().backend); })
-      .def_property_readonly("queue_depth", [](const Engine& self) { return self.chosen().queue_depth; })
-      .def_property_readonly("block_bytes", [](const Engine& self) { return self.chosen().block_bytes; })
+      .def_property_readonly("backend",
+                             [](const Engine& self) { return name(self.chosen().backend); })
+      .def_property_readonly("queue_depth",
+                             [](const Engine& self) { return self.chosen().queue_depth; })
+      .def_property_readonly("block_bytes",
+                             [](const Engine& self) { return self.chosen().block_bytes; })
       .def_property_readonly("threads", [](const Engine& self) { return self.chosen().threads; })
       .def("describe", &describe)
       .def("trace", &events)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("__enter__", [](py::object self) { return self; })
-      .def("__exit__", [](Engine& self, const py::args&) {
-        py::gil_scoped_release release;
-        self.close();
-      })
+      .def("__exit__",
+           [](Engine& self, const py::args&) {
+             py::gil_scoped_release release;
+             self.close();
+           })
       .def(
           "create",
           [](Engine& self, py::handle path, std::int64_t size, std::int64_t chunk, bool fsync,

@@ -16,8 +16,7 @@ py::object text(const char* what) {
 }
 
 void raise_chunk_error(const ChunkError& error) {
-  const py::object raised =
-      py::reinterpret_borrow<py::object>(chunk_error)(text(error.what()));
+  const py::object raised = py::reinterpret_borrow<py::object>(chunk_error)(text(error.what()));
   raised.attr("offset") = error.chunk().offset;
   raised.attr("length") = error.chunk().length;
   raised.attr("wanted") = error.chunk().wanted;

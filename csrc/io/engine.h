@@ -34,7 +34,6 @@ constexpr std::uint64_t kSmallestChunk = kAlignment;
 // A chunk is read whole, into one bounce buffer.
 constexpr std::uint64_t kLargestChunk = std::uint64_t{64} << 20;
 
-
 // What an engine and its files share: it lives as long as any of them.
 class Core {
  public:
@@ -47,8 +46,9 @@ class Core {
   bool foreign() const noexcept;
   void enlist(const std::shared_ptr<Source>& source);
   void close();
-  // Chunks of the given size that fit a block, in bytes.
-  std::size_t block_for(std::uint64_t chunk) const;
+  // The most that a request has, in bytes: whole chunks, at least one.
+  std::size_t write_block(std::uint64_t chunk) const;
+  std::size_t read_block(std::uint64_t chunk) const;
 
   System& system;
   Options chosen;
@@ -59,6 +59,7 @@ class Core {
 
  private:
   const pid_t process_;
+  std::mutex closing_;  // before mutex_
   mutable std::mutex mutex_;
   bool closed_ = false;
   std::vector<std::weak_ptr<Source>> sources_;

@@ -6,33 +6,26 @@
 
 namespace goku::io {
 
-Pool::Pool(System& system, std::size_t depth, std::size_t block, std::size_t threads)
-    : system_(system), arena_(depth * block) {
+Pool::Pool(System& system, std::size_t depth, std::size_t block, std::size_t threads,
+           std::vector<std::unique_ptr<Ring>> rings)
+    : system_(system), arena_(depth * block), rings_(std::move(rings)) {
   for (std::size_t index = 0; index < depth; ++index) {
     slots_.push_back(std::make_unique<Slot>());
     slots_.back()->arena = arena_.data() + index * block;
     slots_.back()->arena_bytes = block;
   }
-  // The last one lies on top: few requests at a time use few of the bounce buffers.
+  // The last one lies on top: few requests at a time use few of the bounce buffers, which stay in
+  // the cache.
   for (auto slot = slots_.rbegin(); slot != slots_.rend(); ++slot) free_.push_back(slot->get());
+  share_ = rings_.empty() ? 1 : ring_depth(depth, threads);
   workers_.reserve(threads);
   try {
     for (std::size_t index = 0; index < threads; ++index)
-      workers_.emplace_back(&Pool::work, this);
+      workers_.emplace_back(&Pool::work, this, rings_.empty() ? nullptr : rings_[index].get());
   } catch (...) {  // a system without threads to give
     stop();
     throw;
   }
-}
-
-int Pool::use_ring() {
-  int error = 0;
-  auto ring = Ring::open(
-      system_, static_cast<unsigned>(slots_.size()),
-      [this](Slot* slot, std::int64_t result) { return continued(slot, result); }, &error);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  ring_ = std::move(ring);
-  return error;
 }
 
 void Pool::add(std::shared_ptr<Source> source) {
@@ -47,58 +40,61 @@ void Pool::add(std::shared_ptr<Source> source) {
 
 void Pool::stop() {
   const std::lock_guard<std::mutex> alone(stopping_mutex_);
-  std::unique_ptr<Ring> ring;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    ring = std::move(ring_);
     stopping_ = true;
   }
-  ring.reset();  // joins its thread, which may still be giving back the last slot
   wake_.notify_all();
   for (auto& worker : workers_) {
     if (worker.joinable()) worker.join();
   }
+  rings_.clear();
+  arena_ = Buffer();
 }
 
-void Pool::work() {
+void Pool::work(Ring* ring) {
+  std::size_t under_way = 0;  // in the ring
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [this] {
-      return stopping_ || !ready_.empty() || (!free_.empty() && !sources_.empty());
-    });
-    if (!ready_.empty()) {
-      Slot* const slot = ready_.front();
-      ready_.pop_front();
-      lock.unlock();
-      // Either its transfer is over, or it is to go on without the ring.
-      if (slot->request.length > 0) transfer(slot);
-      complete(slot);
-      lock.lock();
-      continue;
+    if (under_way == 0) {
+      wake_.wait(lock, [this] { return stopping_ || drawable(); });
+      if (!drawable()) return;
     }
-    if (stopping_) return;
-    // One request from each source in turn, so that a long file does not hold up a short one.
-    std::shared_ptr<Source> source = std::move(sources_.front());
-    sources_.pop_front();
-    Slot* const slot = free_.back();
-    slot->request = Request{};
-    if (!source->next(&slot->request)) {
-      source->listed = false;
+    // First what has ended, for its slot; then as much as there may be; then wait.
+    const bool take = under_way > 0 && (ring->ready() || under_way == share_ || !drawable());
+    if (take) {
       lock.unlock();
-      source.reset();  // perhaps the last reference, which closes a file
+      if (!ended(ring->wait(), ring)) --under_way;
       lock.lock();
-      continue;
+    } else if (Slot* const slot = draw(&lock)) {
+      lock.unlock();
+      if (begin(slot, ring)) ++under_way;
+      lock.lock();
     }
-    free_.pop_back();
-    slot->request.source = source;
-    sources_.push_back(std::move(source));
-    lock.unlock();
-    begin(slot);
-    lock.lock();
   }
 }
 
-void Pool::begin(Slot* slot) {
+// One request from each source in turn, so that a long file does not hold up a short one.
+Slot* Pool::draw(std::unique_lock<std::mutex>* lock) {
+  std::shared_ptr<Source> source = std::move(sources_.front());
+  sources_.pop_front();
+  Slot* const slot = free_.back();
+  slot->request = Request{};
+  if (!source->next(&slot->request)) {
+    source->listed = false;
+    lock->unlock();
+    source.reset();  // perhaps the last reference, which closes a file
+    lock->lock();
+    return nullptr;
+  }
+  free_.pop_back();
+  slot->request.source = source;
+  sources_.push_back(std::move(source));
+  return slot;
+}
+
+// true: it is in the ring.
+bool Pool::begin(Slot* slot, Ring* ring) {
   Request& request = slot->request;
   try {
     request.source->prepare(slot);
@@ -109,13 +105,30 @@ void Pool::begin(Slot* slot) {
     request.began_ns = request.file->trace().now();
     // Buffered transfers are copies, and those are done where the memory is in the cache; a ring
     // would hand them to threads of the kernel.
-    if (ring_ != nullptr && request.file->direct()) {
-      ring_->start(slot);
-      return;
+    if (ring != nullptr && request.file->direct()) {
+      ring->start(slot);
+      return true;
     }
     transfer(slot);
   }
   complete(slot);
+  return false;
+}
+
+// true: the rest of it is in the ring.
+bool Pool::ended(const Ended& end, Ring* ring) {
+  Request& request = end.slot->request;
+  const std::int64_t result = system_.ring_result(request.write, request.offset + request.done,
+                                                  request.length - request.done, end.result);
+  if (request.advance(result)) {
+    if (request.file->direct()) {
+      ring->start(end.slot);
+      return true;
+    }
+    transfer(end.slot);
+  }
+  complete(end.slot);
+  return false;
 }
 
 void Pool::transfer(Slot* slot) {
@@ -131,33 +144,11 @@ void Pool::transfer(Slot* slot) {
   }
 }
 
-// On the ring's thread. true: the ring goes on with it.
-bool Pool::continued(Slot* slot, std::int64_t result) {
-  Request& request = slot->request;
-  const bool more = request.advance(result);
-  if (more && request.file->direct()) return true;
-  if (!more) request.length = 0;
-  if (!more && !request.source->finishes_on_worker()) {
-    complete(slot);
-    return false;
-  }
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ready_.push_back(slot);
-  }
-  wake_.notify_one();
-  return false;
-}
-
 void Pool::complete(Slot* slot) {
   slot->request.source->finish(slot->request);
   // The request's reference may be the last one: dropped before the slot is anybody else's, and
   // outside the lock.
   slot->request.source.reset();
-  release(slot);
-}
-
-void Pool::release(Slot* slot) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(slot);

@@ -133,8 +133,8 @@ ProbeResult probe(const std::string& directory, double seconds, std::uint64_t by
     choose();
   };
 
-  // One question after the other, each asked of the winner of the last: which system calls, requests
-  // of what size, how many at a time.
+  // One question after the other, each asked of the winner of the last: which system calls,
+  // requests of what size, how many at a time.
   std::vector<Options> ways;
   for (const Backend backend : {Backend::io_uring, Backend::threads}) {
     for (const Direct direct : {Direct::on, Direct::off}) {

@@ -40,14 +40,13 @@ class Reader final : public Source {
   std::uint32_t crc() const;
   const std::vector<std::uint32_t>& chunk_crcs() const noexcept { return found_; }
 
-  std::uint64_t bytes_done() const;       // read and verified
+  std::uint64_t bytes_done() const;  // read and verified
   std::uint64_t bytes_total() const noexcept { return total_; }
   std::uint64_t size() const noexcept { return size_; }
   const std::string& path() const noexcept { return file_->path(); }
 
   bool next(Request* request) override;
   void prepare(Slot* slot) override;
-  bool finishes_on_worker() const override { return true; }
   void finish(const Request& request) override;
   void cancel() override;
 

@@ -10,7 +10,7 @@ namespace {
 
 // Interrupted or refused for the moment, without any progress between. Regular files know neither
 // in practice; network and FUSE file systems do.
-constexpr int kMostAttempts = 200;
+constexpr int kMostAttempts = 100;
 constexpr int kAttemptsWithoutPause = 10;
 
 }  // namespace
@@ -26,9 +26,11 @@ bool Request::advance(std::int64_t result) {
     return false;
   };
   if (result == -EINTR || result == -EAGAIN) return again(static_cast<int>(-result));
-  if (result == -EINVAL && (!file->direct() || file->leave_direct())) {
-    // Refused as O_DIRECT by a file that has become buffered (by this or another request): once more.
-    if (attempts == 0) return again(EINVAL);
+  if (result == -EINVAL && !refused && (!file->direct() || file->leave_direct())) {
+    // Refused as O_DIRECT by a file that has become buffered (by this or another request): once
+    // more.
+    refused = true;
+    return true;
   }
   if (result < 0) {
     error = static_cast<int>(-result);

@@ -25,6 +25,7 @@ struct Request {
   std::size_t asked = 0;   // the source's own: bytes that the request stands for
   std::uint64_t tag = 0;   // the source's own
   int attempts = 0;        // since the last progress
+  bool refused = false;    // once with EINVAL
   std::int64_t began_ns = 0;
 
   // Takes in what a call returned for [offset + done, offset + length): a count, 0 for the file's
@@ -59,9 +60,7 @@ class Source : public std::enable_shared_from_this<Source> {
   virtual bool next(Request* request) = 0;
   // On a worker, before the transfer: checksums, memory. Sets request.error if it cannot be done.
   virtual void prepare(Slot* slot) = 0;
-  // After the transfer, once for every request that next() gave. Those that return true there are
-  // finished on a worker, others wherever the completion was seen.
-  virtual bool finishes_on_worker() const = 0;
+  // After the transfer, by the same worker, once for every request that next() gave.
   virtual void finish(const Request& request) = 0;
   // Gives out no more requests, and returns when none is under way. Any thread but a worker.
   virtual void cancel() = 0;

@@ -39,8 +39,8 @@ void check(const Segment& segment, std::size_t index, std::uint64_t file_size) {
   };
   if (segment.rows > 1) {
     if (segment.file_stride < segment.row_bytes) {
-      refuse("file_stride is " + std::to_string(segment.file_stride) +
-             "; allowed is row_bytes, " + std::to_string(segment.row_bytes) + ", and above");
+      refuse("file_stride is " + std::to_string(segment.file_stride) + "; allowed is row_bytes, " +
+             std::to_string(segment.row_bytes) + ", and above");
     }
     if (segment.memory_stride < segment.row_bytes) {
       refuse("memory_stride is " + std::to_string(segment.memory_stride) +
@@ -51,8 +51,7 @@ void check(const Segment& segment, std::size_t index, std::uint64_t file_size) {
   // In this order no step overflows.
   const std::uint64_t room = segment.offset > file_size ? 0 : file_size - segment.offset;
   if (segment.offset > file_size || segment.row_bytes > room ||
-      (segment.rows > 1 &&
-       segment.rows - 1 > (room - segment.row_bytes) / segment.file_stride)) {
+      (segment.rows > 1 && segment.rows - 1 > (room - segment.row_bytes) / segment.file_stride)) {
     refuse("offset " + std::to_string(segment.offset) + ", row_bytes " +
            std::to_string(segment.row_bytes) + ", rows " + std::to_string(segment.rows) +
            ", file_stride " + std::to_string(segment.file_stride) + "; the file has " +
@@ -97,7 +96,9 @@ std::vector<Segment> read_segments(const std::int64_t* values, std::size_t count
                                     "; allowed is 0 and above");
       }
     }
-    const auto value = [row](std::size_t column) { return static_cast<std::uint64_t>(row[column]); };
+    const auto value = [row](std::size_t column) {
+      return static_cast<std::uint64_t>(row[column]);
+    };
     Segment segment{value(0), value(1), value(2), value(3), value(4), value(5)};
     if (segment.row_bytes == 0 || segment.rows == 0) continue;
     check(segment, index, file_size);
@@ -113,9 +114,8 @@ std::vector<Segment> read_segments(const std::int64_t* values, std::size_t count
     throw std::invalid_argument("segments are " + std::to_string(segments.size()) +
                                 "; allowed are up to 4294967295");
   }
-  std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) {
-    return a.offset < b.offset;
-  });
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.offset < b.offset; });
   return segments;
 }
 
@@ -157,7 +157,8 @@ void ReadPlan::find_wishes() {
       for (; at != stretches_.end() && at->begin < segment.end(); ++at) {
         const Rows rows = rows_within(segment, at->begin, at->end);
         if (rows.first < rows.last)
-          use(static_cast<std::size_t>(at - stretches_.begin()), static_cast<std::uint32_t>(number));
+          use(static_cast<std::size_t>(at - stretches_.begin()),
+              static_cast<std::uint32_t>(number));
       }
     }
   };

@@ -32,8 +32,8 @@ struct Stretch {
   std::size_t first_wish;  // up to the next stretch's
 };
 
-// What has to be read, in the file's order: every `unit` of the file that holds a wanted byte, once,
-// in stretches of at most `most` bytes (a multiple of `unit`).
+// What has to be read, in the file's order: every `unit` of the file that holds a wanted byte,
+// once, in stretches of at most `most` bytes (a multiple of `unit`).
 class ReadPlan {
  public:
   ReadPlan(std::vector<Segment> segments, std::uint64_t unit, std::uint64_t most,

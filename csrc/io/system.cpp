@@ -41,7 +41,8 @@ int System::duplicate(int fd) { return or_errno(::fcntl(fd, F_DUPFD_CLOEXEC, 0))
 
 int System::close(int fd) {
   const int result = or_errno(::close(fd));
-  return result == -EINTR ? 0 : result;  // Linux has closed it; a second call could hit another file
+  return result == -EINTR ? 0
+                          : result;  // Linux has closed it; a second call could hit another file
 }
 
 int System::unlink(const char* path) { return or_errno(::unlink(path)); }

@@ -5,15 +5,12 @@
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 
 #include <linux/io_uring.h>
-#include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 
 namespace goku::io {
 namespace {
@@ -22,9 +19,6 @@ namespace {
 // with a release and looks with an acquire.
 unsigned look(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 void publish(unsigned* p, unsigned value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
-
-// user_data of the poll that wakes the thread; the others are addresses of slots.
-constexpr std::uint64_t kWake = 0;
 
 class Mapping {
  public:
@@ -62,19 +56,14 @@ class Descriptor {
 
 class KernelRing final : public Ring {
  public:
-  KernelRing(System& system, Ended ended) : system_(system), ended_(std::move(ended)) {}
-
-  int set_up(unsigned depth) {
+  int set_up(System& system, unsigned depth) {
     io_uring_params params{};
-    // One entry more for the poll.
-    ring_.fd = system_.uring_setup(depth + 1, &params);
+    ring_.fd = system.uring_setup(depth, &params);
     if (ring_.fd < 0) return -ring_.fd;
     // Linux 5.7: has read and write without vectors, and a completion is never dropped.
-    constexpr unsigned kNeeded = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP |
-                                 IORING_FEAT_FAST_POLL;
+    constexpr unsigned kNeeded =
+        IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_FAST_POLL;
     if ((params.features & kNeeded) != kNeeded) return ENOSYS;
-    wake_.fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (wake_.fd < 0) return errno;
 
     const std::size_t submissions = params.sq_off.array + params.sq_entries * sizeof(unsigned);
     const std::size_t completions = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
@@ -89,119 +78,52 @@ class KernelRing final : public Ring {
     cq_tail_ = rings_.at<unsigned>(params.cq_off.tail);
     cq_mask_ = *rings_.at<unsigned>(params.cq_off.ring_mask);
     cqes_ = rings_.at<io_uring_cqe>(params.cq_off.cqes);
-    thread_ = std::thread(&KernelRing::run, this);
     return 0;
   }
 
-  ~KernelRing() override {
-    if (!thread_.joinable()) return;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
-    }
-    ring_bell();
-    thread_.join();
-  }
-
   void start(Slot* slot) override {
-    bool first;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      first = incoming_.empty();
-      incoming_.push_back(slot);
-    }
-    if (first) ring_bell();  // else a bell that rang before has not been heard yet
-  }
-
- private:
-  void ring_bell() {
-    const std::uint64_t one = 1;
-    // Fails only when 2^64 - 2 bells have not been heard.
-    [[maybe_unused]] const ssize_t written = ::write(wake_.fd, &one, sizeof one);
-  }
-
-  io_uring_sqe* entry() {
+    const Request& request = slot->request;
     const unsigned index = (tail_ + unsubmitted_) & sq_mask_;
     ++unsubmitted_;
     sq_array_[index] = index;
     io_uring_sqe* const sqe = entries_.at<io_uring_sqe>(0) + index;
     std::memset(sqe, 0, sizeof *sqe);
-    return sqe;
-  }
-
-  void listen() {
-    io_uring_sqe* const sqe = entry();
-    sqe->opcode = IORING_OP_POLL_ADD;
-    sqe->fd = wake_.fd;
-    sqe->poll_events = POLLIN;
-    sqe->user_data = kWake;
-  }
-
-  void put(Slot* slot) {
-    const Request& request = slot->request;
-    io_uring_sqe* const sqe = entry();
     // Plain addresses and no registered buffers: those would have to be the caller's memory, of any
-    // size, and pinning 256 pages costs 2% of the transfer of 1 MiB.
+    // size, and huge pages are pinned in no time.
     sqe->opcode = request.write ? IORING_OP_WRITE : IORING_OP_READ;
     sqe->fd = request.file->fd();
     sqe->addr = reinterpret_cast<std::uint64_t>(request.memory + request.done);
     sqe->len = static_cast<std::uint32_t>(request.length - request.done);
     sqe->off = request.offset + request.done;
     sqe->user_data = reinterpret_cast<std::uint64_t>(slot);
+    enter(0);
   }
 
-  // Submits what was put and waits for a completion. Returns when there may be one.
-  void enter() {
+  bool ready() const override { return *cq_head_ != look(cq_tail_); }
+
+  Ended wait() override {
+    while (!ready()) enter(1);
+    const unsigned head = *cq_head_;
+    const io_uring_cqe cqe = cqes_[head & cq_mask_];
+    publish(cq_head_, head + 1);
+    return {reinterpret_cast<Slot*>(cqe.user_data), cqe.res};
+  }
+
+ private:
+  // Submits what the kernel has not taken yet, and waits for so many completions.
+  void enter(unsigned completions) {
     publish(sq_tail_, tail_ + unsubmitted_);
-    const long taken = ::syscall(SYS_io_uring_enter, ring_.fd, unsubmitted_, 1u,
-                                 IORING_ENTER_GETEVENTS, nullptr, 0);
-    // EINTR, EAGAIN (no memory just now), EBUSY (completions to be taken first): again after a look.
+    const long taken =
+        ::syscall(SYS_io_uring_enter, ring_.fd, unsubmitted_, completions,
+                  completions > 0 ? unsigned{IORING_ENTER_GETEVENTS} : 0u, nullptr, 0);
+    // EINTR, EAGAIN (no memory just now), EBUSY (completions to be taken first): wait() comes
+    // again.
     if (taken < 0) return;
     tail_ += static_cast<unsigned>(taken);
     unsubmitted_ -= static_cast<unsigned>(taken);
   }
 
-  void run() {
-    std::vector<Slot*> batch;
-    bool hearing = false;
-    for (;;) {
-      if (!hearing) {
-        listen();
-        hearing = true;
-      }
-      enter();
-      unsigned head = *cq_head_;
-      for (const unsigned tail = look(cq_tail_); head != tail; ++head) {
-        const io_uring_cqe cqe = cqes_[head & cq_mask_];
-        publish(cq_head_, head + 1);
-        if (cqe.user_data == kWake) {
-          std::uint64_t count;
-          [[maybe_unused]] const ssize_t got = ::read(wake_.fd, &count, sizeof count);
-          hearing = false;
-          continue;
-        }
-        Slot* const slot = reinterpret_cast<Slot*>(cqe.user_data);
-        const Request& request = slot->request;
-        const std::int64_t result = system_.ring_result(
-            request.write, request.offset + request.done, request.length - request.done, cqe.res);
-        if (ended_(slot, result)) put(slot);
-      }
-      bool stop;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        batch.swap(incoming_);
-        stop = stopping_;
-      }
-      if (stop) return;
-      for (Slot* slot : batch) put(slot);
-      batch.clear();
-    }
-  }
-
-  System& system_;
-  Ended ended_;
   Descriptor ring_;
-  Descriptor wake_;
   Mapping rings_;
   Mapping entries_;
   unsigned* sq_tail_ = nullptr;
@@ -213,17 +135,13 @@ class KernelRing final : public Ring {
   unsigned cq_mask_ = 0;
   unsigned tail_ = 0;         // entries that the kernel has taken
   unsigned unsubmitted_ = 0;  // and that it has not taken yet
-  std::mutex mutex_;
-  std::vector<Slot*> incoming_;
-  bool stopping_ = false;
-  std::thread thread_;  // last: it uses all of the above
 };
 
 }  // namespace
 
-std::unique_ptr<Ring> Ring::open(System& system, unsigned depth, Ended ended, int* error) {
-  auto ring = std::make_unique<KernelRing>(system, std::move(ended));
-  *error = ring->set_up(depth);
+std::unique_ptr<Ring> Ring::open(System& system, unsigned depth, int* error) {
+  auto ring = std::make_unique<KernelRing>();
+  *error = ring->set_up(system, depth);
   if (*error != 0) return nullptr;
   return ring;
 }
@@ -234,7 +152,7 @@ std::unique_ptr<Ring> Ring::open(System& system, unsigned depth, Ended ended, in
 
 namespace goku::io {
 
-std::unique_ptr<Ring> Ring::open(System&, unsigned, Ended, int* error) {
+std::unique_ptr<Ring> Ring::open(System&, unsigned, int* error) {
   *error = ENOSYS;
   return nullptr;
 }

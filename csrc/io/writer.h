@@ -48,7 +48,6 @@ class Writer final : public Source {
 
   bool next(Request* request) override;
   void prepare(Slot* slot) override;
-  bool finishes_on_worker() const override { return false; }
   void finish(const Request& request) override;
   void cancel() override;
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, TypeAlias, final
 
 from typing_extensions import Buffer as BufferObject
 
-StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+_StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 def crc32c(buffer: BufferObject, crc: int = 0) -> int:
     """CRC-32C (Castagnoli, RFC 3720 B.4) of `buffer`, by the processor's instruction if it has one.
@@ -153,8 +153,9 @@ class Engine:
     direct: O_DIRECT "on" (OSError(EINVAL) where it does not work), "off", or "auto": where it works,
         and not for files in memory (tmpfs), where it means nothing. Buffered requests are copied by
         the threads whatever the backend.
-    queue_depth: requests under way at once; block_bytes: the most that one has (a multiple of 4096,
-        65536 to 2**30; larger where a chunk is); threads: that compute checksums. 0: the default.
+    queue_depth: requests under way at once; block_bytes: the most that a write has, and four times
+        the most that a read has (a multiple of 4096, 65536 to 2**30; larger where a chunk is);
+        threads: that transfer and compute checksums. 0: the default.
     memory_budget: bytes of bounce buffers (queue_depth * block_bytes otherwise; lowers the depth).
     trace: keep what was asked of the file system.
 
@@ -192,7 +193,7 @@ class Engine:
         """
     def create(
         self,
-        path: StrOrBytesPath,
+        path: _StrOrBytesPath,
         size: int,
         *,
         chunk: int = 65536,
@@ -206,7 +207,7 @@ class Engine:
         """
     def read(
         self,
-        path: StrOrBytesPath,
+        path: _StrOrBytesPath,
         segments: BufferObject,
         *,
         chunk: int,
@@ -226,7 +227,7 @@ class Engine:
         """
     def start_read(
         self,
-        path: StrOrBytesPath,
+        path: _StrOrBytesPath,
         segments: BufferObject,
         *,
         chunk: int,
@@ -234,9 +235,9 @@ class Engine:
         size: int,
     ) -> FileReader:
         """The same, without waiting: what is wrong with the arguments is raised at once."""
-    def checksum(self, path: StrOrBytesPath, *, chunk: int = 65536) -> tuple[int, int, bytes]:
+    def checksum(self, path: _StrOrBytesPath, *, chunk: int = 65536) -> tuple[int, int, bytes]:
         """(size, CRC-32C, little-endian uint32 CRC-32C of every chunk) of a whole file."""
-    def start_checksum(self, path: StrOrBytesPath, *, chunk: int = 65536) -> FileChecksum: ...
+    def start_checksum(self, path: _StrOrBytesPath, *, chunk: int = 65536) -> FileChecksum: ...
     def close(self) -> None:
         """Cancel what is under way and end the threads. Idempotent."""
     def __enter__(self) -> Self: ...
@@ -248,7 +249,7 @@ class Engine:
     ) -> None: ...
 
 def probe(
-    directory: StrOrBytesPath, *, seconds: float = 1.0, bytes: int = 64 << 20
+    directory: _StrOrBytesPath, *, seconds: float = 1.0, bytes: int = 64 << 20
 ) -> dict[str, Any]:
     """What the disk under `directory` likes, tried with files of `bytes` that have no name there.
 

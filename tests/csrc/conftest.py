@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,17 @@ def engine(request) -> Iterator[_io.Engine]:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Callable[[], Path]:
-    """A new path each time."""
-    numbers = count()
-    return lambda: tmp_path / f"file-{next(numbers)}"
+def fresh(tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """A new path each time; what comes to stand there goes with the test."""
+    made: list[Path] = []
+
+    def path() -> Path:
+        made.append(tmp_path / f"file-{len(made)}")
+        return made[-1]
+
+    yield path
+    for one in made:
+        one.unlink(missing_ok=True)
 
 
 def noise(size: int, seed: int = 0) -> np.ndarray:

@@ -112,9 +112,9 @@ def resident(pid: str = "self") -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def test_the_budget_bounds_the_memory_of_a_large_file(tmp_path, write_file):
+def test_the_budget_bounds_the_memory_of_a_large_file(fresh, write_file):
     """A file of 128 MiB, read without a place to put it, in 2 MiB of the engine's own memory."""
-    path = tmp_path / "file"
+    path = fresh()
     with _io.Engine(memory_budget=2 * MIB, block_bytes=MIB) as engine:
         assert engine.queue_depth == 2
         assert engine.describe()["bounce_bytes"] == 2 * MIB
@@ -369,7 +369,11 @@ def test_the_probe_ends_in_time(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"seconds": 0}, "seconds is 0"), ({"seconds": -1}, "seconds is"), ({"bytes": 10}, "bytes is")],
+    [
+        ({"seconds": 0}, "seconds is 0"),
+        ({"seconds": -1}, "seconds is"),
+        ({"bytes": 10}, "bytes is"),
+    ],
 )
 def test_probes_that_cannot_be_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):

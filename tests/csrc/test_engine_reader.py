@@ -131,9 +131,14 @@ def test_a_flipped_bit_is_found_in_its_chunk_and_not_copied(
     assert np.all((memory == right) | (memory == SENTINEL))
     for offset, row_bytes, count, stride, address, memory_stride in rows:
         for row in range(count):
-            low, high = max(offset + row * stride, begin), min(offset + row * stride + row_bytes, end)
+            low, high = (
+                max(offset + row * stride, begin),
+                min(offset + row * stride + row_bytes, end),
+            )
             if low < high:
-                to = address - memory.ctypes.data + row * memory_stride + low - offset - row * stride
+                to = (
+                    address - memory.ctypes.data + row * memory_stride + low - offset - row * stride
+                )
                 assert np.all(memory[to : to + high - low] == SENTINEL)
 
 
@@ -203,7 +208,9 @@ def test_segments_may_be_an_array_of_the_standard_library(
     path = fresh()
     write_file(engine, path, data)
     out = _io.Buffer(10_000)
-    rows = array.array("q", [5000, 5000, 1, 0, out.address + 5000, 0, 0, 5000, 1, 0, out.address, 0])
+    rows = array.array(
+        "q", [5000, 5000, 1, 0, out.address + 5000, 0, 0, 5000, 1, 0, out.address, 0]
+    )
     engine.read(path, rows, chunk=CHUNK, crcs=crcs_of(data, CHUNK), size=len(data))
     assert bytes(out) == data.tobytes()
 
@@ -243,11 +250,15 @@ def test_a_cancelled_reading_writes_no_more(engine, fresh, write_file, make_nois
     _, crcs = write_file(engine, path, data, 65536)
     out = np.full(len(data), SENTINEL, np.uint8)
     rows = np.array([[0, len(data), 1, len(data), out.ctypes.data, len(data)]], np.int64)
-    reader = engine.start_read(path, rows, chunk=65536, crcs=crcs, size=len(data))
-    reader.cancel()
-    after = out.copy()
-    done, total = reader.progress
-    assert done < total == len(data)
+    for _ in range(20):  # a busy machine may let the reading end before this thread comes back
+        reader = engine.start_read(path, rows, chunk=65536, crcs=crcs, size=len(data))
+        reader.cancel()
+        after = out.copy()
+        done, total = reader.progress
+        assert total == len(data)
+        if done < total:
+            break
+    assert done < total
     with pytest.raises(OSError) as raised:
         reader.result()
     assert raised.value.errno == errno.ECANCELED
@@ -278,9 +289,18 @@ def test_a_checksum_under_way(engine, fresh, make_noise, write_file):
     checksum = engine.start_checksum(path, chunk=CHUNK)
     assert checksum.result() == (len(data), crc, crcs)
     assert checksum.progress == (len(data), len(data))
-    checksum = engine.start_checksum(path, chunk=CHUNK)
     checksum.cancel()
-    try:
-        assert checksum.result() == (len(data), crc, crcs)
-    except OSError as error:
-        assert error.errno == errno.ECANCELED
+    assert checksum.result() == (len(data), crc, crcs)  # it was over already
+
+
+def test_a_cancelled_checksum_has_no_result(engine, fresh):
+    path = fresh()
+    path.touch()
+    os.truncate(path, 64 << 30)  # sparse, and still minutes of work
+    checksum = engine.start_checksum(path)
+    assert not checksum.wait(0.01)
+    checksum.cancel()
+    assert checksum.wait(0)
+    with pytest.raises(OSError) as raised:
+        checksum.result()
+    assert raised.value.errno == errno.ECANCELED

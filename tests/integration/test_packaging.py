@@ -186,6 +186,7 @@ def test_wheel_in_a_clean_environment(wheel, tmp_path):
     check_installed(python, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sdist_without_nvcc(sdist, tmp_path):
     path = path_without("nvcc", tmp_path / "path")
@@ -276,6 +277,7 @@ def test_cuda_sources_are_built_with_nvcc(checkout_with_a_kernel, tmp_path):
     assert "for 80;90a;100a" in output
 
 
+@pytest.mark.long
 def test_cuda_sources_without_nvcc(checkout_with_a_kernel, tmp_path):
     """auto goes on without the module and says so, 1 refuses and names the remedy, 0 is silent."""
     checkout = checkout_with_a_kernel

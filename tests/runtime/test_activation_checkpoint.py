@@ -297,11 +297,15 @@ def test_with_exchanges_and_fully_shard(run_processes: Callable[..., str]) -> No
         2,
         SCRIPT,
         "exchanges_are_not_repeated",
-        "sequence_parallel_goku",
         "fully_sharded_goku",
-        ("fully_sharded_goku", {"compiled": True}),
         "a_sharded_module_ends_the_block",
     )
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_with_exchanges_and_fully_shard_compiled(run_processes: Callable[..., str]) -> None:
+    run_processes(2, SCRIPT, "sequence_parallel_goku", ("fully_sharded_goku", {"compiled": True}))
 
 
 # --- bad arguments --------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_eight_ranks(run_processes: Callable[..., str]) -> None:
     assert "warn" not in output.lower(), output
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_compiled_and_recomputed(run_processes: Callable[..., str]) -> None:
     run_processes(2, SCRIPT, "low_precision", "recomputed", "compiled", timeout=200)

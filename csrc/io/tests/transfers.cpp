@@ -1,0 +1,138 @@
+// What is written is what is read, for every backend, alone and many at a time.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "../crc32c.h"
+#include "../probe.h"
+#include "check.h"
+
+namespace goku::io::testing {
+namespace {
+
+constexpr std::uint64_t kChunk = 4096;
+
+std::vector<std::uint32_t> write_file(Engine& engine, const std::string& path, const Bytes& data,
+                                      std::uint64_t piece) {
+  auto writer = engine.create(path, data.size(), kChunk, false, 0644);
+  for (std::uint64_t at = 0; at < data.size(); at += piece)
+    writer->submit(data.data() + at, at, std::min<std::uint64_t>(piece, data.size() - at));
+  const auto [size, crc] = writer->finish();
+  CHECK(size == data.size());
+  CHECK(crc == crc32c(0, data.data(), data.size()));
+  return writer->chunk_crcs();
+}
+
+void read_back(Engine& engine, const std::string& path, const Bytes& data,
+               const std::vector<std::uint32_t>& crcs) {
+  // Three columns of eight out of rows of 1,000 bytes, and the last 10,000 bytes.
+  const std::uint64_t rows = data.size() / 1000;
+  const std::uint64_t tail = std::min<std::uint64_t>(data.size(), 10'000);
+  Bytes columns(rows * 3 + 1, 0xA5), end(tail + 1, 0xA5);
+  const auto address = [](Bytes& bytes) { return reinterpret_cast<std::int64_t>(bytes.data()); };
+  const std::int64_t segments[2][6] = {
+      {static_cast<std::int64_t>(data.size() - tail), static_cast<std::int64_t>(tail), 1, 0,
+       address(end), 0},
+      {8, 3, static_cast<std::int64_t>(rows), 1000, address(columns), 3},
+  };
+  const ReadStats stats = engine.read(path, segments[0], 2, kChunk, crcs, data.size())->result();
+  CHECK(stats.bytes_wanted == tail + rows * 3);
+  CHECK(stats.bytes_read <= data.size());
+  for (std::uint64_t row = 0; row < rows; ++row)
+    CHECK(std::memcmp(columns.data() + row * 3, data.data() + row * 1000 + 8, 3) == 0);
+  CHECK(std::memcmp(end.data(), data.data() + data.size() - tail, tail) == 0);
+  CHECK(columns.back() == 0xA5 && end.back() == 0xA5);
+}
+
+void round_trips(Folder& folder) {
+  for (const Kind& kind : kinds()) {
+    Engine engine(small(kind));
+    for (const std::size_t size : {0, 1, 4095, 4096, 65536, 65537, 700'001, 1 << 21}) {
+      const Bytes data = noise(size, size);
+      const std::string path = folder.fresh();
+      const auto crcs = write_file(engine, path, data, 5 * kChunk);
+      CHECK(content_of(path) == data);
+      if (size > 0) read_back(engine, path, data, crcs);
+      auto checksum = engine.checksum(path, kChunk);
+      checksum->result();
+      CHECK(checksum->crc() == crc32c(0, data.data(), data.size()));
+      CHECK(checksum->chunk_crcs() == crcs);
+    }
+  }
+}
+
+void many_at_once(Folder& folder) {
+  for (const Kind& kind : kinds()) {
+    Engine engine(small(kind));
+    std::vector<std::string> paths;
+    for (int number = 0; number < 6; ++number) paths.push_back(folder.fresh());
+    std::vector<std::thread> threads;
+    for (std::size_t number = 0; number < paths.size(); ++number) {
+      threads.emplace_back([&, number] {
+        const Bytes data = noise(300'000 + 4097 * number, number + 1);
+        const auto crcs = write_file(engine, paths[number], data, 3 * kChunk);
+        for (int again = 0; again < 3; ++again) read_back(engine, paths[number], data, crcs);
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  }
+}
+
+void one_file_from_many_threads(Folder& folder) {
+  for (const Kind& kind : kinds()) {
+    Engine engine(small(kind));
+    const Bytes data = noise(1 << 21);
+    const std::string path = folder.fresh();
+    auto writer = engine.create(path, data.size(), kChunk, true, 0644);
+    std::atomic<std::uint64_t> next{0};
+    std::vector<std::thread> threads;
+    for (int number = 0; number < 4; ++number) {
+      threads.emplace_back([&] {
+        for (;;) {
+          const std::uint64_t at = next.fetch_add(7 * kChunk);
+          if (at >= data.size()) return;
+          const Ticket ticket = writer->submit(
+              data.data() + at, at, std::min<std::uint64_t>(7 * kChunk, data.size() - at));
+          while (!writer->wait(ticket, 0.001)) {
+          }
+          CHECK(writer->done(ticket));
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    CHECK(writer->finish().second == crc32c(0, data.data(), data.size()));
+    CHECK(content_of(path) == data);
+  }
+}
+
+void probing(Folder& folder) {
+  const std::string directory = folder.fresh();
+  std::filesystem::create_directory(directory);
+  const ProbeResult found = probe(directory, 0.2, 1 << 20, [] { return true; });
+  CHECK(!found.trials.empty());
+  CHECK(found.trials[found.choice].read_seconds > 0);
+  CHECK(std::filesystem::is_empty(directory));
+  CHECK(probe(directory, 1.0, 1 << 20, [] { return false; }).trials.empty());
+}
+
+void joiner_equals_combine() {
+  for (const std::uint64_t size : {0, 1, 4096, 65536, 12345}) {
+    const Crc32cJoiner join(size);
+    for (std::uint32_t crc = 1; crc < 0x80000000u; crc = crc * 3 + 7)
+      CHECK(join(crc, crc ^ 0x55555555u) == crc32c_combine(crc, crc ^ 0x55555555u, size));
+  }
+}
+
+}  // namespace
+
+void test_transfers() {
+  Folder folder;
+  joiner_equals_combine();
+  round_trips(folder);
+  many_at_once(folder);
+  one_file_from_many_threads(folder);
+  probing(folder);
+}
+
+}  // namespace goku::io::testing
