@@ -1,6 +1,7 @@
-"""The command `goku`: demo, train, sample, doctor.
+"""The command `goku`: demo, train, sample, doctor, ckpt.
 
 Exit codes: 0 done (also after a stop by signal, with its checkpoint written), 1 the work failed, 2 bad input.
+Those of ckpt are in `goku_runtime.cli`, which it is forwarded to.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from goku_runtime.cli import add_ckpt, run_ckpt
 
 if TYPE_CHECKING:
     from goku.parallelize import ParallelContext
@@ -50,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="goku", description="Joint image-video generation by rectified flow."
     )
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="{demo,train,sample,doctor}")
+    verbs = root.add_subparsers(
+        dest="verb", required=True, metavar="{demo,train,sample,doctor,ckpt}"
+    )
     raw = argparse.RawDescriptionHelpFormatter
 
     demo = verbs.add_parser(
@@ -140,6 +145,8 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--workers", type=int)
     doctor.add_argument("--quick", action="store_true", help="read headers only, decode nothing")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
+
+    add_ckpt(verbs)
     return root
 
 
@@ -152,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         root.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    if args.verb == "ckpt":
+        return run_ckpt(args)
     verb = {"demo": _demo, "train": _train, "sample": _sample, "doctor": _doctor}[args.verb]
     try:
         return verb(args)

@@ -15,7 +15,7 @@ from goku.cli import main, parser
 from goku.packing import sample_cost
 from goku.run_config import load_run_config
 
-VERBS = ["demo", "train", "sample", "doctor"]
+VERBS = ["demo", "train", "sample", "doctor", "ckpt"]
 
 
 def _exit_code(*arguments: str) -> int:
@@ -51,7 +51,7 @@ def test_every_verb_has_help_with_examples_that_parse(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["required", "{demo,train,sample,doctor}"]),
+        ([], ["required", "{demo,train,sample,doctor,ckpt}"]),
         (["tarin"], ["tarin", "train"]),
         (["train"], ["config"]),
         (["sample"], ["run"]),

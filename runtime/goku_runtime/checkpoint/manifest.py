@@ -39,7 +39,12 @@ _CRC = re.compile(r"[0-9a-f]{8}")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole or not of this format, with every fault named."""
+    """A checkpoint that is not whole or not of this format, with every fault named.
+
+    `problems` holds the faults of the files one by one, where it is raised for those.
+    """
+
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,4 +183,6 @@ def file_problems(
 def raise_problems(directory: Path, problems: list[str]) -> None:
     """Raises CheckpointError with all the problems, if there are any."""
     if problems:
-        raise CheckpointError(f"{directory} is damaged: " + "; ".join(sorted(problems)))
+        error = CheckpointError(f"{directory} is damaged: " + "; ".join(sorted(problems)))
+        error.problems = tuple(sorted(problems))
+        raise error

@@ -67,7 +67,7 @@ class StagingReader(StorageReader):
             # Several parts of one record (the checkpoint had fewer ranks): read it once.
             if place != _place(storage[item.storage_index]):
                 place = _place(storage[item.storage_index])
-                whole = self._read_record(item.storage_index, *place)
+                whole = self.read_record(item.storage_index, *place)
             part = whole
             for axis, (start, length) in enumerate(
                 zip(item.storage_offsets, item.lengths, strict=True)
@@ -80,7 +80,7 @@ class StagingReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _read_record(self, index: Any, file: str, offset: int, length: int) -> Tensor:
+    def read_record(self, index: Any, file: str, offset: int, length: int) -> Tensor:
         with open(self._directory / file, "rb") as stream:
             stream.seek(offset)
             record = io.BytesIO(stream.read(length))
