@@ -1,6 +1,7 @@
 """The examples train as the unparallelised model does, and refuse what they cannot run."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,10 @@ EXAMPLES = HERE.parents[1] / "examples"
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="deepspeed is not installed: pip install goku[dev]",
+)
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None,
+    reason="accelerate is not installed: pip install goku[dev]",
 )
 
 
@@ -61,6 +66,7 @@ def test_diffusers_wan(run_processes):
     )
 
 
+@pytest.mark.long
 @needs_deepspeed
 def test_deepspeed_zero(run_processes):
     run_processes(
@@ -73,6 +79,52 @@ def test_deepspeed_zero(run_processes):
         ),
         "wrong_scale",
     )
+
+
+@pytest.mark.slow
+def test_checkpoint_fsdp2(run_processes, tmp_path):
+    """Interrupted after 4 and 6 of 8 steps, to go on with other processes and with as many."""
+
+    def train(world, *runs):
+        calls = [
+            ("train", {"out": str(tmp_path / name), "start": start, "steps": steps})
+            for name, start, steps in runs
+        ]
+        run_processes(world, HERE / "checkpoint_fsdp2_processes.py", *calls)
+
+    train(4, ("changing", 0, 4))
+    train(2, ("changing", 4, 6), ("two", 0, 8), ("again", 0, 4), ("again", 4, 8))
+    train(1, ("changing", 6, 8), ("one", 0, 8))
+    found = {
+        out.name: json.loads((out / "losses.json").read_text())
+        for out in tmp_path.iterdir()
+        if out.is_dir()
+    }
+    assert found["again"] == found["two"]  # to the bit
+    # fp64; the order of sums differs, as in plain_loop_processes.
+    assert found["changing"] == pytest.approx(found["one"], rel=1e-10)
+    assert found["one"][-1] < found["one"][0]
+    assert sorted(path.name for path in (tmp_path / "one").glob("step_*")) == ["step_6", "step_8"]
+
+
+@pytest.mark.long
+@needs_deepspeed
+@pytest.mark.slow
+def test_checkpoint_deepspeed(run_processes, tmp_path):
+    run_processes(
+        2,
+        HERE / "checkpoint_deepspeed_processes.py",
+        *(("resume", {"out": str(tmp_path), "stage": stage}) for stage in (1, 2, 3)),
+        ("refuse", {"out": str(tmp_path)}),
+    )
+
+
+@needs_accelerate
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_checkpoint_trainer(run_processes, tmp_path, world):
+    script = HERE / "checkpoint_trainer_processes.py"
+    run_processes(world, script, ("resume", {"out": str(tmp_path)}))
 
 
 def run(*command, **environment):
@@ -98,16 +150,36 @@ def test_torchrun():
     assert steps == ["0", "1"], done.stdout  # one rank prints
 
 
-DEEPSPEED = pytest.param("deepspeed_zero", marks=needs_deepspeed)
+@pytest.mark.slow
+def test_torchrun_resumes(tmp_path):
+    losses = {}
+    for processes, steps in ((2, 2), (1, 4)):
+        done = run(
+            "-m", "torch.distributed.run", "--nproc-per-node", processes, "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0", EXAMPLES / "checkpoint_fsdp2.py", "--steps", steps,
+            "--out", tmp_path, GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        losses[processes] = re.findall(r"^step (\d): loss [\d.]+$", done.stdout, re.MULTILINE)
+    assert losses == {2: ["0", "1"], 1: ["2", "3"]}
 
 
-@pytest.mark.parametrize("command", ["plain_loop", DEEPSPEED])
-def test_help(command):
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plain_loop", "--sp"),
+        ("checkpoint_fsdp2", "--every"),
+        pytest.param("deepspeed_zero", "--sp", marks=needs_deepspeed),
+        pytest.param("checkpoint_deepspeed", "--stage", marks=needs_deepspeed),
+        pytest.param("checkpoint_trainer", "--out", marks=needs_accelerate),
+    ],
+)
+def test_help(command, option):
     done = run(EXAMPLES / f"{command}.py", "--help")
     assert done.returncode == 0, done.stderr
     assert f"examples/{command}.py" in done.stdout
     assert "torchrun" in done.stdout
-    assert "--sp" in done.stdout
+    assert option in done.stdout
 
 
 # Three processes, of which none are started: bad options are found before a group is joined.

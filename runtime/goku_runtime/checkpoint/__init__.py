@@ -8,6 +8,7 @@ once it is durable. docs/checkpoints.md describes the format.
 
 from goku_runtime.checkpoint.checkpointer import Checkpointer
 from goku_runtime.checkpoint.checksum import crc32c
+from goku_runtime.checkpoint.dcp import GokuStorageReader, GokuStorageWriter
 from goku_runtime.checkpoint.handle import SaveHandle
 from goku_runtime.checkpoint.loading import describe, load, read_values
 from goku_runtime.checkpoint.manifest import CheckpointError, Report
@@ -20,6 +21,8 @@ __all__ = [
     "CheckpointError",
     "CheckpointOptions",
     "Checkpointer",
+    "GokuStorageReader",
+    "GokuStorageWriter",
     "Report",
     "Retention",
     "SaveHandle",

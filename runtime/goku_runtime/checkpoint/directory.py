@@ -18,10 +18,12 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from goku_runtime.checkpoint.journal import Journal, Operation, logged
 from goku_runtime.checkpoint.manifest import MANIFEST_NAME
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "remove_leftovers",
     "sole_access",
     "sync_directory",
+    "unfinished",
     "write_durably",
 ]
 
@@ -42,23 +45,30 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: Path, journal: Journal | None = None) -> None:
     """Makes the names in a directory durable: without it, a rename can be lost with the power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with logged(journal, "fsync_directory", path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes, *, fsync: bool = True) -> None:
+def write_durably(
+    path: Path, data: bytes, *, fsync: bool = True, journal: Journal | None = None
+) -> None:
     """Writes a new file and hands it to the device. Raises OSError as the system does."""
     try:
-        with open(path, "xb") as stream:
-            stream.write(data)
-            stream.flush()
+        with logged(journal, "create", path):
+            stream = open(path, "xb")  # noqa: SIM115 (closed below)
+        with stream:
+            with logged(journal, "write", path, length=len(data)):
+                stream.write(data)
+                stream.flush()
             if fsync:
-                os.fsync(stream.fileno())
+                with logged(journal, "fsync", path):
+                    os.fsync(stream.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -71,25 +81,41 @@ class NewDirectory:
         target: where it is to appear.
         overwrite: whether a checkpoint may be there already.
         fsync: whether the names in directories are made durable.
+        anchored: the names of the directories above are durable already, if they are there.
+        journal: that all of it is logged in.
+        token: 16 hexadecimal digits that end the temporary name; None: random ones.
 
     Raises:
         FileExistsError: something is there and `overwrite` is not set, or it is no checkpoint.
         OSError: the directory cannot be made.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool,
+        fsync: bool = True,
+        anchored: bool = False,
+        journal: Journal | None = None,
+        token: str | None = None,
+    ) -> None:
         if os.path.lexists(target):
             _check_replaceable(target, overwrite)
         self.target = target
         self.overwrite = overwrite
         self.fsync = fsync
-        self._made_parents = _make_parents(target.parent)
+        self.journal = journal
+        self._made_parents = _make_parents(target.parent, journal)
         self._published = False
-        self.path = _temporary(target, "saving")
+        self.path = unfinished(target, token or _token())
         try:
-            remove_leftovers(target.parent)
+            if fsync and (self._made_parents or not anchored):
+                _sync_above(target.parent, journal)
+            remove_leftovers(target.parent, journal)
             with sole_access(target.parent):
-                self.path.mkdir()
+                with logged(journal, "mkdir", self.path):
+                    self.path.mkdir()
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
                 _lock(self._lock, wait=True)
         except OSError:
@@ -104,77 +130,85 @@ class NewDirectory:
             OSError: as the system raises it.
         """
         if self.fsync:
-            sync_directory(self.path)
+            sync_directory(self.path, self.journal)
         replaced = None
         if self.overwrite and os.path.lexists(self.target):
             with sole_access(self.target.parent):
-                replaced = _swap(self.path, self.target)
+                replaced = _swap(self.path, self.target, self.journal)
         else:
             try:
-                os.rename(self.path, self.target)
+                _rename(self.path, self.target, self.journal)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise _exists(self.target) from error
                 raise
         self._published = True
         if self.fsync:
-            for directory in (self.target, *self._made_parents):
-                sync_directory(directory.parent)
+            sync_directory(self.target.parent, self.journal)
         os.close(self._lock)
         if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)  # the new one is in place already
+            _delete(replaced, self.journal)  # the new one is in place already
 
     def discard(self) -> None:
         """Removes what was made, as far as the system lets it; nothing once it was published."""
         if not self._published:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _delete(self.path, self.journal)
             os.close(self._lock)
             self._remove_parents()
 
     def _remove_parents(self) -> None:
         for parent in self._made_parents:
             try:
-                parent.rmdir()
+                with logged(self.journal, "rmdir", parent):
+                    parent.rmdir()
             except OSError:
                 break  # not empty: somebody uses it
 
 
-def remove_leftovers(parent: Path) -> None:
+def remove_leftovers(parent: Path, journal: Journal | None = None) -> None:
     """Removes what killed processes left in a directory; puts a replaced checkpoint back.
 
     A ``saving`` directory whose writer lives is left alone. Where the file system has no locks, all
-    of them are, and pointers that may be being written. Waits for others who make or sweep temporary directories there.
+    of them are, and pointers that may be being written. Waits for others who make or sweep temporary
+    directories there.
     """
     with sole_access(parent) as locked:
-        _sweep(parent, locked)
+        _sweep(parent, locked, journal)
 
 
-def _sweep(parent: Path, locked: bool) -> None:
+def _sweep(parent: Path, locked: bool, journal: Journal | None) -> None:
+    found = []
     for path in list(parent.iterdir()):
         if locked and _NEXT_POINTER.fullmatch(path.name) and not path.is_dir():
-            with suppress(OSError):
+            with suppress(OSError), logged(journal, "unlink", path):
                 path.unlink()
-        found = _TEMPORARY.fullmatch(path.name)
-        if not found or path.is_symlink() or not path.is_dir():
-            continue
-        target = parent / found["name"]
-        if found["purpose"] == "saving":
+        name = _TEMPORARY.fullmatch(path.name)
+        if name and path.is_dir() and not path.is_symlink():
+            found.append((path, name))
+    if found:
+        # Whoever was killed may have renamed these and not got as far as making that durable: were the
+        # power lost while they are deleted, what is half deleted would have its old name again.
+        sync_directory(parent, journal)
+    for path, name in found:
+        target = parent / name["name"]
+        if name["purpose"] == "saving":
             if _is_abandoned(path):
-                shutil.rmtree(path, ignore_errors=True)
-        elif found["purpose"] == "replaced" and not os.path.lexists(target):
-            os.rename(path, target)
-            sync_directory(parent)
+                _delete(path, journal)
+        elif name["purpose"] == "replaced" and not os.path.lexists(target):
+            _rename(path, target, journal)
+            sync_directory(parent, journal)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path, journal)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, journal: Journal | None = None) -> None:
     """Deletes a checkpoint so that at no moment a part of it looks like one."""
     hidden = _temporary(path, "removing")
     with sole_access(path.parent):  # a sweep would delete the same files at the same time
-        os.rename(path, hidden)
-        sync_directory(path.parent)
-        shutil.rmtree(hidden)
+        _rename(path, hidden, journal)
+        sync_directory(path.parent, journal)
+        with logged(journal, "rmtree", hidden):
+            shutil.rmtree(hidden)
 
 
 @contextmanager
@@ -200,8 +234,17 @@ def next_pointer(root: Path) -> Path:
     return root / f".{POINTER_NAME}.{secrets.token_hex(8)}"
 
 
+def unfinished(target: Path, token: str) -> Path:
+    """Where a NewDirectory lies until it is published."""
+    return target.parent / f".{target.name}.saving-{token}"
+
+
+def _token() -> str:
+    return secrets.token_hex(8)
+
+
 def _temporary(target: Path, purpose: str) -> Path:
-    return target.parent / f".{target.name}.{purpose}-{secrets.token_hex(8)}"
+    return target.parent / f".{target.name}.{purpose}-{_token()}"
 
 
 def _exists(target: Path) -> FileExistsError:
@@ -218,15 +261,38 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, text, str(target))
 
 
-def _make_parents(parent: Path) -> list[Path]:
+def _delete(path: Path, journal: Journal | None) -> None:
+    """Removes a directory with all that is in it, as far as the system lets it."""
+    with logged(journal, "rmtree", path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _rename(old: Path, new: Path, journal: Journal | None) -> None:
+    with logged(journal, "rename", old, other=new):
+        os.rename(old, new)
+
+
+def _make_parents(parent: Path, journal: Journal | None) -> list[Path]:
     """Makes a directory and its parents; returns those that were not there, the deepest first."""
     missing = []
     while not parent.exists():
         missing.append(parent)
         parent = parent.parent
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        with logged(journal, "mkdir", path):
+            path.mkdir(exist_ok=True)
     return missing
+
+
+def _sync_above(directory: Path, journal: Journal | None) -> None:
+    """Makes the names of a directory and of those above it durable, up to the file system's root.
+
+    Those that were there already, too: whoever made them may not have got as far as that.
+    """
+    while not os.path.ismount(directory):
+        directory = directory.parent
+        with suppress(PermissionError):  # it may be entered and not be read: then others made it
+            sync_directory(directory, journal)
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
@@ -249,17 +315,21 @@ def _is_abandoned(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _swap(new: Path, target: Path) -> Path:
+def _swap(new: Path, target: Path, journal: Journal | None) -> Path:
     """Puts `new` at `target` and returns where the old one now lies.
 
     renameat2's exchange does it in one step. Where a file system lacks it there is a moment without
     a target; the old one then bears a name by which `remove_leftovers` puts it back.
     """
+    begin = time.monotonic_ns()
     if _exchange(new, target):
+        if journal is not None:
+            end = time.monotonic_ns()
+            journal.add(Operation(begin, end, "exchange", str(new), other=str(target)))
         return new
     old = _temporary(target, "replaced")
-    os.rename(target, old)
-    os.rename(new, target)
+    _rename(target, old, journal)
+    _rename(new, target, journal)
     return old
 
 
