@@ -150,6 +150,7 @@ def test_torchrun():
     assert steps == ["0", "1"], done.stdout  # one rank prints
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_resumes(tmp_path):
     losses = {}

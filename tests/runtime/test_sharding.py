@@ -88,6 +88,7 @@ def test_four_processes(run_processes: Any) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_of_four_processes(run_processes: Any) -> None:
     """The meta device never leads to a whole model; the estimate is what a step allocates."""

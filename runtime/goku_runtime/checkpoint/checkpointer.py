@@ -107,6 +107,7 @@ class Checkpointer:
         self._staged: tuple[Layout, Memory, Window] | None = None
         self._ring: list[Memory] = []
         self._handle: SaveHandle | None = None
+        self._anchored: Path | None = None  # of the save before: the directories above are durable
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -192,7 +193,10 @@ class Checkpointer:
                 self._staged[1].close()
             self._ring, self._staged = [], None
             for group in self._groups:
-                dist.destroy_process_group(group)
+                with suppress(
+                    ValueError, AssertionError
+                ):  # destroyed with all others by the caller
+                    dist.destroy_process_group(group)
             self._groups = []
 
     # ---- preparing
@@ -205,8 +209,7 @@ class Checkpointer:
 
     def _gloo(self) -> Ranks:
         """The same ranks with a Gloo group of their own."""
-        members = dist.get_process_group_ranks(self._ranks.group or dist.group.WORLD)
-        group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        group = self._ranks.new_gloo_group()
         self._groups.append(group)
         return Ranks(group)
 
@@ -220,13 +223,25 @@ class Checkpointer:
     ) -> _Job:
         target = Path(os.path.abspath(path))
         layout, tree, sources = self._layouts.of(state)
-        fsync, journal = self._options.fsync, self._journal
-        directory = self._ranks.on_first(lambda: _make(target, overwrite, fsync, journal))
+        directory = self._ranks.on_first(lambda: self._make(target, overwrite))
         unfinished = Path(self._ranks.gather(str(directory.path) if directory else "")[0])
         progress = Progress(layout.image.nbytes)
         return _Job(
             layout, tree, sources, target, directory, unfinished, latest, retention, progress
         )
+
+    def _make(self, target: Path, overwrite: bool) -> NewDirectory:
+        if target.name in ("", POINTER_NAME):
+            raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+        directory = NewDirectory(
+            target,
+            overwrite=overwrite,
+            fsync=self._options.fsync,
+            anchored=target.parent == self._anchored,
+            journal=self._journal,
+        )
+        self._anchored = target.parent
+        return directory
 
     def _whole(self, layout: Layout) -> tuple[Memory, Window]:
         """Memory for the whole image; the last save's if the layout is the same."""
@@ -382,12 +397,6 @@ class Checkpointer:
 # ---- committing
 
 
-def _make(target: Path, overwrite: bool, fsync: bool, journal: Journal | None) -> NewDirectory:
-    if target.name in ("", POINTER_NAME):
-        raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
-    return NewDirectory(target, overwrite=overwrite, fsync=fsync, journal=journal)
-
-
 def _cancelled(job: _Job) -> RuntimeError:
     return RuntimeError(f"{job.target}: cancelled")
 
@@ -410,8 +419,15 @@ def _commit(job: _Job, sums: dict[str, FileSum]) -> None:
     if job.latest:
         set_latest(job.target.parent, job.target.name, journal=journal)
     if job.retention is not None:
-        keep_last, keep_every = job.retention.keep_last, job.retention.keep_every
-        for path in prune(job.target.parent, keep_last, keep_every=keep_every, journal=journal):
+        keep = job.retention
+        # Sizes alone: what was just written is good, and reading it all again takes as long as writing.
+        for path in prune(
+            job.target.parent,
+            keep.keep_last,
+            keep_every=keep.keep_every,
+            sums=False,
+            journal=journal,
+        ):
             logger.info("removed %s", path)
 
 

@@ -99,7 +99,8 @@ class SaveHandle:
     def cancel(self) -> None:
         """Gives the save up, if it has not ended: on one rank it ends on all, with nothing left of it.
 
-        Returns at once; `result` waits and raises RuntimeError. What was committed stays.
+        Waits only for requests that are under way; `result` waits for the end and raises RuntimeError.
+        Once every rank's file is written it comes too late: what is being committed stays.
         """
         with self._lock:
             self._stopped.set()

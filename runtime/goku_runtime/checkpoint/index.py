@@ -157,7 +157,8 @@ def _compact(value: Any) -> str:
 
 def _own_version() -> str:
     try:
-        return version("goku")
+        # None where the package is being installed again at this very moment.
+        return version("goku") or "unknown"
     except PackageNotFoundError:  # used from a source tree
         return "unknown"
 

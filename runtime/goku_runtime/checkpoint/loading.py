@@ -157,7 +157,9 @@ def _read_tree(directory: Path) -> Any:
     return parse_tree(path.read_bytes(), str(path))
 
 
-def _tensor_problems(plan: Match, stored: version1.Version1 | Version2, *, convert: bool) -> list[str]:
+def _tensor_problems(
+    plan: Match, stored: version1.Version1 | Version2, *, convert: bool
+) -> list[str]:
     """Which of the caller's tensors do not have the shape and dtype of the saved ones."""
     problems = []
     for saved_name, (name, tensor) in plan.tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -135,6 +136,27 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return [int(number) for number in found]
+
+    def new_gloo_group(self) -> dist.ProcessGroup:
+        """Another group of the same ranks, with connections of its own. All of them call this together.
+
+        ``new_group`` makes one of all ranks. Of some ranks it could not be made again and again: with
+        ``use_local_synchronization`` a group is named by its ranks and the number of groups that this
+        process has, so that after one was destroyed the next finds the old one's addresses in the
+        store, and ranks that have other groups beside wait for each other under different names.
+        """
+        members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        if len(members) == dist.get_world_size():
+            return dist.new_group(backend="gloo")
+        from torch.distributed import distributed_c10d as c10d
+
+        name: Any = self.gather(f"goku_runtime.checkpoint-{secrets.token_hex(8)}")[0]
+        group, _ = c10d._new_process_group_helper(
+            len(members), self.rank, members, dist.Backend("gloo"), c10d._get_default_store(),
+            group_name=name, timeout=c10d.default_pg_timeout,
+        )  # fmt: skip
+        c10d._world.pg_group_ranks[group] = {member: i for i, member in enumerate(members)}
+        return group
 
     def raise_dcp(self, error: CheckpointException) -> None:
         """Raises what stood behind DCP's exception (no Exception itself, so `except` misses it).

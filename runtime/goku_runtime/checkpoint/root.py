@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from goku_runtime.checkpoint.directory import (
@@ -18,13 +19,14 @@ from goku_runtime.checkpoint.directory import (
     sync_directory,
     write_durably,
 )
+from goku_runtime.checkpoint.journal import Journal, logged
 from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
 
 __all__ = ["POINTER_NAME", "latest", "prune", "set_latest"]
 
 
-def set_latest(root: str | os.PathLike[str], name: str) -> None:
-    """Makes `name` the checkpoint that `latest` returns; durable and atomic.
+def set_latest(root: str | os.PathLike[str], name: str, *, journal: Journal | None = None) -> None:
+    """Makes `name` the checkpoint that `latest` returns; durable and atomic, logged in `journal`.
 
     Raises:
         CheckpointError: `name` is not the name of a complete checkpoint in `root`.
@@ -37,11 +39,12 @@ def set_latest(root: str | os.PathLike[str], name: str) -> None:
     temporary = next_pointer(root)
     with sole_access(root):
         try:
-            write_durably(temporary, f"{name}\n".encode())
-            os.replace(temporary, root / POINTER_NAME)
+            write_durably(temporary, f"{name}\n".encode(), journal=journal)
+            with logged(journal, "rename", temporary, other=root / POINTER_NAME):
+                os.replace(temporary, root / POINTER_NAME)
         finally:
             temporary.unlink(missing_ok=True)
-    sync_directory(root)
+    sync_directory(root, journal)
 
 
 def latest(root: str | os.PathLike[str]) -> Path | None:
@@ -66,7 +69,12 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
 
 def prune(
-    root: str | os.PathLike[str], keep_last: int, *, keep_every: int = 0, sums: bool = True
+    root: str | os.PathLike[str],
+    keep_last: int,
+    *,
+    keep_every: int = 0,
+    sums: bool = True,
+    journal: Journal | None = None,
 ) -> list[Path]:
     """Deletes all complete checkpoints but the `keep_last` newest, the latest and every n-th.
 
@@ -80,6 +88,7 @@ def prune(
         keep_every: keeps those, too, whose number (the digits that end the name, as in step_2000) is a
             multiple of this; 0: none.
         sums: False trusts the sizes and reads nothing.
+        journal: that the removals are logged in.
 
     Returns:
         The deleted ones, the newest first.
@@ -93,7 +102,7 @@ def prune(
     if keep_every < 0:
         raise ValueError(f"keep_every: found {keep_every}; must be at least 0")
     root = Path(root)
-    remove_leftovers(root)
+    remove_leftovers(root, journal)
     complete = _complete(root)
     keep = {*complete[:keep_last], latest(root)}
     good = (path for path in complete if not _problems(root, path.name, sums=sums))
@@ -101,9 +110,12 @@ def prune(
     if keep_every:
         numbers = ((path, re.search(r"\d+$", path.name)) for path in complete)
         keep |= {path for path, found in numbers if found and int(found[0]) % keep_every == 0}
-    pruned = [path for path in complete if path not in keep]
-    for path in pruned:
-        remove(path)
+    pruned = []
+    for path in complete:
+        if path not in keep:
+            with suppress(FileNotFoundError):  # another job in this directory was faster
+                remove(path, journal)
+                pruned.append(path)
     return pruned
 
 
@@ -120,7 +132,7 @@ def _problems(root: Path, name: str, *, sums: bool = False) -> list[str]:
         return [f"{name!r} is not the name of a directory in {root}"]
     try:
         return file_problems(root / name, Manifest.read(root / name), sums=sums)
-    except CheckpointError as error:
+    except (CheckpointError, FileNotFoundError) as error:  # the latter: removed meanwhile
         return [str(error)]
 
 
@@ -129,7 +141,8 @@ def _complete(root: Path) -> list[Path]:
     found = []
     for path in root.iterdir():
         if path.is_dir() and not path.is_symlink() and not _problems(root, path.name):
-            found.append((Manifest.read(path).created_ns, _natural(path.name), path))
+            with suppress(CheckpointError):  # removed meanwhile
+                found.append((Manifest.read(path).created_ns, _natural(path.name), path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,9 +134,14 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether this is a DTensor, of which a rank may hold a part."""
+    return type(tensor) not in (Tensor, nn.Parameter) and isinstance(tensor, _dtensor())
+
+
+@cache
+def _dtensor() -> type:
     from torch.distributed.tensor import DTensor  # slow to import, and seldom needed
 
-    return isinstance(tensor, DTensor)
+    return DTensor
 
 
 # --- between ranks ------------------------------------------------------------------------------

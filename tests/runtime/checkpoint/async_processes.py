@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from goku_runtime.checkpoint import (
@@ -28,9 +28,9 @@ from goku_runtime.checkpoint import (
 ROWS = 60_000
 
 
-def state_of(step: int) -> dict[str, Any]:
+def state_of(step: int, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """A DTensor in rows, one held by all, and plain tensors: each number tells the step."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     rows = torch.full((ROWS, 5), float(step))
     return {
         "rows": distribute_tensor(rows, mesh, [Shard(0)]),
@@ -213,3 +213,39 @@ def again_and_again(rank: int, world: int, root: str) -> None:
         handle.result()
         check(directory / "c", step)
     only(directory, "c")
+
+
+def parts_of_the_world(rank: int, world: int, root: str) -> None:
+    """Two groups save at the same time, again and again; their ranks have other groups beside."""
+    groups = [dist.new_group([0]), dist.new_group([1, 2])]
+    dist.new_group([0, 2])
+    number = min(rank, 1)
+    directory = Path(root) / "parts"
+    for step in range(4):
+        state = {"w": torch.full((50_000,), float(step)), "v": torch.zeros(50_000), "step": step}
+        handle = async_save(state, directory / f"{number}-{step}", process_group=groups[number])
+        state["w"].fill_(-1)
+        handle.result()
+    dist.barrier()
+    for number in range(2):
+        for step in range(4):
+            state = {"w": torch.zeros(50_000), "v": torch.ones(50_000), "step": -1}
+            load(state, directory / f"{number}-{step}")
+            assert state["step"] == step
+            assert bool((state["w"] == step).all())
+            assert not state["v"].any()
+    only(directory, *(f"{number}-{step}" for number in range(2) for step in range(4)))
+
+
+def all_groups_destroyed(rank: int, world: int, root: str) -> None:
+    """The caller ends torch.distributed as soon as the save has ended: nobody is in its way."""
+    directory = Path(root) / "destroyed"
+    saving = Checkpointer()
+    saving.async_save(state_of(1), directory / "a").result()
+    handle = async_save(state_of(2), directory / "b")
+    handle.result()
+    dist.barrier()
+    dist.destroy_process_group()
+    saving.close()
+    if rank == 0:
+        assert sorted(path.name for path in directory.iterdir()) == ["a", "b"]

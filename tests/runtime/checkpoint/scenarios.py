@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from goku_runtime.checkpoint import (
+    Checkpointer,
     CheckpointError,
     latest,
     load,
@@ -250,6 +253,21 @@ def load_numbered(path: Path, numbers: int = 4096) -> int:
 
 def disk_full(rank: int, ranks: int, directory: Path) -> None:
     """The disk is really full, at every stage of a save; DIRECTORY is a small file system."""
+    fill_up(directory, lambda path: save(numbered(2), path))
+
+
+def disk_full_behind(rank: int, ranks: int, directory: Path) -> None:
+    """The same while training goes on: preparing, staging or writing fails."""
+    with Checkpointer() as saving:
+        stages = itertools.cycle(["now", "background"])
+
+        def behind(path: Path) -> None:
+            saving.async_save(numbered(2), path, stage=next(stages)).result()
+
+        fill_up(directory, behind)
+
+
+def fill_up(directory: Path, save_second: Callable[[Path], None]) -> None:
     save(numbered(1), directory / "step-1")
     set_latest(directory, "step-1")
     fill = directory / "fill"
@@ -261,7 +279,7 @@ def disk_full(rank: int, ranks: int, directory: Path) -> None:
             space = os.statvfs(directory)
             stream.write(b"x" * (space.f_bavail * space.f_frsize - free * 1024))
         try:
-            save(numbered(2), directory / "step-2")
+            save_second(directory / "step-2")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -279,6 +297,27 @@ def disk_full(rank: int, ranks: int, directory: Path) -> None:
     assert failed >= 5, "some saves failed, from the first file to the last"
     assert saved == 1, "and one did not"
     print(f"{failed} saves failed")
+
+
+def read_only(rank: int, ranks: int, directory: Path) -> None:
+    """DIRECTORY is a file system of its own, which becomes read-only between two saves."""
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(directory)], check=True)
+
+    with Checkpointer() as saving:
+        saving.async_save(numbered(1), directory / "step-1", latest=True).result()
+        remount("ro")
+        for stage in ("now", "background"):
+            with raises(OSError, "Read-only file system"):
+                saving.async_save(numbered(2), directory / "step-2", stage=stage)
+        with raises(OSError, "Read-only file system"):
+            save(numbered(2), directory / "a" / "step-2")
+        assert latest(directory) == directory / "step-1"
+        assert load_numbered(directory / "step-1") == 1
+        remount("rw")
+        saving.async_save(numbered(2), directory / "step-2", latest=True).result()
+        assert load_numbered(directory / "step-2") == 2
 
 
 def file_too_large(rank: int, ranks: int, directory: Path) -> None:

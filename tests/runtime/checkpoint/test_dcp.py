@@ -61,7 +61,7 @@ def cause(error: pytest.ExceptionInfo[CheckpointException]) -> BaseException:
 # --- several processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long), 4])
 def test_written_on_any_number_of_processes(
     run_processes: Callable[..., str], tmp_path: Path, world: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -41,9 +40,22 @@ def test_disk_full(run_ranks: Run, tmp_path: Path) -> None:
     directory.mkdir()
     prefix = small_file_system(directory)
     if prefix:
-        assert "saves failed" in run_ranks(1, directory, "disk_full", prefix=prefix)
+        for scenario in ("disk_full", "disk_full_behind"):
+            assert "saves failed" in run_ranks(1, directory, scenario, prefix=prefix)
     else:
         run_ranks(1, directory, "file_too_large")
+
+
+def test_a_read_only_file_system(run_ranks: Run, tmp_path: Path) -> None:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    prefix = small_file_system(directory)
+    if not prefix:
+        pytest.skip("file systems cannot be mounted here")
+    (directory / "read_only").mkdir()
+    # The scenario's own directory is the mount: what is read-only must not be the test's.
+    prefix = (*prefix[:-1], str(directory / "read_only"))
+    run_ranks(1, directory, "read_only", prefix=prefix)
 
 
 def test_files_that_may_not_grow(run_ranks: Run, tmp_path: Path) -> None:
@@ -57,38 +69,50 @@ def test_killed_at_any_moment(run_ranks: Run, tmp_path: Path) -> None:
 STATE: dict[str, Any] = {"w": torch.ones(1000), "step": 1}
 
 
-@pytest.mark.parametrize("call", range(1, 10))
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failing_device_at_every_sync(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: int, overwrite: bool
-) -> None:
-    """EIO from the n-th fsync: before the rename nothing is left, after it the new one is whole."""
-    save({"w": torch.zeros(1000), "step": 0}, tmp_path / "old")
-    target = tmp_path / ("old" if overwrite else "new")
-    calls = 0
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
+    """EIO from the n-th fsync (0: from none); returns what was synced, growing."""
+    real, synced = os.fsync, []
 
     def fsync(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if len(synced) == call:
             raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    # .crc, index.json, .metadata, __values.distcp, state.json, manifest.json, the directory, its
-    # parent: eight in all. The data file is the engine's (tests/csrc).
-    failing = call <= 8
-    with pytest.raises(OSError, match="Input/output") if failing else contextlib.nullcontext():
-        save(STATE, target, overwrite=overwrite)
-    monkeypatch.undo()
-    state = {"w": torch.full((1000,), 9.0), "step": 9}
-    load(state, tmp_path / "old")
-    replaced = overwrite and call >= 8  # the rename comes before the parent's fsync
-    assert state["step"] == int(replaced)
-    assert bool(state["w"].all()) == replaced
-    if not overwrite:
-        assert target.exists() == (call >= 8)
-    save(STATE, tmp_path / "next")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    return synced
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failing_device_at_every_sync(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overwrite: bool
+) -> None:
+    """EIO from the n-th fsync: before the rename nothing is left, after it the new one is whole."""
+    (tmp_path / "0").mkdir()
+    with monkeypatch.context() as patch:
+        synced = fail_at(patch, 0)
+        save(STATE, tmp_path / "0" / "c")
+    # The directories above; .crc, index.json, .metadata, __values.distcp, state.json, manifest.json,
+    # the directory; its parent, after the rename. The data file is the engine's (tests/csrc).
+    assert len(synced) >= 9
+    assert synced[-1] == str(tmp_path / "0")
+    for call in range(1, len(synced) + 1):
+        root = tmp_path / str(call)
+        save({"w": torch.zeros(1000), "step": 0}, root / "old")
+        target = root / ("old" if overwrite else "new")
+        with monkeypatch.context() as patch:
+            fail_at(patch, call)
+            with pytest.raises(OSError, match="Input/output"):
+                save(STATE, target, overwrite=overwrite)
+        renamed = call == len(synced)
+        state = {"w": torch.full((1000,), 9.0), "step": 9}
+        load(state, root / "old")
+        assert state["step"] == int(overwrite and renamed)
+        assert bool((state["w"] == state["step"]).all())
+        if not overwrite:
+            assert target.exists() == renamed
+        save(STATE, root / "next")
+        assert not [path for path in root.iterdir() if path.name.startswith(".")]
 
 
 def test_an_interrupt_while_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
