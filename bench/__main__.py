@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, parallel_report, peers, report, running, tune
+from bench import checkpoint_report, harness, parallel_report, peers, report, running, tune
 
 EXAMPLES = """\
 examples, from the repository with the packages installed (or kernels, runtime and . on PYTHONPATH):
@@ -26,6 +26,8 @@ examples, from the repository with the packages installed (or kernels, runtime a
 The parallel runtime has commands of its own, for all ranks of a run:
   torchrun --nproc-per-node 2 -m bench.exchange --help
   torchrun --nproc-per-node 2 -m bench.policies --help
+And so have the checkpoints:
+  python -m bench.checkpoint --help
 
 On a CPU `run` measures small shapes; its rows say so and are never mixed with a GPU's.
 Exit codes: 0 well; 1 a result of ours is wrong or failed, or time ran out; 2 bad input.
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name:24} {status}")
             return 0
         if options.command == "report":
-            for page in (report, parallel_report):
+            for page in (report, parallel_report, checkpoint_report):
                 for path in page.write(options.results, options.docs):
                     print(path)
             return 0

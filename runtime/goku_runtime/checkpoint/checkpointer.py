@@ -327,6 +327,8 @@ class Checkpointer:
                 job.handle.staged()
             return {}
         path = job.unfinished / job.layout.file
+        # Before the file is made: on tmpfs reserving its blocks takes longer than the copy.
+        memory = self._stage_whole(job)
         engine = self._options.engine(trace=self._journal is not None)
         try:
             writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
@@ -334,7 +336,10 @@ class Checkpointer:
             try:
                 if job.handle is not None:
                     job.handle.on_cancel(writer.cancel)
-                self._submit(job, writer)
+                if memory is not None:
+                    writer.submit(memory.address, 0, image.nbytes)
+                else:
+                    self._submit_windows(job, writer)
                 size, crc = writer.finish()
                 sums = writer.chunk_crcs()
             except BaseException:
@@ -355,16 +360,20 @@ class Checkpointer:
         write_durably(beside, sums, fsync=self._options.fsync, journal=self._journal)
         return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
 
-    def _submit(self, job: _Job, writer: FileWriter) -> None:
-        """Hands the image to the writer, copying what has not been copied."""
+    def _stage_whole(self, job: _Job) -> Memory | None:
+        """Copies the whole image, in the background and where that much memory may be had; else None."""
+        handle, limit = job.handle, self._options.staging_bytes
+        if handle is None or (limit is not None and job.layout.image.nbytes > limit):
+            return None
+        memory, window = self._whole(job.layout)
+        self._copy(job, window)
+        job.sources = []  # writing may take long, and the tensors be wanted elsewhere
+        handle.staged()
+        return memory
+
+    def _submit_windows(self, job: _Job, writer: FileWriter) -> None:
+        """Copies the image in windows and hands them to the writer."""
         image, handle, limit = job.layout.image, job.handle, self._options.staging_bytes
-        if handle is not None and (limit is None or image.nbytes <= limit):
-            memory, window = self._whole(job.layout)
-            self._copy(job, window)
-            job.sources = []  # writing may take long, and the tensors be wanted elsewhere
-            handle.staged()
-            writer.submit(memory.address, 0, image.nbytes)
-            return
         size, count = self._options.window_bytes, _RING
         if handle is not None and limit is not None:
             count = max(limit // size, 1)
