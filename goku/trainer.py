@@ -474,7 +474,8 @@ class Trainer:
         # A row of every process; of rank 0 alone in checkpoints of version 1. Further processes keep theirs.
         rows = generators.reshape(-1, shape[-1])
         if self.context.rank < len(rows):
-            torch.set_rng_state(rows[self.context.rank])
+            # A copy: torch 2.13 reads from the start of the storage, wherever the row begins in it.
+            torch.set_rng_state(rows[self.context.rank].clone())
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
         self.ema.updates = run["ema_updates"]

@@ -63,6 +63,7 @@ def test_all_peers_of_one_process_have_rows_and_a_page(tmp_path):
     assert f"| {case} | disk | {peers.SAFETENSORS} |" in text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_and_the_other_works(tmp_path):
     assert run(tmp_path, "rates", "--only", "P=2", "tmpfs", "--peers", "no CRC") == 0

@@ -53,6 +53,7 @@ def test_a_wrong_policy_is_exit_code_1_and_not_timed(tmp_path, monkeypatch):
     assert "of one process (1.0, 1.0)" in row["note"]
 
 
+@pytest.mark.long
 def test_two_processes_share_weights_and_packs(run_processes, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

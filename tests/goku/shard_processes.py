@@ -113,6 +113,7 @@ def a_row_of_every_process(rank: int, world: int, port: int, path: str) -> None:
         for each in range(world):
             torch.manual_seed(each)
             assert torch.equal(rows[each], torch.get_rng_state())
+            torch.set_rng_state(rows[each].clone())
 
 
 def bad_arrangement(rank: int, world: int, port: int) -> None:

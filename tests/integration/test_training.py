@@ -241,6 +241,7 @@ def test_a_signal_while_the_vae_trains_leaves_nothing_behind(
     assert not vae.exists()
 
 
+@pytest.mark.long
 def test_two_runs_do_not_share_a_folder(
     write_config: Callable[..., Path], tmp_path: Path, goku: Any, start: Any
 ) -> None:

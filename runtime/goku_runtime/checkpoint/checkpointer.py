@@ -283,6 +283,11 @@ class Checkpointer:
         """The thread of `async_save`."""
         try:
             self._write(job, self._background or self._ranks)
+        except BaseException as error:
+            # Nobody may ask for the result. Before it is there: whoever does prints after this.
+            level = logging.INFO if handle.cancelled else logging.ERROR
+            logger.log(level, "%s was not saved: %s: %s", job.target, type(error).__name__, error)
+            raise
         finally:
             job.sources = []  # a handle that is kept does not keep the tensors
             handle.staged()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 
 __all__ = ["Progress", "SaveHandle"]
-
-logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -126,15 +123,9 @@ class SaveHandle:
         self._staged.set()
 
     def follow(self, result: Future[None]) -> None:
-        """The save is this task; a failure is logged, for nobody may ask for it."""
+        """The save is this task."""
         self._result = result
-        result.add_done_callback(self._log)
 
     def on_end(self, then: Callable[[], None]) -> None:
         """What is done at the very end, or at once if the save has ended."""
         self._result.add_done_callback(lambda _: then())
-
-    def _log(self, result: Future[None]) -> None:
-        error = result.exception()
-        if error is not None:
-            logger.error("%s was not saved: %s: %s", self.path, type(error).__name__, error)

@@ -44,6 +44,7 @@ def _media(directory: Path, **_: Any) -> None:
             (directory / folder / f"p{i}.txt").write_text(f"{folder} {i}")
 
 
+@pytest.mark.long
 def test_the_whole_way_with_a_real_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
