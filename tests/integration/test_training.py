@@ -150,7 +150,8 @@ def test_killed_by_sigkill_then_resumed_is_bit_identical(
     config = write_config(tmp_path / "killed", train={"checkpoint_every": 2, "steps": 4000})
     out = tmp_path / "killed"
     process = start(config)
-    _wait_for(out / "train.jsonl", lambda e: e["event"] == "step" and e["step"] >= 5, process)
+    # Logged once it is in its place, while training goes on.
+    _wait_for(out / "train.jsonl", lambda e: e["event"] == "checkpoint" and e["step"] >= 4, process)
     process.kill()
     assert process.wait(timeout=60) == -signal.SIGKILL
     # Constant schedule: the length of the run may change on resume.
