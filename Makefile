@@ -103,7 +103,7 @@ pytest: $(DEV)  ## the tests alone; ARGS are pytest's
 	@$(if $(ARGS),,TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) -m "not long")
 
 .PHONY: long
-long: $(DEV)  ## the tests that `make test` has no time for: every mesh, mutants, crashes, nvcc
+long: $(DEV)  ## the tests that `make test` has no time for: every mesh, crashes, nvcc
 	@$(PYTEST) -m long $(ARGS)
 	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) -m long $(ARGS)
 

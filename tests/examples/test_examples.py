@@ -81,6 +81,7 @@ def test_deepspeed_zero(run_processes):
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_checkpoint_fsdp2(run_processes, tmp_path):
     """Interrupted after 4 and 6 of 8 steps, to go on with other processes and with as many."""

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
-
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "goku_kernels"
 TESTS = Path(__file__).parent / "interpreter"

@@ -61,7 +61,9 @@ def cause(error: pytest.ExceptionInfo[CheckpointException]) -> BaseException:
 # --- several processes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize(
+    "world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_written_on_any_number_of_processes(
     run_processes: Callable[..., str], tmp_path: Path, world: int
 ) -> None:
@@ -72,6 +74,7 @@ def test_written_on_any_number_of_processes(
     run_processes(others[0], PROCESSES, ("read_elsewhere", {"path": path, "shape": others}))
 
 
+@pytest.mark.long
 def test_ours_on_four_read_on_two_and_four(
     run_processes: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -86,6 +89,7 @@ def test_async_save_by_thread(run_processes: Callable[..., str], tmp_path: Path)
     run_processes(2, PROCESSES, ("asynchronous", {"path": path, "kind": "thread"}))
 
 
+@pytest.mark.long
 def test_async_save_by_process(run_processes: Callable[..., str], tmp_path: Path) -> None:
     path = str(tmp_path / "saves" / "c")
     run_processes(2, PROCESSES, ("asynchronous", {"path": path, "kind": "process"}))

@@ -76,6 +76,7 @@ def test_it_can_be_saved_again(folder: Path, tmp_path: Path) -> None:
     assert same(again, golden_writer.state(golden_writer.tensors()))
 
 
+@pytest.mark.long
 def test_the_writer_writes_what_the_folders_hold(tmp_path: Path) -> None:
     script = Path(golden_writer.__file__)
     target = tmp_path / "c"
