@@ -19,7 +19,7 @@ from goku_runtime.checkpoint.manifest import FileSum
 from goku_runtime.checkpoint.options import CHUNK, CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, Image, Record, data_file
 from goku_runtime.checkpoint.records import ALIGNMENT, skeleton
-from goku_runtime.checkpoint.staging import Memory, Window, windows
+from goku_runtime.checkpoint.staging import Memory, Window, write_windows
 from goku_runtime.checkpoint.stored import sums_name
 from goku_runtime.checkpoint.tree import flatten
 
@@ -205,19 +205,14 @@ def _submit(image: Image, sources: _Sources, writer: FileWriter, window_bytes: i
     try:
         # Pinned: copies from a GPU are asynchronous then, one wait for all of a window.
         ring += [Memory(size, pin=torch.cuda.is_initialized()) for _ in range(count)]
-        tickets: list[int | None] = [None] * count
-        for number, (start, stop) in enumerate(windows(image.nbytes, size)):
-            slot = number % count
-            before = tickets[slot]
-            if before is not None:
-                writer.wait(before)
-            Window(image, start, stop, ring[slot]).copy(sources, non_blocking=True)
+
+        def copy(window: Window) -> None:
+            window.copy(sources, non_blocking=True)
             for device in sources.devices:
                 torch.cuda.current_stream(device).synchronize()
-            tickets[slot] = writer.submit(ring[slot].address, start, stop - start)
-        for ticket in tickets:
-            if ticket is not None:
-                writer.wait(ticket)
+
+        for ticket in write_windows(image, ring, size, writer, copy):
+            writer.wait(ticket)
     except BaseException:
         writer.cancel()  # before the memory goes
         raise

@@ -40,7 +40,7 @@ from goku_runtime.checkpoint.manifest import (
 from goku_runtime.checkpoint.options import CheckpointOptions, Retention
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.root import POINTER_NAME, prune, set_latest
-from goku_runtime.checkpoint.staging import Memory, Window, windows
+from goku_runtime.checkpoint.staging import Memory, Window, write_windows
 
 if TYPE_CHECKING:
     from goku_runtime._io import FileWriter
@@ -386,15 +386,8 @@ class Checkpointer:
         size = min(size, -(-image.nbytes // CHUNK) * CHUNK)
         count = min(count, -(-image.nbytes // size))
         self._make_ring(count, size, pin=job.layout.on_gpu)
-        tickets: list[int | None] = [None] * count
-        for number, (start, stop) in enumerate(windows(image.nbytes, size)):
-            slot = number % count
-            before = tickets[slot]
-            if before is not None:
-                writer.wait(before)
-            memory = self._ring[slot]
-            self._copy(job, Window(image, start, stop, memory))
-            tickets[slot] = writer.submit(memory.address, start, stop - start)
+        ring = self._ring[:count]
+        write_windows(image, ring, size, writer, lambda window: self._copy(job, window))
         job.sources = []
         if handle is not None:
             handle.staged()

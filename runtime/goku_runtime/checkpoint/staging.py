@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from goku_runtime._io import Buffer
+    from goku_runtime._io import Buffer, FileWriter
     from goku_runtime.checkpoint.plan import Image
 
-__all__ = ["Memory", "Window", "windows"]
+__all__ = ["Memory", "Window", "windows", "write_windows"]
 
 
 class Memory:
@@ -146,6 +146,35 @@ def windows(nbytes: int, size: int) -> Iterator[tuple[int, int]]:
     """Cuts an image into windows of `size` bytes: (start, stop) each."""
     for start in range(0, nbytes, size):
         yield start, min(start + size, nbytes)
+
+
+def write_windows(
+    image: Image,
+    ring: Sequence[Memory],
+    size: int,
+    writer: FileWriter,
+    copy: Callable[[Window], None],
+) -> list[int]:
+    """Hands an image to a writer in windows, each copied while those before are written.
+
+    Args:
+        image: of the whole file.
+        ring: memories of at least `size` bytes, taken in turn.
+        size: of a window, in bytes.
+        writer: of the image's file.
+        copy: fills a window and returns when its bytes are there.
+
+    Returns:
+        The tickets of the last windows, whose memory is still being written.
+    """
+    tickets: list[int] = []
+    for number, (start, stop) in enumerate(windows(image.nbytes, size)):
+        if len(tickets) == len(ring):
+            writer.wait(tickets.pop(0))
+        memory = ring[number % len(ring)]
+        copy(Window(image, start, stop, memory))
+        tickets.append(writer.submit(memory.address, start, stop - start))
+    return tickets
 
 
 def _touched(image: Image, start: int, stop: int) -> Iterator[tuple[int, int]]:
