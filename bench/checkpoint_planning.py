@@ -63,7 +63,6 @@ def plans(options: Mapping[str, Any]) -> Results:
         world = int(torch.tensor(shape).prod())
         with _fake_group(world):
             state = _state(shape, placements)
-            layouts = Layouts(_Simulated(None))
             for _ in range(options["rounds"]):
                 layouts = Layouts(_Simulated(None))
                 first = timed(partial(layouts.of, state))
@@ -71,7 +70,6 @@ def plans(options: Mapping[str, Any]) -> Results:
                 for _ in range(3):
                     again = timed(partial(layouts.of, state))
                     results.add(f"{OURS}, cached", label, again, tensors=COUNT, ranks=world)
-            if world > 1000:  # takes 15 s: enough of it once
                 layout, tree, _ = layouts.of(state)
                 files = timed(partial(layout.files, tree))
                 results.add(f"{OURS}, files of rank 0", label, files, tensors=COUNT, ranks=world)

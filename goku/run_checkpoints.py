@@ -52,6 +52,11 @@ class RunCheckpoints:
             self._saving.handle.wait_ended()
         self._checkpointer.close()
 
+    def warm(self, state: dict[str, Any]) -> None:
+        """Have the memory for copies of such a state now: if there is too little, a run fails early."""
+        if self._mode != "sync":
+            self._checkpointer.warm(state)
+
     def save(self, state: dict[str, Any], step: int, log: RunLog) -> None:
         """Write step_N on all ranks, move `latest` and remove what retention does not keep.
 

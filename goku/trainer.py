@@ -168,9 +168,12 @@ class Trainer:
             if not resumed:
                 self.evaluate(log)
                 self.sample(log)
+            first = self.step
             with self._profiler(profile) as profiler:
                 while self.step < train.steps:
                     stopping = self.train_step(log, stop)
+                    if self.step == first + 1:  # now the optimizer has its state
+                        self.checkpoints.warm(self.state())
                     self.checkpoints.poll(log)
                     if profiler is not None:
                         profiler.step()

@@ -5,25 +5,25 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <thread>
 
 #include "errors.h"
 
 namespace goku::io {
 namespace {
 
-// Measured with 1 GiB on a 2-core virtual machine whose disk (virtio, ext4) does 2.6 to 3.9 GiB/s
-// for 8 threads that do nothing but pwrite 4 MiB each and fsync, and 2.4 to 2.8 for pread; while
-// it did little else, to within 10%, with preallocation, checksums and fsync:
-//   write, 1 MiB requests   depth 4: 2.4   8: 2.8   16: 3.0 to 3.2 GiB/s
-//   write, 4 MiB requests                  8: 3.4 to 3.5
-//   read, 1 MiB requests    depth 4: 2.4 to 2.7     8: 2.4 to 2.6   16: 2.2 to 2.5
-//   read, 4 MiB requests                   8: 1.8 to 2.0
-// Writes come from wherever the caller's bytes lie, and like to be large. Reads go through the
-// engine's own memory, and are fastest while all of it stays in the processor's cache.
+// Measured with 1 GiB on a 2-core virtual machine whose disk (virtio, ext4) does 3.6 to 3.9 GiB/s
+// for 8 threads that do nothing but pwrite 4 MiB each and fsync, and 2.6 to 2.8 for pread, with
+// preallocation, checksums and fsync, as parts of that rate:
+//   write, 4 MiB requests   depth 8: 0.92   16: 0.96   24: 1.02   32: 1.03
+//   write, 2 MiB requests                              32: 0.99   64: 1.02
+//   read, 1 MiB requests, one a thread            threads 4: 1.01   8: 1.01
+//   read, 1 MiB requests, 2 to 16 a thread, 8 in all      4: 0.90   2: 0.87
+// Writes come from wherever the caller's bytes lie, and like to be large and many: the device is not
+// to wait while the threads sum. Reads go through the engine's own memory, and are fastest while all
+// of it stays in the processor's cache and no thread has two that have ended: one a thread.
 constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
 constexpr std::size_t kReadsPerBlock = 4;
-constexpr std::size_t kRingDepth = 8;
+constexpr std::size_t kRingDepth = 32;
 constexpr std::size_t kThreads = 8;
 
 constexpr std::size_t kDeepest = 4096;
@@ -45,12 +45,6 @@ void check_chunk(std::uint64_t chunk) {
     throw std::invalid_argument("chunk is " + std::to_string(chunk) +
                                 "; allowed are multiples of " + std::to_string(kAlignment));
   }
-}
-
-std::size_t workers_with_rings() {
-  // They compute checksums and copy, at about 5 GiB/s each.
-  const std::size_t cores = std::thread::hardware_concurrency();
-  return std::clamp<std::size_t>(cores / 2, 2, 8);
 }
 
 Options checked(Options options) {
@@ -99,7 +93,7 @@ Core::Core(const Options& options, System& sys)
     const std::size_t depth =
         within_budget(chosen, chosen.queue_depth != 0 ? chosen.queue_depth : kRingDepth);
     const std::size_t threads =
-        std::min(depth, chosen.threads != 0 ? chosen.threads : workers_with_rings());
+        std::min(depth, chosen.threads != 0 ? chosen.threads : kThreads);
     int error = 0;
     std::vector<std::unique_ptr<Ring>> rings;
     while (error == 0 && rings.size() < threads) {

@@ -57,11 +57,11 @@ void Pool::work(Ring* ring) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     if (under_way == 0) {
-      wake_.wait(lock, [this] { return stopping_ || drawable(); });
-      if (!drawable()) return;
+      wake_.wait(lock, [this] { return stopping_ || drawable(0); });
+      if (!drawable(0)) return;
     }
     // First what has ended, for its slot; then as much as there may be; then wait.
-    const bool take = under_way > 0 && (ring->ready() || under_way == share_ || !drawable());
+    const bool take = under_way > 0 && (ring->ready() || !drawable(under_way));
     if (take) {
       lock.unlock();
       if (!ended(ring->wait(), ring)) --under_way;

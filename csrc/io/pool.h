@@ -2,6 +2,7 @@
 // either transfer them themselves or hand them to the ring.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -37,7 +38,11 @@ class Pool {
 
  private:
   void work(Ring* ring);
-  bool drawable() const { return !free_.empty() && !sources_.empty(); }
+  // Whether there is something for a worker that has so many under way.
+  bool drawable(std::size_t under_way) const {
+    return !free_.empty() && !sources_.empty() &&
+           under_way < std::min(share_, sources_.front()->most_in_ring());
+  }
   Slot* draw(std::unique_lock<std::mutex>* lock);
   bool begin(Slot* slot, Ring* ring);
   bool ended(const Ended& end, Ring* ring);

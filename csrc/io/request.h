@@ -64,6 +64,8 @@ class Source : public std::enable_shared_from_this<Source> {
   virtual void finish(const Request& request) = 0;
   // Gives out no more requests, and returns when none is under way. Any thread but a worker.
   virtual void cancel() = 0;
+  // Requests that one worker has in its ring at a time.
+  virtual std::size_t most_in_ring() const { return SIZE_MAX; }
 
   bool listed = false;  // the pool's, under its lock
 };

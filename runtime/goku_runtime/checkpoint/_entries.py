@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,17 @@ from goku_runtime.checkpoint._boxes import Box
 from goku_runtime.checkpoint._shards import Layout, Mesh
 from goku_runtime.checkpoint.records import ALIGNMENT, Skeleton, skeleton
 
-__all__ = ["GlobalPlan", "Image", "Part", "Record", "Replicas", "TensorEntry", "data_file"]
+__all__ = [
+    "Columns",
+    "GlobalPlan",
+    "Image",
+    "Kind",
+    "Part",
+    "Record",
+    "Replicas",
+    "TensorEntry",
+    "data_file",
+]
 
 
 def data_file(rank: int) -> str:
@@ -129,14 +141,56 @@ class TensorEntry:
         row = self._replicas.row_of.get(rank)
         return None if row is None else self._layout.box(row)
 
-    def record_of(self, rank: int) -> Record | None:
-        """What a rank writes; None if nothing."""
-        row = self._replicas.row_of.get(rank)
-        if row is None or int(self.owners[row]) != rank:
-            return None
-        box, offset = self._layout.box(row), int(self.offsets[row])
+    def record(self, box: Box, offset: int) -> Record:
+        """The record of one of its boxes, at a place in an image."""
         record = skeleton(self.dtype, box.size)
         return Record(self.name, self.dtype, box, record, offset, offset + len(record.before))
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What is the same for the parts of all tensors of one layout and dtype.
+
+    Attributes:
+        boxes: those that are written, in the order of `TensorEntry.parts`.
+        lengths: bytes of each one's record.
+        heads: bytes of it before its payload.
+        written: whether each box of the layout is among `boxes`.
+    """
+
+    boxes: list[Box]
+    lengths: list[int]
+    heads: list[int]
+    written: list[bool]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, layout: Layout) -> Kind:
+        """The kind of a tensor."""
+        boxes = list(layout.boxes())
+        sizes = {box.size for box in boxes}
+        # As plans are made: nothing empty is written but the one box of a tensor without elements.
+        filled = {size: bool(math.prod(size)) or len(boxes) == 1 for size in sizes}
+        records = {size: skeleton(dtype, size) for size in sizes if filled[size]}
+        written = [filled[box.size] for box in boxes]
+        boxes = list(compress(boxes, written))
+        found = [records[box.size] for box in boxes]
+        heads = [len(record.before) for record in found]
+        return cls(boxes, [record.length for record in found], heads, written)
+
+
+class Columns(NamedTuple):
+    """All parts of a plan, tensor after tensor, as columns: for 768,000 parts, 0.1 s instead of the
+    1 s that `TensorEntry.parts` takes.
+
+    Attributes:
+        kinds: of each tensor; it says how many of the parts are the tensor's.
+        ranks: of each part.
+        offsets: where its record begins in that rank's file.
+    """
+
+    kinds: list[Kind]
+    ranks: list[int]
+    offsets: list[int]
 
 
 class GlobalPlan:
@@ -177,8 +231,47 @@ class GlobalPlan:
         text = json.dumps(given, separators=(",", ":"))
         return hashlib.sha256(text.encode()).digest()
 
+    def columns(self) -> Columns:
+        """What `parts` of all entries say, in their order."""
+        if not self.entries:
+            return Columns([], [], [])
+        entries = self.entries.values()
+        known: dict[tuple[int, torch.dtype], Kind] = {}
+        kinds = []
+        for entry in entries:
+            key = (id(entry._layout), entry.dtype)
+            if key not in known:
+                known[key] = Kind.of(entry.dtype, entry._layout)
+            kinds.append(known[key])
+        owners = torch.cat([entry.owners for entry in entries]).tolist()
+        offsets = torch.cat([entry.offsets for entry in entries]).tolist()
+        written = list(chain.from_iterable(kind.written for kind in kinds))
+        ranks = list(compress(owners, written))
+        assert len(ranks) == len(owners) - owners.count(-1)
+        assert min(ranks, default=0) >= 0
+        return Columns(kinds, ranks, list(compress(offsets, written)))
+
     def local(self, rank: int) -> Image:
         """The image of one rank of the group."""
-        found = (entry.record_of(rank) for entry in self.entries.values())
-        records = tuple(record for record in found if record is not None)
-        return Image(data_file(rank), self.sizes[rank], records)
+        held = []  # (entry, the rank's box in it, that box's place among those of all entries)
+        end = 0
+        for entry in self.entries.values():
+            row = entry._replicas.row_of.get(rank)
+            if row is not None:
+                held.append((entry, row, end + row))
+            end += entry.owners.numel()
+        if not held:
+            return Image(data_file(rank), self.sizes[rank], ())
+        # Taken out together: number by number takes longer than all the rest.
+        places = torch.tensor([place for _, _, place in held], dtype=torch.int64, device="cpu")
+        owners = torch.cat([entry.owners for entry in self.entries.values()])[places].tolist()
+        offsets = torch.cat([entry.offsets for entry in self.entries.values()])[places].tolist()
+        boxes: dict[tuple[int, int], Box] = {}
+        records = []
+        for (entry, row, _), owner, offset in zip(held, owners, offsets, strict=True):
+            if owner == rank:
+                key = (id(entry._layout), row)
+                if key not in boxes:
+                    boxes[key] = entry._layout.box(row)
+                records.append(entry.record(boxes[key], offset))
+        return Image(data_file(rank), self.sizes[rank], tuple(records))

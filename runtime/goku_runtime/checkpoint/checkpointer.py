@@ -24,22 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.directory import NewDirectory, write_durably
+from goku_runtime.checkpoint.committing import SmallFiles, commit
+from goku_runtime.checkpoint.directory import POINTER_NAME, NewDirectory, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
 from goku_runtime.checkpoint.journal import Journal
 from goku_runtime.checkpoint.layout import Layout, Layouts
-from goku_runtime.checkpoint.manifest import (
-    MANIFEST_NAME,
-    CheckpointError,
-    FileSum,
-    Manifest,
-    file_problems,
-    raise_problems,
-)
+from goku_runtime.checkpoint.manifest import CheckpointError, FileSum
 from goku_runtime.checkpoint.options import CheckpointOptions, Retention
 from goku_runtime.checkpoint.ranks import Ranks
-from goku_runtime.checkpoint.root import POINTER_NAME, prune, set_latest
 from goku_runtime.checkpoint.staging import Memory, Window, write_windows
 
 if TYPE_CHECKING:
@@ -66,6 +59,7 @@ class _Job:
     latest: bool
     retention: Retention | None
     progress: Progress
+    beside: SmallFiles | None = None  # rank 0's, from when its data is written
     handle: SaveHandle | None = None
     # What the training's stream had reached on each GPU when the save was asked for.
     events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
@@ -167,6 +161,27 @@ class Checkpointer:
             handle.wait_staged()
         return handle
 
+    def warm(self, state: dict[Any, Any]) -> None:
+        """Does before the first `async_save` what only that one needs time for; all ranks call it.
+
+        The layout is made, and the memory that tensors are staged in is had from the system, which
+        takes 1 to 5 s per GiB. Nothing is kept if a later state has another layout: give it what will
+        be saved (an optimizer's state comes with its first step).
+
+        Raises:
+            As `async_save`, what shows before anything is written.
+        """
+        self._wait()
+        layout, tree, _ = self._layouts.of(state)
+        layout.files(tree)  # kept: the index of thousands of ranks takes seconds
+        limit = self._options.staging_bytes
+        if limit is None or layout.image.nbytes <= limit:
+            self._whole(layout, touch=True)
+        else:
+            self._make_ring(*self._ring_for(layout, limit), pin=layout.on_gpu)
+            for memory in self._ring:
+                memory.touch()
+
     def wait(self) -> None:
         """Waits for the save in the background, if there is one, and raises its error."""
         handle = self._handle
@@ -243,13 +258,15 @@ class Checkpointer:
         self._anchored = target.parent
         return directory
 
-    def _whole(self, layout: Layout) -> tuple[Memory, Window]:
+    def _whole(self, layout: Layout, *, touch: bool = False) -> tuple[Memory, Window]:
         """Memory for the whole image; the last save's if the layout is the same."""
         if self._staged is None or self._staged[0] is not layout:
             if self._staged is not None:
                 self._staged[1].close()
                 self._staged = None  # before the next is made: both may not fit
             memory = Memory(layout.image.nbytes, pin=layout.on_gpu)
+            if touch:
+                memory.touch()
             window = Window(layout.image, 0, layout.image.nbytes, memory)
             self._staged = layout, memory, window
         return self._staged[1:]
@@ -298,12 +315,14 @@ class Checkpointer:
             sums: dict[str, FileSum] = {}
             for each in ranks.collect(lambda: self._written(job)):
                 sums |= each
-            ranks.on_first(lambda: _commit(job, sums))
+            ranks.on_first(lambda: self._commit(job, sums))
         except BaseException:
             self._abandon(job)
             raise
 
     def _abandon(self, job: _Job) -> None:
+        if job.beside is not None:
+            job.beside.wait()
         if job.directory is not None:
             job.directory.discard()
 
@@ -330,10 +349,11 @@ class Checkpointer:
         if not image.nbytes:
             if job.handle is not None:
                 job.handle.staged()
+            self._begin_beside(job)
             return {}
         path = job.unfinished / job.layout.file
-        # Before the file is made: on tmpfs reserving its blocks takes longer than the copy.
         memory = self._stage_whole(job)
+        self._begin_beside(job)  # once training may go on: it takes the interpreter's lock at times
         engine = self._options.engine(trace=self._journal is not None)
         try:
             writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
@@ -365,6 +385,20 @@ class Checkpointer:
         write_durably(beside, sums, fsync=self._options.fsync, journal=self._journal)
         return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
 
+    def _begin_beside(self, job: _Job) -> None:
+        """On rank 0: the files beside the data, written while that is."""
+        if job.directory is not None:
+            layout, tree = job.layout, job.tree
+            job.beside = SmallFiles(job.directory, lambda: layout.files(tree))
+
+    def _commit(self, job: _Job, sums: dict[str, FileSum]) -> None:
+        """Rank 0, which has the directory, gives it its name."""
+        assert job.directory is not None
+        assert job.beside is not None
+        if job.handle is not None and job.handle.cancelled:
+            raise _cancelled(job)
+        commit(job.directory, sums | job.beside.sums(), latest=job.latest, retention=job.retention)
+
     def _stage_whole(self, job: _Job) -> Memory | None:
         """Copies the whole image, in the background and where that much memory may be had; else None."""
         handle, limit = job.handle, self._options.staging_bytes
@@ -378,19 +412,24 @@ class Checkpointer:
 
     def _submit_windows(self, job: _Job, writer: FileWriter) -> None:
         """Copies the image in windows and hands them to the writer."""
-        image, handle, limit = job.layout.image, job.handle, self._options.staging_bytes
-        size, count = self._options.window_bytes, _RING
-        if handle is not None and limit is not None:
-            count = max(limit // size, 1)
-            size = min(size, limit // CHUNK * CHUNK)
-        size = min(size, -(-image.nbytes // CHUNK) * CHUNK)
-        count = min(count, -(-image.nbytes // size))
+        image, handle = job.layout.image, job.handle
+        limit = None if handle is None else self._options.staging_bytes
+        count, size = self._ring_for(job.layout, limit)
         self._make_ring(count, size, pin=job.layout.on_gpu)
         ring = self._ring[:count]
         write_windows(image, ring, size, writer, lambda window: self._copy(job, window))
         job.sources = []
         if handle is not None:
             handle.staged()
+
+    def _ring_for(self, layout: Layout, limit: int | None) -> tuple[int, int]:
+        """How many windows, and of how many bytes, are in memory at a time."""
+        size, count = self._options.window_bytes, _RING
+        if limit is not None:
+            count = max(limit // size, 1)
+            size = min(size, limit // CHUNK * CHUNK)
+        size = min(size, -(-layout.image.nbytes // CHUNK) * CHUNK)
+        return min(count, -(-layout.image.nbytes // max(size, 1))), size
 
     def _make_ring(self, count: int, size: int, *, pin: bool) -> None:
         fits = len(self._ring) >= count and all(memory.nbytes >= size for memory in self._ring)
@@ -401,41 +440,8 @@ class Checkpointer:
             self._ring = [Memory(size, pin=pin) for _ in range(count)]
 
 
-# ---- committing
-
-
 def _cancelled(job: _Job) -> RuntimeError:
     return RuntimeError(f"{job.target}: cancelled")
-
-
-def _commit(job: _Job, sums: dict[str, FileSum]) -> None:
-    """Rank 0 (the one with the directory) writes what is left, the manifest last, and renames."""
-    directory = job.directory
-    assert directory is not None
-    fsync, journal = directory.fsync, directory.journal
-    if job.handle is not None and job.handle.cancelled:
-        raise _cancelled(job)
-    for name, data in job.layout.files(job.tree).items():
-        write_durably(directory.path / name, data, fsync=fsync, journal=journal)
-        sums[name] = FileSum(len(data), crc32c(data))
-    manifest = Manifest.of(sums)
-    path = directory.path / MANIFEST_NAME
-    write_durably(path, manifest.to_bytes(), fsync=fsync, journal=journal)
-    raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
-    directory.publish()
-    if job.latest:
-        set_latest(job.target.parent, job.target.name, journal=journal)
-    if job.retention is not None:
-        keep = job.retention
-        # Sizes alone: what was just written is good, and reading it all again takes as long as writing.
-        for path in prune(
-            job.target.parent,
-            keep.keep_last,
-            keep_every=keep.keep_every,
-            sums=False,
-            journal=journal,
-        ):
-            logger.info("removed %s", path)
 
 
 def _devices(group: dist.ProcessGroup | None) -> Sequence[str]:

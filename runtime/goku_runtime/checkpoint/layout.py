@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint import dcp_metadata, index
+from goku_runtime.checkpoint.collection import no_collection
 from goku_runtime.checkpoint.plan import (
     GlobalPlan,
     Held,
@@ -59,6 +60,10 @@ class Layout:
 
     def files(self, tree: Any) -> dict[str, bytes]:
         """The files that rank 0 writes: the index, the values, and what stock DCP reads of both."""
+        with no_collection():
+            return self._files(tree)
+
+    def _files(self, tree: Any) -> dict[str, bytes]:
         if self._index is None:
             self._index = index.to_json(self.plan)
         return {
@@ -94,7 +99,8 @@ class Layouts:
             digest.update(json.dumps(flat.tree, separators=(",", ":")).encode())
             return (flat, layout), int.from_bytes(digest.digest()[:8], "little") >> 1
 
-        (flat, layout), same = self._ranks.agree(alone)
+        with no_collection():
+            (flat, layout), same = self._ranks.agree(alone)
         tree = flat.tree
         if not same:
             plan, tree = self._gathered(flat)
@@ -175,5 +181,5 @@ def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
                 f"{name}: this rank's part has shape {tuple(local.shape)}; its mesh and "
                 f"placements make it {shape}"
             )
-        found.append(local.detach())
+        found.append(local.detach() if local.requires_grad else local)
     return found

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from goku_runtime.checkpoint import version1
+from goku_runtime.checkpoint.collection import no_collection
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
@@ -74,7 +75,8 @@ def load(
         stored = version1.Version1(ranks, directory, manifest)
     else:
         stored = Version2(ranks, directory, manifest)
-    plan = _matched(state, ranks, directory, stored, partial=partial, convert=convert)
+    with no_collection():
+        plan = _matched(state, ranks, directory, stored, partial=partial, convert=convert)
     tensors = {name: tensor for name, (_, tensor) in plan.tensors.items()}
     if isinstance(stored, version1.Version1):
         stored.load(tensors)

@@ -109,24 +109,33 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             kind = "holds no" if directory.is_dir() else "is no directory with a"
             raise CheckpointError(f"{directory} {kind} {MANIFEST_NAME}: no checkpoint") from error
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Checks the content of a manifest.json.
+
+        Raises:
+            CheckpointError: it is damaged, or of another format or version; it begins with `where`.
+        """
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            raise CheckpointError(f"{where} is damaged: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a manifest of the format {FORMAT!r}")
+            raise CheckpointError(f"{where} is not a manifest of the format {FORMAT!r}")
         version = content.get("version")
         if type(version) is not int or version not in READABLE:
             known = " and ".join(map(str, READABLE))
-            raise CheckpointError(f"{path} has version {version!r}; this program reads {known}")
+            raise CheckpointError(f"{where} has version {version!r}; this program reads {known}")
         try:
             files = {name: _file_sum(name, entry) for name, entry in content["files"].items()}
             manifest = cls(files, content["created_ns"], version)
             same = type(manifest.created_ns) is int and manifest.to_bytes() == data
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}") from error
+            raise CheckpointError(f"{where} is damaged: {error!r}") from error
         if not same:
-            raise CheckpointError(f"{path} is damaged: not as it was written")
+            raise CheckpointError(f"{where} is damaged: not as it was written")
         return manifest
 
 

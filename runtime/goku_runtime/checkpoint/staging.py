@@ -19,7 +19,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from goku_runtime._io import Buffer, FileWriter
-    from goku_runtime.checkpoint.plan import Image
+    from goku_runtime.checkpoint.plan import Image, Record
 
 __all__ = ["Memory", "Window", "windows", "write_windows"]
 
@@ -52,6 +52,10 @@ class Memory:
                 raise RuntimeError(f"cudaHostRegister of {nbytes} bytes: {code}")
             self._pinned = True
 
+    def touch(self) -> None:
+        """Has the system give all of it now, by as many threads as torch has, not at the first copy."""
+        self.bytes.zero_()
+
     def close(self) -> None:
         """Unregisters the memory; it is freed with the last tensor that looks into it."""
         if self._pinned:
@@ -81,8 +85,8 @@ class Window:
     def __init__(self, image: Image, start: int, stop: int, memory: Memory) -> None:
         self.start, self.stop = start, stop
         self._all = stop - start == image.nbytes
-        self._whole: list[Tensor] = []
-        self._tensors: list[int] = []
+        self._memory = memory
+        self._whole: list[tuple[int, Record]] = []
         self._parts: list[_Part] = []
         view = memoryview(memory.buffer)
         for number, end in _touched(image, start, stop):
@@ -97,12 +101,19 @@ class Window:
             low, high = max(first, start), min(last, stop)
             if low >= high:
                 continue
-            target = memory.bytes[low - start : high - start]
             if high - low == record.nbytes:
-                self._whole.append(target.view(record.dtype).view(record.shape))
-                self._tensors.append(number)
+                self._whole.append((number, record))
             else:
+                target = memory.bytes[low - start : high - start]
                 self._parts.append(_Part(target, number, low - first, high - first))
+        # A window of all of the image is copied again and again; others have been used up soon, and
+        # to make a view takes longer than to copy a small tensor.
+        self._views = [self._view(record) for _, record in self._whole] if self._all else []
+
+    def _view(self, record: Record) -> Tensor:
+        begin = record.payload - self.start
+        target = self._memory.bytes[begin : begin + record.nbytes]
+        return target.view(record.dtype).view(record.shape)
 
     def copy(self, sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
         """Copies what this window holds of the tensors, in the order of the image's records.
@@ -118,28 +129,36 @@ class Window:
             if self._whole and not alone:
                 # One call: 20,000 tensors of 400 bytes take 11 ms, one by one ten times that.
                 torch._foreach_copy_(
-                    self._whole, [sources[k] for k in self._tensors], non_blocking=non_blocking
+                    self._views or [self._view(record) for _, record in self._whole],
+                    [sources[number] for number, _ in self._whole],
+                    non_blocking=non_blocking,
                 )
             elif self._whole:
-                for target, number in zip(self._whole, self._tensors, strict=True):
-                    _copy_alone(target, sources[number])
+                base = self._memory.address - self.start
+                for number, record in self._whole:
+                    source = sources[number]
+                    if _is_dense(source):
+                        ctypes.memmove(base + record.payload, source.data_ptr(), record.nbytes)
+                    else:
+                        self._view(record).copy_(source)
             for part in self._parts:
                 # A view for dense tensors; others are made dense once for each window.
                 flat = sources[part.tensor].contiguous().reshape(-1).view(torch.uint8)
                 piece = flat[part.start : part.stop]
-                if alone:
-                    _copy_alone(part.target, piece)
+                if alone and _is_dense(piece):
+                    ctypes.memmove(part.target.data_ptr(), piece.data_ptr(), piece.nbytes)
                 else:
                     part.target.copy_(piece, non_blocking=non_blocking)
 
 
-def _copy_alone(target: Tensor, source: Tensor) -> None:
-    """Copies into a dense CPU tensor of the same dtype and shape, by this thread where that can be."""
-    plain = type(source) is Tensor and source.device.type == "cpu" and source.is_contiguous()
-    if plain and not (source.is_conj() or source.is_neg()):
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), target.nbytes)  # without the GIL
-    else:
-        target.copy_(source)
+def _is_dense(source: Tensor) -> bool:
+    """Whether its bytes lie in this process's memory as they go into a record.
+
+    Then memmove copies them: in the calling thread and without the interpreter's lock.
+    """
+    kind = type(source) is Tensor or type(source) is torch.nn.Parameter
+    plain = kind and source.device.type == "cpu" and source.is_contiguous()
+    return plain and not (source.is_conj() or source.is_neg())
 
 
 def windows(nbytes: int, size: int) -> Iterator[tuple[int, int]]:

@@ -212,7 +212,8 @@ class Version2(Stored):
         aside_bytes = 0
         for name, tensor in tensors.items():
             spread: Any = tensor
-            local: Tensor = (spread.to_local() if is_spread(tensor) else tensor).detach()
+            local: Tensor = spread.to_local() if is_spread(tensor) else tensor
+            local = local.detach() if local.requires_grad else local
             if not local.numel():
                 continue
             stored = self.index.tensors[name]

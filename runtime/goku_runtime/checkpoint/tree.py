@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -195,19 +196,21 @@ def parse_tree(text: bytes, where: str) -> Any:
         if not _is_dict(tree):
             raise CheckpointError("no JSON object")
         decode(tree)
-        _check_names(tree, "", set())
+        _check_names(tree, [], set())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from error
     return tree
 
 
-def _check_names(node: Any, where: str, seen: set[str] | None) -> None:
+def _check_names(node: Any, pieces: list[str], seen: set[str] | None) -> None:
     """Refuses a tensor under a name that is not its key or is in `seen`; all of them without one.
 
-    A tensor that two leaves refer to would be loaded into one of them only.
+    A tensor that two leaves refer to would be loaded into one of them only. `pieces` are the steps to the
+    node: a name for each node would hold a long key as often as there are nodes below it.
     """
     name = _tensor_name(node)
     if name is not None:
+        where = _spelled(pieces)
         if seen is None:
             raise CheckpointError(f"{where}: a tensor inside a list")
         if name != where:
@@ -217,11 +220,20 @@ def _check_names(node: Any, where: str, seen: set[str] | None) -> None:
         seen.add(name)
     elif _is_dict(node):
         for key, child in _children(node):
-            _check_names(child, _join(where, key), seen)
+            pieces.append(f".{key}")
+            _check_names(child, pieces, seen)
+            pieces.pop()
     elif isinstance(node, (list, dict)):
         items = node if isinstance(node, list) else node.get("$tuple", [])
         for i, item in enumerate(items):
-            _check_names(item, f"{where}[{i}]", None)
+            pieces.append(f"[{i}]")
+            _check_names(item, pieces, None)
+            pieces.pop()
+
+
+def _spelled(pieces: list[str]) -> str:
+    """The steps as `_join` would join them: empty keys at the front leave nothing."""
+    return "".join(dropwhile(lambda piece: piece == ".", pieces)).removeprefix(".")
 
 
 def decode(node: Any) -> Any:
@@ -232,8 +244,10 @@ def decode(node: Any) -> Any:
         return node
     if "$tuple" in node and isinstance(node["$tuple"], list) and len(node) == 1:
         return tuple(decode(item) for item in node["$tuple"])
-    if "$float" in node and node["$float"] in _SPECIAL and len(node) == 1:
-        return _SPECIAL[node["$float"]]
+    if "$float" in node and len(node) == 1:
+        special = node["$float"]
+        if isinstance(special, str) and special in _SPECIAL:
+            return _SPECIAL[special]
     return {key: decode(child) for key, child in _children(node) if _tensor_name(child) is None}
 
 

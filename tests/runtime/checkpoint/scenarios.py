@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from goku_runtime.checkpoint import (
     Checkpointer,
     CheckpointError,
+    async_save,
     latest,
     load,
     prune,
@@ -41,6 +42,9 @@ from goku_runtime.checkpoint import (
     set_latest,
     verify,
 )
+from goku_runtime.checkpoint import root as root_module
+from goku_runtime.checkpoint.directory import NewDirectory, remove
+from goku_runtime.checkpoint.manifest import Manifest
 
 
 def full(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -299,15 +303,15 @@ def fill_up(directory: Path, save_second: Callable[[Path], None]) -> None:
     print(f"{failed} saves failed")
 
 
+def remount(directory: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(directory)], check=True)
+
+
 def read_only(rank: int, ranks: int, directory: Path) -> None:
     """DIRECTORY is a file system of its own, which becomes read-only between two saves."""
-
-    def remount(how: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{how}", str(directory)], check=True)
-
     with Checkpointer() as saving:
         saving.async_save(numbered(1), directory / "step-1", latest=True).result()
-        remount("ro")
+        remount(directory, "ro")
         for stage in ("now", "background"):
             with raises(OSError, "Read-only file system"):
                 saving.async_save(numbered(2), directory / "step-2", stage=stage)
@@ -315,9 +319,51 @@ def read_only(rank: int, ranks: int, directory: Path) -> None:
             save(numbered(2), directory / "a" / "step-2")
         assert latest(directory) == directory / "step-1"
         assert load_numbered(directory / "step-1") == 1
-        remount("rw")
+        remount(directory, "rw")
         saving.async_save(numbered(2), directory / "step-2", latest=True).result()
         assert load_numbered(directory / "step-2") == 2
+
+
+def read_only_amid(rank: int, ranks: int, directory: Path) -> None:
+    """The same amid a save: once the data files are written, before the rename, and after it.
+
+    While a file is open to be written the kernel refuses that: test_injected_faults.py has those moments.
+    """
+    save(numbered(1), directory / "step-1", latest=True)
+    moments: list[tuple[Any, str]] = [
+        (Manifest, "of"), (NewDirectory, "publish"), (root_module, "next_pointer"),
+    ]  # fmt: skip
+    for owner, name in moments:
+        real = getattr(owner, name)
+
+        def turned(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            remount(directory, "ro")
+            return real(*arguments, **options)
+
+        setattr(owner, name, turned)
+        with raises(OSError, "Read-only file system", "" if rank == 0 else "rank 0: "):
+            async_save(numbered(2), directory / "step-2", latest=True).result()
+        setattr(owner, name, real)
+        with raises(OSError, "Read-only file system", "" if rank == 0 else "rank 0: "):
+            save(numbered(3), directory / "step-3")
+        in_place = name == "next_pointer"
+        assert (directory / "step-2").exists() == in_place
+        hidden = [path.name for path in directory.iterdir() if path.name.startswith(".step-2.")]
+        assert len(hidden) == (not in_place), hidden
+        assert latest(directory) == directory / "step-1"
+        assert load_numbered(directory / "step-1") == 1
+        if in_place:
+            assert load_numbered(directory / "step-2") == 2
+        dist.barrier()
+        if rank == 0:
+            remount(directory, "rw")
+        dist.barrier()
+        save(numbered(2), directory / "step-2", overwrite=True)
+        only(directory, "latest", "step-1", "step-2")
+        dist.barrier()
+        if rank == 0:
+            remove(directory / "step-2")
+        dist.barrier()
 
 
 def file_too_large(rank: int, ranks: int, directory: Path) -> None:

@@ -22,7 +22,12 @@ def seal(checkpoint: Path) -> None:
 
 
 def write_manifest(checkpoint: Path, **change: Any) -> None:
-    manifest = json.loads((checkpoint / "manifest.json").read_bytes()) | change
-    del manifest["crc32c"]
-    manifest["crc32c"] = f"{crc32c(json.dumps(manifest).encode()):08x}"
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    path = checkpoint / "manifest.json"
+    path.write_text(manifest_text(json.loads(path.read_bytes()) | change))
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """manifest.json with this content and its sum, whatever sum there is."""
+    content = {name: value for name, value in content.items() if name != "crc32c"}
+    content["crc32c"] = f"{crc32c(json.dumps(content).encode()):08x}"
+    return json.dumps(content, indent=1) + "\n"

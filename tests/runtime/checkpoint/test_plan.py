@@ -98,6 +98,7 @@ def check(plan: GlobalPlan, tensors: dict[str, Described], members: Sequence[int
         whole = Box((0,) * len(described.shape), described.shape)
         assert counts == dict.fromkeys(elements(whole), 1), name
         assert len(parts) >= 1
+    check_columns(plan)
     for rank, image in enumerate(images):
         end = 0
         for record in image.records:
@@ -107,6 +108,25 @@ def check(plan: GlobalPlan, tensors: dict[str, Described], members: Sequence[int
             end = -(-(record.offset + record.skeleton.length) // 64) * 64
         assert image.nbytes == end == plan.sizes[rank]
         assert image.file == data_file(rank)
+
+
+def check_columns(plan: GlobalPlan) -> None:
+    """They say what the parts say."""
+    kinds, ranks, offsets = plan.columns()
+    rows = [
+        (box, length, head)
+        for kind in kinds
+        for box, length, head in zip(kind.boxes, kind.lengths, kind.heads, strict=True)
+    ]
+    found = [
+        (rank, box, offset, length, offset + head)
+        for (box, length, head), rank, offset in zip(rows, ranks, offsets, strict=True)
+    ]
+    parts = [part for entry in plan.entries.values() for part in entry.parts()]
+    assert found == [(p.rank, p.box, p.offset, p.length, p.payload) for p in parts]
+    assert [len(kind.boxes) for kind in kinds] == [
+        len(list(entry.parts())) for entry in plan.entries.values()
+    ]
 
 
 def bound(plan: GlobalPlan, tensors: dict[str, Described], members: Sequence[int]) -> None:

@@ -1,0 +1,95 @@
+"""How the files of all ranks become a checkpoint: what rank 0 writes beside them, and the rename."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from goku_runtime.checkpoint.checksum import crc32c
+from goku_runtime.checkpoint.directory import NewDirectory, write_durably
+from goku_runtime.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileSum,
+    Manifest,
+    file_problems,
+    raise_problems,
+)
+from goku_runtime.checkpoint.options import Retention
+from goku_runtime.checkpoint.root import prune, set_latest
+
+__all__ = ["SmallFiles", "commit"]
+
+logger = logging.getLogger(__name__)
+
+
+class SmallFiles:
+    """The index, the values and DCP's metadata, written by a thread while the engine writes the data.
+
+    They need no word from the other ranks: only the manifest, which has the sums of all files, does.
+
+    Args:
+        directory: that they are written into.
+        files: gives their contents by name; called in the thread.
+    """
+
+    def __init__(self, directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> None:
+        executor = ThreadPoolExecutor(1, thread_name_prefix=f"index of {directory.target.name}")
+        self._written: Future[dict[str, FileSum]]
+        try:
+            self._written = executor.submit(_write, directory, files)
+        except RuntimeError:  # the interpreter is ending and starts no more threads: here, then
+            self._written = Future()
+            self._written.set_result(_write(directory, files))
+        executor.shutdown(wait=False)  # the thread ends with its one task
+
+    def sums(self) -> dict[str, FileSum]:
+        """Waits, and gives size and CRC-32C of each file; raises what writing them raised."""
+        return self._written.result()
+
+    def wait(self) -> None:
+        """Waits until nothing is written any more, and raises nothing."""
+        self._written.exception()
+
+
+def _write(directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> dict[str, FileSum]:
+    sums = {}
+    for name, data in files().items():
+        path = directory.path / name
+        write_durably(path, data, fsync=directory.fsync, journal=directory.journal)
+        sums[name] = FileSum(len(data), crc32c(data))
+    return sums
+
+
+def commit(
+    directory: NewDirectory,
+    sums: Mapping[str, FileSum],
+    *,
+    latest: bool,
+    retention: Retention | None,
+) -> None:
+    """Writes the manifest, the last of all files, and gives the directory its name.
+
+    Args:
+        directory: with all other files in it, durable.
+        sums: of those files.
+        latest: whether `latest` is to name it then.
+        retention: removes those that it does not keep, then.
+
+    Raises:
+        CheckpointError: a file is missing or has another size: nothing got its name.
+        OSError: as the system raises it.
+    """
+    fsync, journal, target = directory.fsync, directory.journal, directory.target
+    manifest = Manifest.of(dict(sums))
+    path = directory.path / MANIFEST_NAME
+    write_durably(path, manifest.to_bytes(), fsync=fsync, journal=journal)
+    raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
+    directory.publish()
+    if latest:
+        set_latest(target.parent, target.name, journal=journal)
+    if retention is not None:
+        last, every = retention.keep_last, retention.keep_every
+        # Sizes alone: what was just written is good, and reading it all again takes as long as writing.
+        for path in prune(target.parent, last, keep_every=every, sums=False, journal=journal):
+            logger.info("removed %s", path)

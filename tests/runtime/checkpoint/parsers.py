@@ -1,0 +1,177 @@
+"""What is read of a checkpoint before any of its data, and what must hold whatever stands there."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
+from mutations import mutated_text
+from sealing import manifest_text
+
+from goku_runtime.checkpoint import CheckpointError, index, tree
+from goku_runtime.checkpoint.index import Index
+from goku_runtime.checkpoint.manifest import Manifest
+from goku_runtime.checkpoint.records import dtype_name
+
+GOLDEN = Path(__file__).with_name("golden")
+SIZES = {
+    name: entry["size"]
+    for name, entry in json.loads(
+        (GOLDEN / "version2-torch2.13" / "manifest.json").read_bytes()
+    )["files"].items()
+}  # fmt: skip
+
+# Memory that a parser may take for a file: `[{},{},...]` are 48 bytes for each byte, a traceback of a
+# thousand calls half a MiB.
+MOST_FIRST, MOST_PER_BYTE = 1 << 20, 64
+
+
+@dataclass(frozen=True)
+class Parser:
+    """One of the three.
+
+    Attributes:
+        file: its name in a checkpoint.
+        read: what is made of it; CheckpointError refuses it, and nothing else may be raised.
+        faithful: raises AssertionError if what was made of it is not what stands there.
+        sealed: gives it the sum that it has in itself, if it has one.
+        more: files beside the golden ones that mutations begin with.
+    """
+
+    file: str
+    read: Callable[[bytes], Any]
+    faithful: Callable[[bytes, Any], None]
+    sealed: Callable[[bytes], bytes] = bytes
+    more: tuple[bytes, ...] = ()
+
+    def seeds(self) -> list[bytes]:
+        """Files that are taken: those of the golden checkpoints, and `more`."""
+        golden = [path.read_bytes() for path in sorted(GOLDEN.glob(f"*/{self.file}"))]
+        return [*golden, *self.more]
+
+    def check(self, data: bytes) -> bool:
+        """Reads a file: True if it is taken, False if refused. Raises if either is wrong."""
+        tracemalloc.start()
+        try:
+            found = self.read(data)
+            refused = False
+        except CheckpointError:
+            refused = True
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak <= MOST_FIRST + MOST_PER_BYTE * len(data), f"{peak} bytes for {len(data)}"
+        if not refused:
+            self.faithful(data, found)
+        return not refused
+
+    def mutated(self, data: bytes, random: Random) -> bytes:
+        """Another file, which may have the right sum or not."""
+        data = mutated_text(data, random)
+        return self.sealed(data) if random.randrange(2) else data
+
+
+# ---- what was read is what stands there
+
+
+def content_of(found: Index) -> dict[str, Any]:
+    """An index as JSON would have it: parsing must neither lose nor change anything."""
+    return {
+        "format": "goku-checkpoint-index",
+        "version": 1,
+        "chunk": found.chunk,
+        "writer": found.writer,
+        "files": list(found.files),
+        "tensors": {
+            name: {
+                "dtype": dtype_name(tensor.dtype),
+                "shape": list(tensor.shape),
+                "parts": [[f, offset, list(box.start), list(box.size)] for f, offset, box in tensor.parts],
+            }
+            for name, tensor in found.tensors.items()
+        },
+    }  # fmt: skip
+
+
+def same_json(data: bytes, content: Any) -> bool:
+    return json.dumps(content, sort_keys=True) == json.dumps(json.loads(data), sort_keys=True)
+
+
+def faithful_index(data: bytes, found: Index) -> None:
+    assert same_json(data, content_of(found))
+    for tensor in found.tensors.values():
+        boxes = [part.box for part in tensor.parts]
+        assert sum(box.volume for box in boxes) == math.prod(tensor.shape)
+
+
+def refused_or_faithful(data: bytes, sizes: Mapping[str, int]) -> None:
+    try:
+        found = index.parse(data, sizes)
+    except CheckpointError:
+        return
+    faithful_index(data, found)
+
+
+def faithful_manifest(data: bytes, found: Manifest) -> None:
+    content = json.loads(data)
+    files = {name: {"size": f.size, "crc32c": f"{f.crc:08x}"} for name, f in found.files.items()}
+    assert list(content["files"].items()) == list(files.items())
+    assert (content["version"], content["created_ns"]) == (found.version, found.created_ns)
+    assert not [name for name in files if "/" in name or "\0" in name or name in ("", ".", "..")]
+
+
+def faithful_tree(data: bytes, found: Any) -> None:
+    """It can be used as `load` does: nothing is found out later."""
+    assert same_json(data, found)
+    assert isinstance(tree.decode(found), dict)
+    assert not tree.match({}, found).problems
+
+
+# ---- the three
+
+
+def resealed(data: bytes) -> bytes:
+    """The manifest with the sum that it should have."""
+    try:
+        content = json.loads(data)
+        return manifest_text(content).encode() if isinstance(content, dict) else data
+    except (ValueError, RecursionError):
+        return data
+
+
+def odd_index() -> bytes:
+    """Parts that are no grid, around one in the middle, and a tensor that is most of a file."""
+    content = json.loads((GOLDEN / "version2-torch2.13" / "index.json").read_bytes())
+    wheel = [
+        ([0, 0], [1, 2]),
+        ([0, 2], [2, 1]),
+        ([2, 1], [1, 2]),
+        ([1, 0], [2, 1]),
+        ([1, 1], [1, 1]),
+    ]
+    parts = [[i % 2, 64 * i, start, size] for i, (start, size) in enumerate(wheel)]
+    most = SIZES["__0_0.distcp"] - 64
+    content["tensors"] = {
+        "wheel": {"dtype": "int8", "shape": [3, 3], "parts": parts},
+        "most": {"dtype": "int8", "shape": [most], "parts": [[0, 64, [0], [most]]]},
+    }
+    return json.dumps(content).encode()
+
+
+PARSERS = {
+    "index": Parser(
+        "index.json", lambda data: index.parse(data, SIZES), faithful_index, more=(odd_index(),)
+    ),
+    "manifest": Parser(
+        "manifest.json", lambda data: Manifest.from_bytes(data, "c"), faithful_manifest, resealed
+    ),
+    "tree": Parser("state.json", lambda data: tree.parse_tree(data, "c"), faithful_tree),
+}
