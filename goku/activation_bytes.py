@@ -47,6 +47,8 @@ def saved_bytes_per_token(
         little += sum(outputs.get(name, 0.0) for name in _names(policy))
     # The final layer: eager, its input, norm, scale and result; fused, its input and result.
     outside = model.patch_dim * element_bytes + model.dim * 4 * (2 if fused else 4)
+    if model.condition_dim:  # in fp32: the input of its MLP, and hidden rows before and after GELU
+        outside += 4 * (model.patch_dim + model.condition_dim + 2 * model.dim)
     return (model.depth - recomputed) * whole + recomputed * little + outside
 
 

@@ -3,7 +3,8 @@
 Under sequence parallelism every process of a group builds the same pack and keeps its own rows of it.
 
 Everything random here is a function of (seed, stream position, element): the same sample at the same position gets
-the same posterior draw, noise, time and text dropout on any rank, in any pack, before and after a resume.
+the same posterior draw, noise, time, caption, text dropout and given frames on any rank, in any pack, before and after
+a resume.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goku.data import CachedDataset, Item
+from goku.conditioning import ConditioningConfig, choose_given, condition_latent, latent_index
+from goku.data import CachedSample, Dataset, Item
 from goku.flow import FlowConfig, drop_text, sample_times
+from goku.lost import LostItems
 from goku.model import TokenShard, patchify
 from goku.packing import PackingConfig, cut_grid
 from goku.parallelize import PackSharding
-from goku.random import Purpose, normal, stream_tensor
+from goku.random import Purpose, normal, stream_tensor, uniform_each
 from goku.vae import VideoVAE
 from goku_kernels import Packing
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
@@ -33,8 +36,11 @@ class Batch:
     """One pack, or this process's shard of it, ready for the model.
 
     x: (rows, patch_dim) noised latents; target: (rows, patch_dim) velocity; t: (B,); text: (text_tokens, dim);
-    packing: of the whole pack; text_packing: of text; items: the B samples in order; weights: (B,) loss weights w_i;
-    shard: which rows x holds, None for all; text_lengths: of every sample, wherever its text is.
+    packing: of the whole pack; text_packing: of text; items: the B samples in order; weights: (B,) loss weights w_i, 0
+    for lost ones;
+    shard: which rows x holds, None for all; text_lengths: of every sample, wherever its text is;
+    condition: (rows, condition_dim) given frames beside x, None for a model that takes none; lost: which samples could
+    not be read, their latents being zeros, () for none.
     """
 
     x: Tensor
@@ -47,23 +53,30 @@ class Batch:
     weights: Tensor
     text_lengths: tuple[int, ...]
     shard: TokenShard | None = None
+    condition: Tensor | None = None
+    lost: tuple[bool, ...] = ()
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The model's positional arguments."""
-        return self.x, self.t, self.text, self.packing, self.text_packing, self.shard
+        return (
+            self.x, self.t, self.text, self.packing, self.text_packing, self.shard, self.condition,
+        )  # fmt: skip
 
 
 class BatchBuilder:
     """Builds packs from one cached dataset on one device.
 
     backend: of the noising operator; the numbers are the same on all. sharding: which rows of every pack to keep; None
-    keeps them all. Raises ValueError for a sample with fewer tokens than there are shards.
+    keeps them all. conditioning: which frames clips are given, for a model that takes them; None for one that does not.
+    lost: what a sample that cannot be read becomes; None: the error is raised.
+    Raises ValueError for a sample with fewer tokens than there are shards, and for a clip that packing.overlong cuts
+    where conditioning gives last frames: the cut clip's own last frame is nowhere cached.
     """
 
     def __init__(
         self,
-        dataset: CachedDataset,
+        dataset: Dataset,
         vae: VideoVAE,
         flow: FlowConfig,
         packing: PackingConfig,
@@ -71,9 +84,13 @@ class BatchBuilder:
         device: torch.device,
         backend: str | None = None,
         sharding: PackSharding | None = None,
+        conditioning: ConditioningConfig | None = None,
+        lost: LostItems | None = None,
     ) -> None:
+        self.lost = lost
         self.backend = backend
         self.sharding = sharding
+        self.conditioning = conditioning
         self.dataset, self.vae, self.flow, self.packing = dataset, vae, flow, packing
         self.seed, self.device = seed, device
         self.grids = [
@@ -82,10 +99,16 @@ class BatchBuilder:
         ]
         self.tokens = [t * h * w for t, h, w in self.grids]
         shards = 1 if sharding is None else sharding.size
-        for item, tokens in zip(dataset.items, self.tokens, strict=True):
+        last = conditioning is not None and -1 in conditioning.frames
+        for item, tokens, grid in zip(dataset.items, self.tokens, self.grids, strict=True):
             if tokens < shards:
                 raise ValueError(
                     f"{item.name} has {tokens} tokens; allowed: parallel.sp = {shards} or more"
+                )
+            if last and 1 < grid[0] < item.grid[0]:
+                raise ValueError(
+                    f"{item.name} is cut from {item.grid[0]} latent frames to {grid[0]}, so that its last frame cannot "
+                    f"be given; allowed: a smaller data.max_frames, or conditioning.last and conditioning.both 0"
                 )
         self._empty_text = dataset.empty_text
 
@@ -93,33 +116,54 @@ class BatchBuilder:
         """The pack of the items `indices`, drawn at stream `positions` (same length): training noise and times."""
         times = sample_times(self.flow, self.seed, positions, [self.tokens[i] for i in indices])
         dropped = drop_text(self.flow, self.seed, positions).tolist()
+        picked = uniform_each(self.seed, positions, Purpose.CAPTION).tolist()
+        texts = [
+            None if drop else self.dataset.items[i].choose_caption(u)
+            for i, drop, u in zip(indices, dropped, picked, strict=True)
+        ]
+        given = None
+        if self.conditioning is not None:
+            frames = [self._frames(i) for i in indices]
+            given = choose_given(self.conditioning, self.seed, positions, frames)
         return self._build(
-            indices, positions, times, dropped, Purpose.NOISE, posterior_positions=positions
+            indices, positions, times, texts, Purpose.NOISE, given, posterior_positions=positions
         )
 
     def fixed(self, indices: Sequence[int], times: Sequence[float]) -> Batch:
         """The pack of `indices` at fixed `times`, with noise keyed by the item: the same at every call and step.
 
-        The latent is the posterior's mean and no text is dropped, so that two losses on it differ by the weights of
-        the model alone.
+        The latent is the posterior's mean, the text the heaviest caption, never dropped, and every clip is given what
+        clips are given most often, so that two losses on it differ by the weights of the model alone.
         """
         t = torch.tensor(list(times), dtype=torch.float64)
+        given = None
+        if self.conditioning is not None:
+            usual = self.conditioning.usual
+            given = [usual if self._frames(i) > 1 else () for i in indices]
+        heaviest = [0] * len(indices)
         return self._build(
-            indices, indices, t, [False] * len(indices), Purpose.EVAL, posterior_positions=None
+            indices, indices, t, heaviest, Purpose.EVAL, given, posterior_positions=None
         )
+
+    def _frames(self, index: int) -> int:
+        """Pixel frames of an item as it is trained on, perhaps cut."""
+        return 4 * (self.grids[index][0] - 1) + 1
 
     def _build(
         self,
         indices: Sequence[int],
         keys: Sequence[int],
         times: Tensor,
-        dropped: Sequence[bool],
+        texts: Sequence[int | None],
         purpose: Purpose,
+        given: Sequence[tuple[int, ...]] | None,
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
-        latents, texts = [], []
+        latents, embeddings, conditions, lost = [], [], [], []
         for row, index in enumerate(indices):
-            sample = self.dataset.read(index)
+            caption = texts[row]
+            sample, whole = self._read(index, caption or 0)
+            lost.append(not whole)
             latent = sample.mean
             if posterior_positions is not None:
                 noise = normal(
@@ -128,15 +172,20 @@ class BatchBuilder:
                 latent = latent + torch.exp(0.5 * sample.logvar) * noise.view_as(latent)
             frames = self.grids[index][0]
             latents.append(patchify(self.vae.normalise(latent[None])[0][:, :frames]))
-            texts.append(self._empty_text if dropped[row] else sample.text)
+            if given is not None:
+                conditions.append(self._condition(index, sample, given[row]))
+            embeddings.append(self._empty_text if caption is None else sample.text)
         packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
-        text_lengths = tuple(len(text) for text in texts)
+        text_lengths = tuple(len(text) for text in embeddings)
         x1, shard = torch.cat(latents), None
+        condition = torch.cat(conditions) if conditions else None
         if self.sharding is not None:
             shard = self.sharding.shard(packing)
-            texts = self.sharding.text(texts, shard)
+            embeddings = self.sharding.text(embeddings, shard)
             x1 = self.sharding.rows(x1)
-        text_packing = Packing.from_lengths([len(text) for text in texts], device=self.device)
+            condition = None if condition is None else self.sharding.rows(condition)
+        here = [len(text) for text in embeddings]
+        text_packing = Packing.from_lengths(here, device=self.device)
         x1 = x1.to(self.device)
         t = times.to(self.device, torch.float32)
         x, target = rectified_flow_noise(
@@ -154,13 +203,47 @@ class BatchBuilder:
             x=x,
             target=target,
             t=t,
-            text=torch.cat(texts).to(self.device),
+            text=torch.cat(embeddings).to(self.device),
             packing=packing,
             text_packing=text_packing,
             items=items,
             weights=torch.tensor(
-                [item.weight for item in items], dtype=torch.float64, device=self.device
+                [0.0 if gone else item.weight for item, gone in zip(items, lost, strict=True)],
+                dtype=torch.float64,
+                device=self.device,
             ),
             text_lengths=text_lengths,
             shard=shard,
+            lost=tuple(lost) if any(lost) else (),
+            condition=None if condition is None else condition.to(self.device),
         )
+
+    def _read(self, index: int, caption: int) -> tuple[CachedSample, bool]:
+        """The sample, and whether it is what was cached."""
+        if self.lost is None:
+            return self.dataset.read(index, caption), True
+        return self.lost.read(self.dataset, index, self.vae, caption)
+
+    def _condition(self, index: int, sample: CachedSample, given: tuple[int, ...]) -> Tensor:
+        """(tokens, condition_dim) of an item that is given these pixel frames.
+
+        Their latents are posterior means without noise, of each frame encoded alone, as an image is when sampling.
+        """
+        grid, frames = self.grids[index], self._frames(index)
+        latents = {
+            latent_index(frame, frames): self._frame_latent(index, sample, frame) for frame in given
+        }
+        channels, _, height, width = sample.mean.shape
+        return patchify(condition_latent(latents, (channels, grid[0], height, width)))
+
+    def _frame_latent(self, index: int, sample: CachedSample, frame: int) -> Tensor:
+        """Normalised (C, 1, H, W) of one pixel frame, alone."""
+        cached = sample.frames.get(frame)
+        if cached is None and frame == 0 and self.vae.causal:
+            cached = sample.mean[:, :1]  # what the frame alone is encoded to
+        if cached is None:
+            raise ValueError(
+                f"{self.dataset.items[index].name}: its frame {frame} was not encoded alone, which this VAE needs; "
+                f"allowed: a dataset that was prepared with frames=({frame},) or more"
+            )
+        return self.vae.normalise(cached[None])[0]

@@ -19,10 +19,11 @@ from goku.parallelize import (
     ParallelDims,
     apply_activation_checkpointing,
 )
+from goku.recipe import Recipe, Stage, draws
 from goku.run_config import RunConfig
 from goku_runtime.sharding import memory_estimate
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_recipe"]
 
 
 def describe(config: RunConfig) -> str:
@@ -81,6 +82,57 @@ def describe(config: RunConfig) -> str:
     )
 
 
+def describe_recipe(recipe: Recipe, only: str | None = None) -> str:
+    """A table of the stages and how far each is, then `describe` of the stage `only`, or of the largest.
+
+    Raises ValueError for a stage that is none, CheckpointError where all checkpoints of a stage are damaged.
+    """
+    from goku.stages import states
+
+    found = states(recipe)
+    if only is None:
+        packs = [stage.config.packing.tokens_per_pack for stage in recipe.stages]
+        shown = recipe.stages[packs.index(max(packs))]
+    else:
+        shown = recipe.stage(only)
+    head = (
+        "stage", "from", "carry", "steps", "image pixels", "video pixels", "frames",
+        "tokens/step", "tokens/pack", "sp", "shift", "lr", "status",
+    )  # fmt: skip
+    rows = [
+        head,
+        *(
+            _stage_row(stage, str(state.status))
+            for stage, state in zip(recipe.stages, found, strict=True)
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    table = "\n".join(line.rstrip() for line in lines)
+    return f"{table}\n\n# stage {shown.name}\n{describe(shown.config)}"
+
+
+def _stage_row(stage: Stage, status: str) -> tuple[str, ...]:
+    config, carry = stage.config, stage.carry
+    taken: list[str] = [] if carry.weights == "none" else [carry.weights]
+    taken += [n for n in ("ema", "optimizer", "schedule", "stream") if getattr(carry, n)]
+    return (
+        stage.name,
+        stage.start or "-",
+        "+".join(dict.fromkeys(taken)) if stage.start else "-",
+        f"{config.train.steps:,}",
+        f"{config.data.image_pixels:,}" if draws(config.data, "image") else "-",
+        f"{config.data.video_pixels:,}" if draws(config.data, "video") else "-",
+        str(config.data.max_frames),
+        f"{config.packing.tokens_per_step:,}",
+        f"{config.packing.tokens_per_pack:,}",
+        str(config.parallel.sp),
+        f"{config.flow.shift:g}",
+        f"{config.optimizer.lr:g}",
+        status,
+    )
+
+
 def _dims(config: RunConfig) -> ParallelDims:
     """Of the processes that torchrun started; outside of it, of the fewest that the config can mean."""
     fewest = config.parallel.dp_replicate * max(1, config.parallel.dp_shard) * config.parallel.sp
@@ -100,7 +152,7 @@ def _states(
     config: RunConfig, model: GokuTransformer, dims: ParallelDims, dtype: torch.dtype
 ) -> dict[str, float]:
     """Bytes of one process, activations apart; those in host memory are named so."""
-    policy = config.sharding.policy(dtype)
+    policy = config.sharding.policy(dtype, condition=config.model.condition == "frames")
     estimate = memory_estimate(model, dims, policy)
     count = sum(p.numel() for p in model.parameters())
     alone = dims.world == 1

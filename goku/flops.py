@@ -33,6 +33,8 @@ class ModelShape(Protocol):
     @property
     def patch_dim(self) -> int: ...
     @property
+    def condition_dim(self) -> int: ...
+    @property
     def time_channels(self) -> int: ...
 
 
@@ -64,6 +66,7 @@ def model_flops(shape: ModelShape, lengths: Sequence[int], text_lengths: Sequenc
     """Forward FLOPs of the whole transformer on a packed batch; arguments as in `block_flops`."""
     dim, samples = shape.dim, len(lengths)
     embed_and_head = 2 * sum(lengths) * shape.patch_dim * dim
+    embed_and_head += _condition_products(shape, sum(lengths))
     per_sample = shape.time_channels * dim + dim * dim + 2 * dim * dim  # time MLP, final adaLN
     blocks = shape.depth * block_flops(shape, lengths, text_lengths)
     return blocks + 2 * (embed_and_head + samples * per_sample)
@@ -72,10 +75,12 @@ def model_flops(shape: ModelShape, lengths: Sequence[int], text_lengths: Sequenc
 def training_flops(shape: ModelShape, lengths: Sequence[int], text_lengths: Sequence[int]) -> int:
     """FLOPs of forward and backward of the whole transformer; arguments as in `block_flops`.
 
-    3 forwards less the gradients of the latents in the patch embedding, of the timestep features in
-    the time MLP and of the text in every block.
+    3 forwards less the gradients of the latents in the patch embedding and of given frames, of the
+    timestep features in the time MLP and of the text in every block.
     """
     unasked = sum(lengths) * shape.patch_dim * shape.dim
+    if shape.condition_dim:
+        unasked += sum(lengths) * (shape.patch_dim + shape.condition_dim) * shape.dim
     unasked += len(lengths) * shape.time_channels * shape.dim
     text = shape.depth * _text_gradient_flops(shape, text_lengths)
     return 3 * model_flops(shape, lengths, text_lengths) - 2 * unasked - text
@@ -91,6 +96,13 @@ def block_training_flops(
     """
     forward = block_flops(shape, lengths, text_lengths)
     return 3 * forward - _text_gradient_flops(shape, text_lengths)
+
+
+def _condition_products(shape: ModelShape, tokens: int) -> int:
+    """Multiplications of the MLP through which given frames enter; 0 for a model without it."""
+    if not shape.condition_dim:
+        return 0
+    return tokens * shape.dim * (shape.patch_dim + shape.condition_dim + shape.dim)
 
 
 def _text_gradient_flops(shape: ModelShape, text_lengths: Sequence[int]) -> int:

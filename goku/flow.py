@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from goku_kernels.velocity_loss import per_sample_mse as packed_mse
 from goku_kernels.velocity_loss import weighted_loss
 
 __all__ = [
+    "METHODS",
     "FlowConfig",
+    "Method",
     "drop_text",
     "effective_shift",
     "guided",
@@ -38,6 +40,9 @@ __all__ = [
     "velocity_target",
     "weighted_loss",
 ]
+
+Method = Literal["euler", "heun", "ab2"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,21 +266,26 @@ def integrate(
     velocity: Callable[[Tensor, float], Tensor],
     x: Tensor,
     times: Tensor,
-    method: Literal["euler", "heun"] = "euler",
+    method: Method = "euler",
     callback: Callable[[int, float, Tensor], None] | None = None,
+    project: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """Integrates dx/dt = velocity(x, t) along the times.
 
     "euler" is of first order and evaluates once per step; "heun" (explicit trapezoid) is of second
-    order and evaluates twice. The caller decides about gradients (torch.no_grad or not).
+    order and evaluates twice; "ab2" (Adams-Bashforth on the times as they are spaced) is of second
+    order and evaluates once: it extends the line through the last two velocities over the step, and
+    takes one Euler step to have two. The caller decides about gradients (torch.no_grad or not).
 
     Args:
         velocity: (x, t) -> tensor of x's shape; its result is converted to x's dtype, so that a
             bf16 model can drive an fp32 state.
         x: the state at times[0], any shape, floating. Not modified.
         times: (steps + 1,) increasing within [0, 1], read on the host once.
-        method: "euler" or "heun".
+        method: "euler", "heun" or "ab2".
         callback: called after each step with (steps done, time reached, state).
+        project: replaces the state after each step, (state, time reached) -> state of the same shape
+            and dtype: for parts of it that are known. Velocities that "ab2" remembers stay.
 
     Returns:
         The state at times[-1], of x's shape and dtype.
@@ -283,8 +293,8 @@ def integrate(
     Raises:
         ValueError: an unknown method, unusable times, or a velocity of another shape.
     """
-    if method not in ("euler", "heun"):
-        raise ValueError(f"method is {method!r}; allowed are 'euler' and 'heun'")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(map(repr, METHODS))}")
     if times.dim() != 1 or times.shape[0] < 2:
         raise ValueError(f"times has shape {tuple(times.shape)}; allowed is (steps + 1,)")
     points: list[float] = times.tolist()
@@ -300,12 +310,20 @@ def integrate(
             )
         return v.to(state.dtype)
 
+    before: tuple[Tensor, float] | None = None  # the last velocity and the length of its step
     for done, (t, following) in enumerate(intervals, start=1):
         step = following - t
         v = evaluate(x, t)
         if method == "heun":
             v = (v + evaluate(x + step * v, following)) / 2
+        elif method == "ab2":
+            here = v
+            if before is not None:
+                v = v + (step / (2 * before[1])) * (v - before[0])
+            before = here, step
         x = x + step * v
+        if project is not None:
+            x = project(x, following)
         if callback is not None:
             callback(done, following, x)
     return x

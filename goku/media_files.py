@@ -1,13 +1,17 @@
 """Pictures and clips as files that everything shows: PNG by Pillow, H.264 MP4 by PyAV.
 
-Media are uint8 `(T, H, W, 3)` arrays; T = 1 is a photograph and becomes PNG, T > 1 a clip, MP4.
+Media are uint8 `(T, H, W, 3)` arrays; T = 1 is a photograph and becomes PNG, T > 1 a clip, MP4. Both can say how they
+were made: metadata is one JSON object, in PNG under the iTXt keyword "goku", in MP4 as `comment`, with the prompt as
+`title`. It is the caller's duty to put nothing in it that changes from run to run: equal inputs give equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 __all__ = [
     "Media",
@@ -24,11 +28,14 @@ __all__ = [
     "media_bytes",
     "mp4_bytes",
     "png_bytes",
+    "read_metadata",
     "save",
     "to_uint8",
 ]
 
 Media = npt.NDArray[np.uint8]
+
+_KEYWORD = "goku"  # of PNG's text chunk
 
 
 def to_uint8(video: Any) -> Media:
@@ -59,17 +66,23 @@ def file_stem(name: str) -> str:
     return plain if plain and plain == name else f"{plain}_{digest}".lstrip("_")
 
 
-def png_bytes(frame: npt.NDArray[np.uint8]) -> bytes:
-    """One `(H, W, 3)` uint8 frame as PNG."""
+def png_bytes(frame: npt.NDArray[np.uint8], *, metadata: Mapping[str, Any] | None = None) -> bytes:
+    """One `(H, W, 3)` uint8 frame as PNG. metadata: what JSON can hold; ValueError for what it cannot."""
     out = io.BytesIO()
-    Image.fromarray(frame).save(out, "PNG")
+    info = None
+    if metadata is not None:
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(_KEYWORD, _json(metadata))
+    Image.fromarray(frame).save(out, "PNG", pnginfo=info)
     return out.getvalue()
 
 
-def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
+def mp4_bytes(
+    video: Media, *, fps: int = 10, crf: int = 16, metadata: Mapping[str, Any] | None = None
+) -> bytes:
     """A `(T, H, W, 3)` uint8 clip as H.264 MP4 that browsers play (yuv420p).
 
-    4:2:0 chroma needs even sides; an odd one repeats its last row or column.
+    4:2:0 chroma needs even sides; an odd one repeats its last row or column. metadata: as in `png_bytes`.
     """
     check_media(video)
     height, width = video.shape[1:3]
@@ -77,6 +90,11 @@ def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
     out = io.BytesIO()
     try:
         with av.open(out, "w", format="mp4") as container:
+            if metadata is not None:
+                container.metadata["comment"] = _json(metadata)
+                # Players show it. It is a C string of UTF-8, which not every Python string can be.
+                title = str(metadata.get("prompt", "")).replace("\0", " ")
+                container.metadata["title"] = title.encode("utf-8", "replace").decode("utf-8")
             options = {"crf": str(crf), "preset": "medium"}
             stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
             stream.width, stream.height = padded.shape[2], padded.shape[1]
@@ -91,17 +109,24 @@ def mp4_bytes(video: Media, *, fps: int = 10, crf: int = 16) -> bytes:
     return out.getvalue()
 
 
-def media_bytes(video: Media, *, fps: int = 10) -> tuple[str, bytes]:
+def media_bytes(
+    video: Media, *, fps: int = 10, metadata: Mapping[str, Any] | None = None
+) -> tuple[str, bytes]:
     """(MIME type, bytes): PNG for one frame, MP4 for more."""
     check_media(video)
     if len(video) == 1:
-        return "image/png", png_bytes(video[0])
-    return "video/mp4", mp4_bytes(video, fps=fps)
+        return "image/png", png_bytes(video[0], metadata=metadata)
+    return "video/mp4", mp4_bytes(video, fps=fps, metadata=metadata)
 
 
-def save(stem: Path, video: Media, *, fps: int = 10) -> Path:
-    """Write `stem`.png or `stem`.mp4, whole or not at all, and return that path."""
-    kind, data = media_bytes(video, fps=fps)
+def save(
+    stem: Path, video: Media, *, fps: int = 10, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `stem`.png or `stem`.mp4, whole or not at all, and return that path.
+
+    metadata: how it was made, for `read_metadata`; ValueError for what JSON cannot hold.
+    """
+    kind, data = media_bytes(video, fps=fps, metadata=metadata)
     path = stem.with_name(stem.name + (".png" if kind == "image/png" else ".mp4"))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(".partial-" + path.name)
@@ -111,6 +136,38 @@ def save(stem: Path, video: Media, *, fps: int = 10) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `save` was told about the file at `path`.
+
+    Raises ValueError for a file that is no PNG or MP4 or holds no such metadata, OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    try:
+        if head == b"\x89PNG\r\n\x1a\n":
+            with Image.open(path) as image:
+                text = image.info.get(_KEYWORD)
+        else:
+            with av.open(str(path)) as container:
+                text = container.metadata.get("comment")
+    except (OSError, ValueError, SyntaxError, av.error.FFmpegError) as error:
+        raise ValueError(f"{path} cannot be read as PNG or MP4: {error}") from error
+    found = None
+    if isinstance(text, str):
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            found = None  # another program's comment
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not say how it was made; files of `goku sample` do")
+    return found
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    # ASCII: no control character, and none that a container would cut or refuse. Without NaN, which is not JSON.
+    return json.dumps(dict(metadata), ensure_ascii=True, allow_nan=False, sort_keys=True)
 
 
 def check_media(video: Media) -> None:

@@ -24,8 +24,9 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     lr: peak learning rate; warmup_steps: linear rise from lr / warmup_steps; schedule: "constant" or "cosine" (to
-    final_lr_ratio * lr at the last step); weight_decay: on matrices only, never on biases, norms or embeddings of
-    width 1; grad_clip: largest global L2 norm of the gradient, 0 turns clipping off.
+    final_lr_ratio * lr at the last step); schedule_offset: steps of earlier stages that the schedule counts as its own
+    first ones (a recipe's `carry.schedule` sets it); weight_decay: on matrices only, never on biases, norms or
+    embeddings of width 1; grad_clip: largest global L2 norm of the gradient, 0 turns clipping off.
     """
 
     lr: float = 1e-4
@@ -35,13 +36,14 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_ratio: float = 0.1
+    schedule_offset: int = 0
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed: > 0")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+        for name in ("weight_decay", "warmup_steps", "schedule_offset", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; allowed: >= 0")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -65,7 +67,8 @@ class EMAConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of 0-based `step` in a run of `steps`."""
+    """Learning rate of 0-based `step` in a run of `steps`, behind which lie `config.schedule_offset` earlier ones."""
+    step, steps = step + config.schedule_offset, steps + config.schedule_offset
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

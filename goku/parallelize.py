@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
@@ -60,6 +60,8 @@ BLOCKS = ("blocks.*",)
 # What stays in fp32 under bf16 parameters: a sample's conditioning reaches all of its tokens, and the residual stream
 # takes its dtype from patch_embed.
 FULL_PRECISION = ("patch_embed", "time_embed", "blocks.*.norm1", "final")
+# And, in a model that has it, what adds given frames to the residual stream.
+CONDITION = ("condition_embed",)
 
 
 T = TypeVar("T")
@@ -72,7 +74,8 @@ class ParallelContext:
     rank, world: position and number of processes; device: where this rank computes; group: the process group for
     gradients and statistics, None when world is 1 (every method is then the identity); host_group: a gloo group of
     the same processes for what stays on the host (checkpoint plans would otherwise travel through GPU memory) and
-    for waiting, with a timeout of a day; dims, mesh: how the processes are arranged, no mesh when world is 1.
+    for waiting, with a timeout of a day; dims, mesh: how the processes are arranged, no mesh when world is 1;
+    arrangements: the contexts that `arranged` made of this one.
     """
 
     rank: int
@@ -82,6 +85,21 @@ class ParallelContext:
     host_group: dist.ProcessGroup | None = None
     dims: ParallelDims = field(default_factory=lambda: ParallelDims(1, 1, 1))
     mesh: DeviceMesh | None = None
+    arrangements: list[ParallelContext] = field(default_factory=list, repr=False, compare=False)
+
+    def arranged(self, dims: ParallelDims) -> ParallelContext:
+        """The same processes in another mesh, for a run that shares its work in another way; itself where equal.
+
+        All ranks call this together. It ends with this context. Raises ValueError for dims that do not fit the number
+        of processes.
+        """
+        resolved = dims.resolve(self.world)
+        for context in (self, *self.arrangements):
+            if context.dims == resolved:
+                return context
+        mesh = None if self.world == 1 else resolved.build_mesh(self.device.type)
+        self.arrangements.append(replace(self, dims=resolved, mesh=mesh, arrangements=[]))
+        return self.arrangements[-1]
 
     @property
     def packs(self) -> int:
@@ -208,8 +226,9 @@ def parallel_context(
     finally:
         # A traceback may keep `context` until the interpreter ends, and a gloo group whose threads still run then
         # aborts the process ("terminate called"), hiding its exit code: the groups should not outlive this block.
-        for name in ("group", "host_group", "mesh"):
-            object.__setattr__(context, name, None)
+        for each in (context, *context.arrangements):
+            for name in ("group", "host_group", "mesh"):
+                object.__setattr__(each, name, None)
         # NCCL's teardown may wait for the others, who are in a collective with a rank that failed: leaving without
         # it closes the connections, and they learn of it.
         if not (failed and cuda):
@@ -285,12 +304,12 @@ class ShardingConfig:
         if self.prefetch < 0:
             raise ValueError(f"sharding.prefetch is {self.prefetch}; allowed: >= 0")
 
-    def policy(self, dtype: torch.dtype) -> ShardingPolicy:
-        """For a Goku model whose matrix products run in `dtype`."""
+    def policy(self, dtype: torch.dtype, condition: bool = False) -> ShardingPolicy:
+        """For a Goku model whose matrix products run in `dtype`; condition: it takes given frames."""
         low = self.param_dtype == "auto" and dtype != torch.float32
         return ShardingPolicy(
             blocks=BLOCKS,
-            full_precision=FULL_PRECISION,
+            full_precision=FULL_PRECISION + (CONDITION if condition else ()),
             param_dtype=dtype if low else None,
             reshard_after_forward=self.reshard_after_forward,
             prefetch=self.prefetch,
@@ -318,7 +337,8 @@ def build_model(
         model = GokuTransformer(config, kernels)
     apply_activation_checkpointing(model, checkpointing, BLOCKS)
     if context.mesh is not None:
-        apply_hybrid_sharding(model, context.mesh, sharding.policy(dtype))
+        policy = sharding.policy(dtype, condition=config.condition == "frames")
+        apply_hybrid_sharding(model, context.mesh, policy)
     offloaded = context.mesh is not None and sharding.cpu_offload
     device = torch.device("cpu") if offloaded else context.device
 
@@ -340,12 +360,13 @@ def check_policies(
     """
     with torch.device("meta"):
         model = GokuTransformer(config)
+    policy = sharding.policy(torch.bfloat16, condition=config.condition == "frames")
     for section, check in (
         (
             "activation_checkpointing",
             lambda: apply_activation_checkpointing(model, checkpointing, BLOCKS),
         ),
-        ("sharding", lambda: plan(model, sharding.policy(torch.bfloat16))),
+        ("sharding", lambda: plan(model, policy)),
     ):
         try:
             check()

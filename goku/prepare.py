@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goku.data import CachedDataset, DataConfig, decode_all, prepare, read_records
+from goku.data import (
+    DataConfig,
+    Dataset,
+    MixConfig,
+    Quarantine,
+    SourceConfig,
+    decode_all,
+    list_records,
+    prepare,
+    quarantine_message,
+    read_records,
+)
 from goku.metrics import RunLog, progress_bar
 from goku.packing import cut_grid
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
-from goku.text import TextCache, TextEncoder, load_text_encoder
-from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae
+from goku.text import LazyTextEncoder, TextCache, TextEncoder, load_text_encoder
+from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae, vae_folder
+from goku.validation import Validator
 
-__all__ = ["prepare_datasets", "prepare_vae"]
+__all__ = ["prepare_datasets", "prepare_text", "prepare_vae", "prepare_validator"]
 
 
 def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
@@ -30,14 +43,14 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
     """
     path = Path(config.vae.path)
     # Its config.json is written last: a folder without one is a training that was cut off while it wrote.
-    absent = not (path / "config.json").is_file()
+    absent = not (vae_folder(path) / "config.json").is_file()
     if absent and config.vae.train is None:
         raise ValueError(
             f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"
         )
     if absent:
         context.on_main(lambda: _train(config, context, path))
-    vae = load_vae(path)
+    vae = load_vae(path, dtype=config.vae.dtype)
     if vae.channels != config.vae.model.channels:
         raise ValueError(
             f"vae.path {path} holds a VAE with {vae.channels} latent channels, but vae.model.channels is "
@@ -51,7 +64,7 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     _check_text(config, load_text_encoder(config.text))
     if config.unseen is not None:
         read_records(config.unseen)
-    records = read_records(config.data.path)
+    records = list_records(config.data)
     clips: list[Tensor] = decode_all(records, config.data)
     for record, clip in zip(records, clips, strict=not config.data.skip_bad):
         # What training would refuse is better refused before minutes of work.
@@ -86,21 +99,82 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     vae.save(path)
 
 
+def prepare_text(config: RunConfig, context: ParallelContext) -> LazyTextEncoder:
+    """The text encoder of config.text. Raises ValueError when its width is not config.model.text_dim."""
+
+    def load() -> LazyTextEncoder:
+        # Its weights are read when a prompt is in no cache: not at all at a warm start.
+        known = _cache(config) / "text" / "encoders"
+        text = LazyTextEncoder(config.text, device=context.device, directory=known)
+        _check_text(config, text)
+        return text
+
+    return context.together(load)
+
+
 def prepare_datasets(
-    config: RunConfig, context: ParallelContext, vae: VideoVAE
-) -> tuple[CachedDataset, CachedDataset | None, TextEncoder]:
-    """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder)."""
-    text = load_text_encoder(config.text)
+    config: RunConfig,
+    context: ParallelContext,
+    vae: VideoVAE,
+    text: TextEncoder | None = None,
+    quarantine: Quarantine | None = None,
+) -> tuple[Dataset, Dataset | None, TextEncoder]:
+    """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder).
+
+    text: an encoder that was loaded before; None loads that of config.text. quarantine: where items that cannot be used
+    are listed, by default config.out/quarantine.jsonl.
+    """
+    if text is None:
+        text = prepare_text(config, context)
     _check_text(config, text)
-    cache = Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
+    cache = _cache(config)
     texts = TextCache(cache / "text", text)
-    training = _prepare(config.data, vae, texts, cache, context, "latents")
-    unseen = None
-    if config.unseen is not None:
+    frames = config.conditioning.frames if config.model.condition == "frames" else ()
+    if quarantine is None:
+        quarantine = Quarantine(Path(config.out) / "quarantine.jsonl")
+    unseen, held_out = None, _unseen(config)
+    training = _prepare(config.data, vae, texts, cache, context, frames, "latents", quarantine)
+    if held_out is not None:
         unseen = _prepare(
-            replace(config.data, path=config.unseen), vae, texts, cache, context, "unseen latents"
+            held_out, vae, texts, cache, context, frames, "unseen latents", quarantine
         )
+    if isinstance(text, LazyTextEncoder):
+        text.release()
     return training, unseen, text
+
+
+def prepare_validator(
+    config: RunConfig, context: ParallelContext, vae: VideoVAE, text: TextEncoder
+) -> Validator | None:
+    """What draws the cases of config.validation; None where it names no file. Raises what `Validator` raises."""
+    if config.validation.file is None:
+        return None
+    validator = Validator(config.validation, config, context, vae, text)
+    if isinstance(text, LazyTextEncoder):
+        text.release()
+    return validator
+
+
+def _cache(config: RunConfig) -> Path:
+    return Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
+
+
+def _unseen(config: RunConfig) -> DataConfig | None:
+    """The held-out dataset as the run's mix would take it: without the modalities that no source of it gives weight."""
+    if config.unseen is None:
+        return None
+    alone = replace(config.data, path=config.unseen, sources=None, mix=None)
+    if config.data.mix is None:
+        return alone
+    held = {record.is_image for record in list_records(alone)}
+    weights = MixConfig(
+        image=float(True in held and any(w.image for w in config.data.mix.values())),
+        video=float(False in held and any(w.video for w in config.data.mix.values())),
+    )
+    if not (weights.image or weights.video):
+        return None
+    sources = {"unseen": SourceConfig(path=config.unseen)}
+    return replace(alone, path=None, sources=sources, mix={"unseen": weights})
 
 
 def _check_text(config: RunConfig, text: TextEncoder) -> None:
@@ -118,8 +192,10 @@ def _prepare(
     texts: TextCache,
     cache: Path,
     context: ParallelContext,
+    frames: Sequence[int],
     label: str,
-) -> CachedDataset:
+    quarantine: Quarantine,
+) -> Dataset:
     console = RunLog(None, total_steps=0).console
     with progress_bar(console) as bar:
         task = bar.add_task(label, total=None, info="", visible=context.is_main)
@@ -127,7 +203,7 @@ def _prepare(
         def on_item(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return context.together(
+        dataset = context.together(
             lambda: prepare(
                 data,
                 vae,
@@ -137,5 +213,16 @@ def _prepare(
                 world=context.world,
                 barrier=context.barrier,
                 progress=on_item,
+                frames=frames,
             )
         )
+    problems = dataset.report.problems
+    context.on_main(lambda: _set_aside(dataset, quarantine))
+    if problems and context.is_main:
+        message = quarantine_message(problems, dataset.report.listed, quarantine.path)
+        console.print(f"{label}: {message}", highlight=False, markup=False, soft_wrap=True)
+    return dataset
+
+
+def _set_aside(dataset: Dataset, quarantine: Quarantine) -> None:
+    quarantine.add(dataset.report.problems)

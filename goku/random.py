@@ -53,6 +53,9 @@ class Purpose(IntEnum):
     SAMPLE = 5
     EVAL = 6
     CROP = 7
+    CONDITION = 8
+    MIX = 9
+    CAPTION = 10
 
 
 def bits(

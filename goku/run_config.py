@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from goku import config as parser
+from goku.conditioning import ConditioningConfig
 from goku.data import DataConfig
 from goku.flow import FlowConfig
 from goku.model import PRESETS, KernelConfig, ModelConfig
@@ -15,9 +17,18 @@ from goku.optimizer import EMAConfig, OptimizerConfig
 from goku.packing import PackingConfig
 from goku.parallelize import ActivationCheckpointing, ParallelDims, ShardingConfig
 from goku.text import TextConfig
-from goku.vae import VAEConfig, VAETrainConfig
+from goku.vae import VAEConfig, VAEDtype, VAETrainConfig
+from goku.validation import ValidationConfig
 
-__all__ = ["RunConfig", "TrainConfig", "VAESection", "load_run_config", "resume_differences"]
+__all__ = [
+    "RunConfig",
+    "TrainConfig",
+    "VAESection",
+    "load_run_config",
+    "model_differences",
+    "resolve",
+    "resume_differences",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +87,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAESection:
-    """path: folder of a trained VAE; when it does not exist and `train` is given, one is trained on the data first."""
+    """path: folder of a trained VAE; when it does not exist and `train` is given, one is trained on the data first.
+
+    It may be one of diffusers (see `goku.vae.load_vae`); of `model` then channels alone counts. dtype: of its weights
+    and arithmetic, "auto" as they are stored.
+    """
 
     path: str
+    dtype: VAEDtype = "auto"
     model: VAEConfig = field(default_factory=VAEConfig)
     train: VAETrainConfig | None = None
 
@@ -95,6 +111,7 @@ class RunConfig:
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     packing: PackingConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -105,6 +122,7 @@ class RunConfig:
         default_factory=ActivationCheckpointing
     )
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -131,46 +149,95 @@ def load_run_config(
 ) -> RunConfig:
     """Read a run's YAML file (or mapping) with dotted `overrides` ("optimizer.lr=3e-4").
 
-    `model.preset: NAME` starts from that preset; the other keys of `model` replace its fields. Raises ConfigError
-    (a ValueError) that names the key, the value and what is allowed.
+    `model.preset: NAME` starts from that preset; the other keys of `model` replace its fields. Numbers of pixels may be
+    written as HEIGHTxWIDTH (288x512). Raises ConfigError (a ValueError) that names the key, the value and what is
+    allowed.
     """
-    data = parser.load(source, overrides)
+    return resolve(parser.load(source, overrides))
+
+
+def resolve(tree: Mapping[str, Any], where: str = "") -> RunConfig:
+    """The run that the nested mapping `tree` describes, as `load_run_config` reads it from a file.
+
+    where: dotted path of the mapping itself, for messages. Raises ConfigError.
+    """
+    data = dict(tree)
     model = data.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        name = model.pop("preset")
+    if isinstance(model, Mapping) and "preset" in model:
+        rest = {key: value for key, value in model.items() if key != "preset"}
+        name = model["preset"]
         if name not in PRESETS:
             allowed = "allowed: " + ", ".join(sorted(PRESETS))
-            raise parser.ConfigError("model.preset", name, allowed)
-        data["model"] = {**parser.to_dict(PRESETS[name]), **model}
-    return parser.parse(RunConfig, data)
+            raise parser.ConfigError(f"{where}.model.preset".lstrip("."), name, allowed)
+        data["model"] = {**parser.to_dict(PRESETS[name]), **rest}
+    if isinstance(data.get("data"), Mapping):
+        data["data"] = {key: _pixels(key, value) for key, value in data["data"].items()}
+    return parser.parse(RunConfig, data, where)
+
+
+def _pixels(key: str, value: Any) -> Any:
+    """The product, where a number of pixels is written as a size such as 288x512; everything else as it is."""
+    if not (key.endswith("_pixels") and isinstance(value, str)):
+        return value
+    size = re.fullmatch(r"([0-9]+)x([0-9]+)", value)
+    return value if size is None else int(size[1]) * int(size[2])
 
 
 # What may differ between a checkpoint and the run that continues it: where and how fast work is done, what is
 # looked at, and how long the run is (under a constant schedule). None of it changes a step's samples or arithmetic
 # (kernels, parallel, sharding: nothing but the rounding), but for train.precision, which is therefore not free. That
-# data.path holds the same items is checked by the dataset's fingerprint.
+# data.path, vae.path and text.path hold the same items, VAE and encoder is checked by fingerprints. A name stands for
+# all keys below it; "*" is any one name.
 _FREE = (
     "out",
     "unseen",
     "data.path",
+    "data.sources.*.path",
     "data.workers",
     "data.cache",
+    "data.verify",
+    "data.max_lost",
     "vae.path",
+    "vae.dtype",  # the VAE's fingerprint is compared
     "vae.train",
+    "text.path",
     "kernels",
     "packing.tokens_per_pack",
     "parallel",
     "sharding",
     "activation_checkpointing",
     "train",
+    "validation",
 )
+
+# Keys that came after the first checkpoints were written, each with what runs did before it: a checkpoint that lacks
+# one resumes as if it said this (of a new section: all its values, as a mapping). A key that is bound and neither here
+# nor in a checkpoint stops the resume.
+_ADDED: dict[str, Any] = {
+    "data.sources": None,
+    "data.mix": None,
+    "data.max_seconds": None,
+    "data.min_image_pixels": 0,
+    "data.min_video_pixels": 0,
+    "data.min_frames": 1,
+    "data.motion_caption": None,
+    "data.follow_links": False,
+    "data.max_source_pixels": 178_956_970,
+    "model.condition": "none",
+    "conditioning": {"first": 1.0, "last": 0.0, "both": 0.0, "drop": 0.1},
+    "optimizer.schedule_offset": 0,
+}
 
 
 def resume_differences(saved: Mapping[str, Any], current: RunConfig) -> list[str]:
     """Lines "key: saved -> current" for every difference that makes resuming a different run; [] when compatible."""
     now = parser.to_dict(current)
     steps = (saved.get("train", {}).get("steps"), current.train.steps)
-    lines = [line for line in parser.difference(saved, now) if not _is_free(line.split(":", 1)[0])]
+    lines = [
+        line
+        for line in parser.difference(_with_added(saved), now)
+        if not _is_free(line.split(":", 1)[0])
+    ]
     if current.optimizer.schedule != "constant" and steps[0] != steps[1]:
         lines.append(
             f"train.steps: {steps[0]} -> {steps[1]} (optimizer.schedule '{current.optimizer.schedule}' uses it)"
@@ -178,7 +245,41 @@ def resume_differences(saved: Mapping[str, Any], current: RunConfig) -> list[str
     return lines
 
 
+def model_differences(saved: Mapping[str, Any], current: RunConfig) -> list[str]:
+    """Lines "model.key: saved -> current" of what keeps the weights of the run `saved` from starting `current`.
+
+    A model that learns to be given frames (model.condition: none -> frames) may start from one that was not.
+    """
+    now = parser.to_dict(current)
+    lines = parser.difference(
+        {"model": _with_added(saved).get("model", {})}, {"model": now["model"]}
+    )
+    return [line for line in lines if line != "model.condition: none -> frames"]
+
+
+def _with_added(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the keys of `_ADDED` that it lacks, in sections that it has; `saved` itself is left alone."""
+    filled = dict(saved)
+    for key, value in _ADDED.items():
+        *sections, name = key.split(".")
+        place: Any = filled
+        for section in sections:
+            if not isinstance(place.get(section), Mapping):
+                break
+            place[section] = dict(place[section])
+            place = place[section]
+        else:
+            place.setdefault(name, value)
+    return filled
+
+
 def _is_free(key: str) -> bool:
-    return key != "train.precision" and any(
-        key == name or key.startswith(name + ".") for name in _FREE
+    return key != "train.precision" and any(_stands_for(name, key) for name in _FREE)
+
+
+def _stands_for(name: str, key: str) -> bool:
+    """Whether `key` is `name` or below it, part by part; "*" in `name` is any part."""
+    wanted, parts = name.split("."), key.split(".")
+    return len(parts) >= len(wanted) and all(
+        want in ("*", part) for want, part in zip(wanted, parts, strict=False)
     )

@@ -8,75 +8,75 @@ sample's tokens) on the number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from goku import config as parser
 from goku import media_files
-from goku.flow import guided, integrate, time_grid
-from goku.model import GokuTransformer, ModelConfig, unpatchify
+from goku.conditioning import condition_latent, guided_pair
+from goku.export import is_exported, load_exported, read_exported
+from goku.flow import METHODS, Method, guided, integrate, time_grid
+from goku.given import Given, check_given, encode_given, holding
+from goku.model import GokuTransformer, patchify, unpatchify
 from goku.packing import partition
 from goku.parallelize import PackSharding, ParallelContext
 from goku.precision import autocast
 from goku.random import Purpose, normal
-from goku.text import TextConfig, TextEncoder, load_text_encoder
-from goku.vae import VideoVAE, load_vae
+from goku.requests import Request
+from goku.trained import (
+    Loaded,
+    Trained,
+    find_checkpoint,
+    load_checkpoint,
+    position_scale,
+    read_checkpoint,
+)
+from goku.vae import VideoVAE, decode_pieces
 from goku_kernels import Packing
-from goku_runtime import checkpoint
 
 __all__ = [
     "Loaded",
     "Request",
     "SampleConfig",
     "decode",
+    "describe",
     "find_checkpoint",
     "generate",
     "generate_share",
     "integrate_all",
     "load_for_sampling",
+    "load_trained",
+    "read_trained",
     "save_media",
 ]
 
 
-@dataclass(frozen=True)
-class Request:
-    """One thing to generate: height and width in pixels (multiples of 16), frames = 4k + 1 (1 is an image)."""
-
-    prompt: str
-    height: int
-    width: int
-    frames: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if value < 16 or value % 16:
-                raise ValueError(
-                    f"{name} is {value}; allowed: multiples of 16 (VAE stride 8 times patch 2)"
-                )
-        if self.frames < 1 or self.frames % 4 != 1:
-            raise ValueError(
-                f"frames is {self.frames}; allowed: 4k + 1 (1, 5, 9, ...), 1 being an image"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; allowed: >= 0")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How to integrate. guidance 1 is the conditional velocity alone; shift as in FlowConfig; tokens_per_pack bounds
-    the tokens that one forward holds (requests beyond it go into further packs)."""
+    """How to integrate.
+
+    steps, method: of `goku.flow.integrate`; a request's own steps come first. guidance: scale of classifier-free
+    guidance over the text, 1 being none; guidance_image: over given frames, None for the same scale;
+    guidance_interval: times between which there is guidance, outside the conditional velocity alone is taken
+    (Kynkaanniemi et al., arXiv 2404.07724; here t = 1 is data). shift: as in FlowConfig. hold: after every step the
+    first latent frame of a request with a given first frame is set onto the straight path to it, so that the result
+    shows exactly what the VAE makes of that image; for VAEs whose first latent frame depends on the first frame alone.
+    limits: the largest grid (t, h, w) trained on; beyond it RoPE's positions are scaled (`position_scale`).
+    tokens_per_pack: bounds the tokens that one forward holds (requests beyond it go into further packs).
+    """
 
     steps: int = 30
-    method: Literal["euler", "heun"] = "euler"
+    method: Method = "euler"
     guidance: float = 1.0
+    guidance_image: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
+    hold: bool = False
+    limits: tuple[int, int, int] | None = None
     tokens_per_pack: int = 16384
     precision: torch.dtype = torch.float32
 
@@ -84,75 +84,49 @@ class SampleConfig:
         for name in ("steps", "tokens_per_pack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: >= 1")
-        if self.method not in ("euler", "heun"):
-            raise ValueError(f"method is {self.method!r}; allowed: 'euler', 'heun'")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance is {self.guidance}; allowed: a finite number, 1 being none")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; allowed: {', '.join(map(repr, METHODS))}")
+        for name in ("guidance", "guidance_image"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; allowed: a finite number, 1 being none")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval is {self.guidance_interval}; allowed: 0 <= begin < end <= 1"
+            )
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}; allowed: a finite number > 0, 1 being none")
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """What sampling needs from a run: the averaged model, its VAE and text encoder, the training step."""
-
-    model: GokuTransformer
-    vae: VideoVAE
-    text: TextEncoder
-    step: int
+    @property
+    def image_scale(self) -> float:
+        """Scale of the guidance over given frames."""
+        return self.guidance if self.guidance_image is None else self.guidance_image
 
 
-def find_checkpoint(root: Path) -> Path | None:
-    """The latest whole checkpoint in `root`, None when there never was one.
+def load_for_sampling(
+    run: Path, device: torch.device, *, weights: Literal["ema", "model"] = "ema"
+) -> Loaded:
+    """The model of a run's latest checkpoint, of one checkpoint, or of a folder of `goku export`, on `device`.
 
-    Raises CheckpointError naming the damaged files when there are checkpoints but none is whole: starting anew in
-    their place would be the last thing wanted.
+    weights: the average (what an exported folder holds is what it holds). Raises ValueError when there is none, it is
+    damaged, or the VAE does not fit the model.
     """
-    path = checkpoint.latest(root)
-    if path is None and root.is_dir():
-        for damaged in sorted(root.glob("step_*"), reverse=True):
-            checkpoint.verify(damaged)
-    return path
+    return load_trained(read_trained(run), device, weights=weights)
 
 
-def load_for_sampling(run: Path, device: torch.device) -> Loaded:
-    """Load the EMA weights of a run folder's latest checkpoint (or of one checkpoint folder), verified first.
-
-    Raises ValueError when there is no checkpoint, it is damaged, or the VAE does not fit the model.
-    """
-    if not run.is_dir():
-        raise ValueError(
-            f"{run}: no such folder; allowed: the `out` folder of a training run, or a checkpoint in it"
-        )
-    path = run if (run / "manifest.json").exists() else find_checkpoint(run / "checkpoints")
-    if path is None:
-        below = [child for child in sorted(run.iterdir()) if (child / "checkpoints").is_dir()]
-        hint = f"; did you mean {below[0]}?" if below else ""
-        raise ValueError(
-            f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it{hint}"
-        )
-    config = checkpoint.read_values(path)["run"]["config"]
-    with torch.device("meta"):  # no time for initial values, which are loaded over
-        model = GokuTransformer(parser.parse(ModelConfig, config["model"], where="model"))
-    model.to_empty(device="cpu")
-    state: dict[str, Any] = {"ema": dict(model.state_dict()), "run": None}
-    checkpoint.load(state, path, partial=True)
-    vae = load_vae(Path(config["vae"]["path"]))
-    if vae.channels != model.config.latent_channels:
-        raise ValueError(
-            f"the VAE has {vae.channels} channels, the model {model.config.latent_channels}"
-        )
-    text = load_text_encoder(parser.parse(TextConfig, config["text"], where="text"))
-    return Loaded(model.to(device).eval(), vae.to(device), text, state["run"]["step"])
+def read_trained(run: Path) -> Trained:
+    """What `load_for_sampling` would load, without its weights. Raises ValueError."""
+    return read_exported(run) if is_exported(run) else read_checkpoint(run)
 
 
-def _grid(request: Request, vae: VideoVAE) -> tuple[int, int, int]:
-    stride_t, stride_h, stride_w = vae.strides
-    return (
-        (request.frames - 1) // stride_t + 1,
-        request.height // stride_h // 2,
-        request.width // stride_w // 2,
-    )
+def load_trained(
+    about: Trained, device: torch.device, *, weights: Literal["ema", "model"] = "ema"
+) -> Loaded:
+    """The weights of what `read_trained` read, even if a later checkpoint was written since."""
+    if is_exported(about.path):
+        return load_exported(about.path, device)
+    return load_checkpoint(about, device, weights=weights)
 
 
 @torch.no_grad()
@@ -190,21 +164,37 @@ def integrate_all(
     progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] = (0, 1),
     sharding: PackSharding | None = None,
+    given: Sequence[Given] | None = None,
+    imaged: bool = False,
 ) -> dict[int, Tensor]:
     """The latents (C, T, H, W) of this group's requests, by their index.
 
     share: (group, groups) of processes among which the packs are dealt out. All groups call the model equally often,
-    as a sharded model needs: where one has no pack left, it runs an idle one. Other arguments as those of `generate`.
+    as a sharded model needs: where one has no pack left, it runs an idle one. given: the given frames of each request,
+    by default encoded here. imaged: count on given frames whether or not there are any, for groups that call this with
+    other requests and must call the model equally often. Other arguments as those of `generate`.
+
+    Raises ValueError for given frames that the model, or `hold` with this VAE, cannot use.
     """
-    group, groups = share
-    grids = [_grid(request, vae) for request in requests]
-    lengths = [t * h * w for t, h, w in grids]
-    budget = max([config.tokens_per_pack, *lengths])
-    shares = partition(lengths, [float(n) for n in lengths], groups, budget)
-    rounds = max(len(packs) for packs in shares)
-    packs = [*shares[group], *[[]] * (rounds - len(shares[group]))]
+    if given is None:
+        given = [encode_given(vae, request, device) for request in requests]
+    check_given(model.config, vae, given, hold=config.hold)
+    imaged = imaged or any(given)
     results: dict[int, Tensor] = {}
-    done, total = 0, rounds * config.steps
+    group, groups = share
+    work: list[tuple[list[int], list[int], SampleConfig]] = []  # (mine, with idle ones, settings)
+    budget = max([config.tokens_per_pack, *(_tokens(request) for request in requests)])
+    for steps in sorted({request.steps or config.steps for request in requests}):
+        # What a pack integrates together takes the same steps.
+        members = [i for i, r in enumerate(requests) if (r.steps or config.steps) == steps]
+        lengths = [_tokens(requests[i]) for i in members]
+        shares = partition(lengths, [float(n) for n in lengths], groups, budget)
+        rounds = max(len(packs) for packs in shares)
+        shortest = min(members, key=lambda i: _tokens(requests[i]))
+        for pack in [*shares[group], *[[]] * (rounds - len(shares[group]))]:
+            mine = [members[k] for k in pack]
+            work.append((mine, mine or [shortest], replace(config, steps=steps)))
+    done, total = 0, sum(settings.steps for _, _, settings in work)
 
     def on_step(_step: int, _t: float, _x: Tensor) -> None:
         nonlocal done
@@ -212,70 +202,133 @@ def integrate_all(
         if progress is not None:
             progress(done, total)
 
-    for pack in packs:
-        chosen = pack or [min(range(len(requests)), key=lambda i: lengths[i])]
-        texts = prompts([requests[i].prompt for i in chosen])
-        empty = prompts([""])[0] if config.guidance != 1 else None
+    for mine, chosen, settings in work:
+        pack_requests = [requests[i] for i in chosen]
         tokens = _integrate_pack(
-            model, [requests[i] for i in chosen], [grids[i] for i in chosen], texts, empty, config,
+            model, vae, prompts, pack_requests, [given[i] for i in chosen], imaged, settings,
             device, on_step, sharding,
         )  # fmt: skip
-        for i, part in zip(pack, tokens.split([lengths[i] for i in chosen]), strict=bool(pack)):
-            results[i] = unpatchify(part.float(), grids[i], vae.channels)
+        parts = tokens.split([_tokens(request) for request in pack_requests])
+        for i, part in zip(mine, parts, strict=bool(mine)):
+            results[i] = unpatchify(part.float(), requests[i].grid, vae.channels)
     return results
 
 
 @torch.no_grad()
 def decode(vae: VideoVAE, latent: Tensor) -> Tensor:
-    """Latent (C, T, H, W) -> uint8 (3, frames, height, width) on the host."""
-    video = vae.decode(vae.denormalise(latent[None]))[0]
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    """Latent (C, T, H, W) -> uint8 (3, frames, height, width) on the host, a piece of time after another."""
+    return torch.cat(list(decode_pieces(vae, latent)), dim=1)
+
+
+def _tokens(request: Request) -> int:
+    return math.prod(request.grid)
 
 
 def _integrate_pack(
     model: GokuTransformer,
+    vae: VideoVAE,
+    prompts: Callable[[Sequence[str]], list[Tensor]],
     requests: Sequence[Request],
-    grids: Sequence[tuple[int, int, int]],
-    texts: Sequence[Tensor],
-    empty: Tensor | None,
+    given: Sequence[Given],
+    imaged: bool,
     config: SampleConfig,
     device: torch.device,
     on_step: Callable[[int, float, Tensor], None],
     sharding: PackSharding | None,
 ) -> Tensor:
+    """(tokens, patch_dim) at t = 1 of the requests, together in one pack."""
+    grids = [request.grid for request in requests]
     packing = Packing.from_grids(grids, device=device)
     shard = None if sharding is None else sharding.shard(packing)
-    prompted = [list(texts)] + ([] if empty is None else [[empty] * len(requests)])
-    if sharding is not None and shard is not None:
-        prompted = [sharding.text(each, shard) for each in prompted]
-    conditions = [
-        (torch.cat(each).to(device), Packing.from_lengths([len(x) for x in each], device=device))
-        for each in prompted
-    ]
     width = model.config.patch_dim
     noise = torch.cat(
         [
-            normal(request.seed, 0, t * h * w * width, Purpose.SAMPLE, device=device).view(
-                -1, width
-            )
-            for request, (t, h, w) in zip(requests, grids, strict=True)
+            normal(r.seed, 0, _tokens(r) * width, Purpose.SAMPLE, device=device).view(-1, width)
+            for r in requests
         ]
     )
 
+    def rows(x: Tensor) -> Tensor:
+        return x if sharding is None else sharding.rows(x)
+
+    def prepared(strings: Sequence[str]) -> tuple[Tensor, Packing]:
+        unique = list(dict.fromkeys(strings))  # most share one negative prompt
+        embeddings = dict(zip(unique, prompts(unique), strict=True))
+        texts = [embeddings[string] for string in strings]
+        if sharding is not None and shard is not None:
+            texts = sharding.text(texts, shard)
+        return (
+            torch.cat(texts).to(device),
+            Packing.from_lengths([len(text) for text in texts], device=device),
+        )
+
+    names = _forwards(config, imaged)
+    text = prepared([request.prompt for request in requests])
+    other = prepared([request.negative for request in requests]) if len(names) > 1 else text
+    condition, without = None, None
+    if model.config.condition == "frames":
+        latents = [
+            condition_latent(each, (vae.channels, t, 2 * h, 2 * w))
+            for each, (t, h, w) in zip(given, grids, strict=True)
+        ]
+        condition = rows(torch.cat([patchify(latent.to(device)) for latent in latents]))
+        without = torch.zeros_like(condition)
+    inputs = {
+        "both": (text, condition),
+        "image": (other, condition),
+        "none": (other, without),
+    }
+    scale = _scales(grids, config.limits, device)
+    low, high = config.guidance_interval
+
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(requests),), t, device=device)
-        with autocast(device, config.precision):
-            outputs = [
-                model(x, times, text, packing, text_packing, shard).float()
-                for text, text_packing in conditions
-            ]
-        return outputs[0] if len(outputs) == 1 else guided(outputs[0], outputs[1], config.guidance)
 
+        def forward(name: str) -> Tensor:
+            (embedding, text_packing), extra = inputs[name]
+            with autocast(device, config.precision):
+                return model(
+                    x, times, embedding, packing, text_packing, shard, extra, scale
+                ).float()
+
+        found = {name: forward(name) for name in (names if low <= t <= high else ("both",))}
+        if len(found) == 1:
+            return found["both"]
+        if "none" not in found:  # none + 1 * (image - none) + ...
+            return guided(found["both"], found["image"], config.guidance)
+        if not imaged:
+            return guided(found["both"], found["none"], config.guidance)
+        return guided_pair(
+            found["none"], found.get("image"), found["both"], config.guidance, config.image_scale
+        )
+
+    hold = None
+    if config.hold and any(0 in each for each in given):
+        hold = holding(given, grids, noise, vae.channels, rows)
     times = time_grid(config.steps, config.shift)
-    if sharding is None:
-        return integrate(velocity, noise, times, config.method, on_step)
-    tokens = integrate(velocity, sharding.rows(noise), times, config.method, on_step)
-    return sharding.gather(tokens, packing.total)
+    tokens = integrate(velocity, rows(noise), times, config.method, on_step, hold)
+    return tokens if sharding is None else sharding.gather(tokens, packing.total)
+
+
+def _forwards(config: SampleConfig, imaged: bool) -> tuple[str, ...]:
+    """What a guided velocity is made of: prompt and frames ("both"), frames alone ("image"), neither ("none")."""
+    if not imaged:
+        return ("both",) if config.guidance == 1 else ("both", "none")
+    if config.guidance == config.image_scale:
+        return ("both",) if config.guidance == 1 else ("both", "none")
+    return ("both", "image") if config.image_scale == 1 else ("both", "image", "none")
+
+
+def _scales(
+    grids: Sequence[tuple[int, int, int]],
+    limits: tuple[int, int, int] | None,
+    device: torch.device,
+) -> Tensor | None:
+    """(B, 3) factors of the positions, None where all are 1: the operators then do nothing more than before."""
+    scales = [position_scale(grid, limits) for grid in grids]
+    if all(scale == (1.0, 1.0, 1.0) for scale in scales):
+        return None
+    return torch.tensor(scales, dtype=torch.float64, device=device)
 
 
 def generate_share(
@@ -284,29 +337,71 @@ def generate_share(
     config: SampleConfig,
     context: ParallelContext,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    given: Sequence[Given] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """This group's share of the requests (every packs-th one) as (index, video), each as soon as it is done.
 
     Each request is a pack of its own: the bits of a matrix product depend on the number of its rows, and a sample must
     not depend on the number of groups. No group waits for another. With context.dims.sp > 1 the processes of a group
     share its tokens, and the first of them decodes and yields. progress(done, total) counts integration steps.
+    given: the given frames of each request, by default encoded here.
     """
     mine = range(context.pack_rank, len(requests), context.packs)
     sharding = context.pack_sharding(loaded.model.config.heads)
-    for number, index in enumerate(mine):
+    total = sum(requests[i].steps or config.steps for i in mine)
+    before = 0
+    for index in mine:
 
-        def on_step(done: int, total: int, before: int = number) -> None:
+        def on_step(done: int, _: int, before: int = before) -> None:
             if progress is not None:
-                progress(before * total + done, len(mine) * total)
+                progress(before + done, total)
 
         latents = integrate_all(
             loaded.model, loaded.vae, loaded.text.encode, [requests[index]], config, context.device,
-            progress=on_step, sharding=sharding,
+            progress=on_step, sharding=sharding, given=None if given is None else [given[index]],
         )  # fmt: skip
+        before += requests[index].steps or config.steps
         if context.leads_pack:
             yield index, decode(loaded.vae, latents[0])
 
 
-def save_media(video: Tensor, stem: Path, fps: int = 12) -> Path:
+def describe(
+    request: Request, config: SampleConfig, *, step: int, fps: int, checkpoint: str | None = None
+) -> dict[str, Any]:
+    """How a sample is made, for the metadata of its file: nothing that depends on when, where or by how many."""
+    said: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative": request.negative,
+        "seed": request.seed,
+        "height": request.height,
+        "width": request.width,
+        "frames": request.frames,
+        "fps": request.fps or fps,
+        "steps": request.steps or config.steps,
+        "method": config.method,
+        "guidance": config.guidance,
+        "guidance_interval": list(config.guidance_interval),
+        "shift": config.shift,
+        "model_step": step,
+    }
+    if checkpoint is not None:
+        said["checkpoint"] = checkpoint
+    if request.given:
+        said["given"] = {
+            str(frame): image.name if isinstance(image, Path) else "pixels"
+            for frame, image in sorted(request.given.items())
+        }
+        said["guidance_image"] = config.image_scale
+        said["hold"] = config.hold
+    scale = position_scale(request.grid, config.limits)
+    if scale != (1.0, 1.0, 1.0):
+        said["position_scale"] = list(scale)
+    return said
+
+
+def save_media(
+    video: Tensor, stem: Path, fps: int = 12, metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Write uint8 (3, T, H, W) as stem.png (T = 1) or stem.mp4, atomically; returns the path."""
-    return media_files.save(stem, media_files.to_uint8(video), fps=fps)
+    return media_files.save(stem, media_files.to_uint8(video), fps=fps, metadata=metadata)

@@ -1,4 +1,5 @@
-"""Sums over the samples of a step: loss, loss per time bin and modality, FLOPs, who asks to stop."""
+"""Sums over the samples of a step: loss, also by time bin, modality and resolution; FLOPs; lost items; who asks to
+stop."""
 
 from __future__ import annotations
 
@@ -7,18 +8,23 @@ from torch import Tensor
 
 from goku.batch import Batch
 
-__all__ = ["TIME_BINS", "StepStatistics"]
+__all__ = ["RESOLUTIONS", "TIME_BINS", "StepStatistics", "resolution_name"]
 
 TIME_BINS = 8
 _MODALITIES = ("image", "video")
-_LOSS, _STOP, _FLOPS, _FIRST = 0, 1, 2, 3
-_SIZE = _FIRST + 2 * TIME_BINS + 2 * len(_MODALITIES)
+# Groups by the power of two in a sample's tokens per latent frame, whatever its aspect ratio: 288x512, 480x864 and
+# 720x1280 pixels (576, 1620 and 3600 tokens) fall into different ones. The last takes all that is larger.
+RESOLUTIONS = 16
+_LOSS, _STOP, _FLOPS, _LOST, _FIRST = 0, 1, 2, 3, 4
+_GROUPS = (TIME_BINS, len(_MODALITIES), RESOLUTIONS)
+_SIZE = _FIRST + 2 * sum(_GROUPS)
 
 
 class StepStatistics:
     """One fp64 vector of sums, so that one all-reduce adds a step's samples over the ranks.
 
-    vector: loss, stop, flops, then (sum of losses, number of samples) per time bin and per modality.
+    vector: loss, stop, flops, lost, then (sum of losses, number of samples) per time bin, per modality and per group of
+    resolutions.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +33,8 @@ class StepStatistics:
     def add(self, batch: Batch, per_sample: Tensor, weight_sum: float, flops: int = 0) -> None:
         """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs.
 
-        Of the shards of a pack each adds its part of the losses, and the first alone counts the samples and FLOPs.
+        Of the shards of a pack each adds its part of the losses, and the first alone counts the samples and FLOPs. A
+        lost sample counts in no mean.
         """
         losses = per_sample.detach().double()
         first = batch.shard is None or batch.shard.token_offset == 0
@@ -37,13 +44,22 @@ class StepStatistics:
         kinds = torch.tensor(
             [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
         )
+        areas = [item.grid[1] * item.grid[2] for item in batch.items]
+        sizes = torch.tensor([_resolution(area) for area in areas], device=losses.device)
         ones = torch.full_like(losses, float(first))
+        if batch.lost:
+            there = torch.tensor([not lost for lost in batch.lost], device=losses.device)
+            losses, ones = losses * there, ones * there
         begin = _FIRST
-        for groups, count in ((bins, TIME_BINS), (kinds, len(_MODALITIES))):
+        for groups, count in zip((bins, kinds, sizes), _GROUPS, strict=True):
             self.vector[begin : begin + count].index_add_(0, groups, losses)
             counts = self.vector[begin + count : begin + 2 * count]
             counts.index_add_(0, groups, ones)
             begin += 2 * count
+
+    def count_lost(self, items: int) -> None:
+        """Say how many items this process's pack group has lost so far; of a group's processes one says it."""
+        self.vector[_LOST] = items
 
     def ask_to_stop(self) -> None:
         """Let every rank know that this one was asked to stop."""
@@ -53,6 +69,11 @@ class StepStatistics:
     def stopping(self) -> bool:
         """After the reduction: was any rank asked to stop?"""
         return bool(self.vector[_STOP] > 0)
+
+    @property
+    def lost(self) -> int:
+        """After the reduction: items that are lost, counted by every group that drew them."""
+        return int(self.vector[_LOST])
 
     @property
     def flops(self) -> float:
@@ -66,6 +87,25 @@ class StepStatistics:
         kinds = _group_means(values[middle:], len(_MODALITIES))
         by_bin = _group_means(values[_FIRST:middle], TIME_BINS)
         return values[_LOSS], by_bin, dict(zip(_MODALITIES, kinds, strict=True))
+
+    def by_resolution(self) -> dict[str, float]:
+        """Mean loss per group of resolutions that had a sample, smallest first, by `resolution_name`."""
+        values = self.vector[_SIZE - 2 * RESOLUTIONS :].tolist()
+        means = _group_means(values, RESOLUTIONS)
+        return {resolution_name(k): mean for k, mean in enumerate(means) if mean is not None}
+
+
+def resolution_name(group: int) -> str:
+    """Tokens per latent frame in a group: group 9 is "512-1023", the last one "32768+"."""
+    if not 0 <= group < RESOLUTIONS:
+        raise ValueError(f"group is {group}; allowed: 0 to {RESOLUTIONS - 1}")
+    low = 2**group
+    return f"{low}+" if group == RESOLUTIONS - 1 else f"{low}-{2 * low - 1}" if group else "1"
+
+
+def _resolution(tokens: int) -> int:
+    """The group of a sample with so many tokens per latent frame: the whole part of its binary logarithm."""
+    return min(tokens.bit_length() - 1, RESOLUTIONS - 1)
 
 
 def _group_means(values: list[float], count: int) -> list[float | None]:

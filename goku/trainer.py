@@ -11,17 +11,15 @@ rounding of its precision on another number of processes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,11 @@ from torch import Tensor
 from goku import config as parser
 from goku import flops
 from goku.batch import Batch, BatchBuilder
-from goku.data import CachedDataset
-from goku.data.stream import ShuffledStream
+from goku.carry import Start, carry_over
+from goku.data import Dataset, Problem, Quarantine
+from goku.evaluation import evaluate, sample
 from goku.flow import per_sample_mse, weighted_loss
-from goku.media_files import file_stem
+from goku.lost import LostItems, TooManyLost
 from goku.metrics import RunLog
 from goku.model import GokuTransformer
 from goku.optimizer import EMA, build_adamw, learning_rate
@@ -51,17 +50,28 @@ from goku.parallelize import (
 from goku.precision import autocast, autocast_dtype
 from goku.run_checkpoints import RunCheckpoints
 from goku.run_config import RunConfig, resume_differences
-from goku.sampler import Request, SampleConfig, decode, find_checkpoint, integrate_all, save_media
+from goku.run_folder import profiler, run_log, write_config
+from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics
 from goku.text import TextEncoder
 from goku.vae import VideoVAE
+from goku.validation import Validator
 from goku_runtime import checkpoint
 
 __all__ = ["StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (too many non-finite steps in a row); the last checkpoint is intact."""
+    """Training cannot go on (non-finite steps in a row, too many lost items); the last checkpoint is intact."""
+
+
+@dataclass(frozen=True)
+class _Notice:
+    """An event about an item that could not be read, or (problem) its line in the quarantine's list."""
+
+    kind: str
+    fields: dict[str, Any]
+    problem: Problem | None = None
 
 
 class StopRequest(threading.Event):
@@ -93,25 +103,39 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 class Trainer:
-    """One run on this process: model, optimizer, data position, and the folder `config.out` that holds it all."""
+    """One run on this process: model, optimizer, data position, and the folder `config.out` that holds it all.
+
+    stage: its name in a recipe; start: what a run without checkpoints begins from (None: a fresh model). A run that
+    has checkpoints goes on from them and keeps the stage and start that they name. validator: draws the run's cases
+    every `validation.every` steps; quarantine: lists items that turn out lost, by default in out/quarantine.jsonl.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         context: ParallelContext,
-        dataset: CachedDataset,
+        dataset: Dataset,
         vae: VideoVAE,
         text: TextEncoder,
-        unseen: CachedDataset | None = None,
+        unseen: Dataset | None = None,
+        *,
+        stage: str | None = None,
+        start: Start | None = None,
+        validator: Validator | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.config, self.context, self.vae, self.text = config, context, vae, text
         self.out = Path(config.out)
         self.device = context.device
         self.dtype = autocast_dtype(config.train.precision, self.device)
         self.sharding = context.pack_sharding(config.model.heads)
-        self.builder = self._builder(dataset)
-        self.unseen = None if unseen is None else self._builder(unseen)
-        self.stream = ShuffledStream(len(dataset.items), config.seed)
+        self.lost = self._lost_items()
+        self.quarantine = quarantine or Quarantine(self.out / "quarantine.jsonl")
+        self.notices: list[_Notice] = []
+        self.builder = self._builder(dataset, self.lost)
+        self.unseen = None if unseen is None else self._builder(unseen, self._lost_items())
+        self.validator = validator
+        self.stream = dataset.stream(config.seed)
         self.model = self._build(config.activation_checkpointing, config.sharding, config.seed)
         # The average runs forwards without backwards, after which FSDP2 would leave it gathered, and its updates would
         # go into the gathered copy.
@@ -121,7 +145,10 @@ class Trainer:
         self.ema = EMA(config.ema, average)
         self.optimizer = build_adamw(config.optimizer, self.model)
         self.checkpoints = RunCheckpoints(self.out, config.train, context.host_group)
-        self.step = self.position = self.skipped = 0
+        self.step = self.position = self.skipped = self.known_lost = 0
+        self.stage, self.start = stage, start
+        self.start_record = None if start is None else start.record()
+        self.limits = _largest(self.builder.grids)
         self.fingerprints = {
             "data": dataset.fingerprint(),
             "grids": hashlib.sha256(json.dumps(self.builder.grids).encode()).hexdigest(),
@@ -131,11 +158,24 @@ class Trainer:
         }
         self.peak_flops = flops.peak_flops(self.device, self.dtype)
 
-    def _builder(self, dataset: CachedDataset) -> BatchBuilder:
+    def _lost_items(self) -> LostItems:
+        """Of one dataset: what is told is kept until all processes tell it together, since the main one writes."""
+
+        def quarantined(problem: Problem) -> None:
+            self.notices.append(_Notice("quarantine", {}, problem))
+
+        def told(kind: str, fields: dict[str, Any]) -> None:
+            self.notices.append(_Notice(kind, fields))
+
+        return LostItems(self.config.data.max_lost, told, quarantined)
+
+    def _builder(self, dataset: Dataset, lost: LostItems) -> BatchBuilder:
         config = self.config
         return BatchBuilder(
             dataset, self.vae, config.flow, config.packing, config.seed, self.device,
             backend=config.kernels.operator_backend, sharding=self.sharding,
+            conditioning=config.conditioning if config.model.condition == "frames" else None,
+            lost=lost,
         )  # fmt: skip
 
     def _build(
@@ -155,9 +195,9 @@ class Trainer:
         non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
         """
         train = self.config.train
-        with self._folder() as log, self.checkpoints:
+        with run_log(self.config, self.context) as log, self.checkpoints:
             resumed = self.resume(log)
-            self.context.on_main(self._write_config)
+            self.context.on_main(lambda: write_config(self.out / "config.yaml", self.config))
             event, word = ("resume", "resumed") if resumed else ("start", "starting")
             world, dims = self.context.world, self.context.dims
             degrees = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "sp": dims.sp}
@@ -166,23 +206,29 @@ class Trainer:
             if isinstance(stop, StopRequest):
                 stop.graceful = True
             if not resumed:
+                if self.start is not None:
+                    carry_over(self, self.start, log)
                 self.evaluate(log)
                 self.sample(log)
+                self.validate(log)
             first = self.step
-            with self._profiler(profile) as profiler:
+            with profiler(self.out / "profile", profile and self.context.is_main) as profile_steps:
                 while self.step < train.steps:
                     stopping = self.train_step(log, stop)
                     if self.step == first + 1:  # now the optimizer has its state
                         self.checkpoints.warm(self.state())
                     self.checkpoints.poll(log)
-                    if profiler is not None:
-                        profiler.step()
+                    if profile_steps is not None:
+                        profile_steps.step()
                     last = self.step == train.steps
                     if _due(self.step, train.eval_every, last):
                         self.evaluate(log)
                     if _due(self.step, train.sample_every, last):
                         self.sample(log)
+                    if _due(self.step, self.config.validation.every, last):
+                        self.validate(log)
                     if stopping or last or _due(self.step, train.checkpoint_every, last):
+                        self._tell(log)
                         self.checkpoints.save(self.state(), self.step, log)
                     if stopping or last:
                         self.checkpoints.finish(log)
@@ -208,7 +254,7 @@ class Trainer:
         lengths = [tokens_of[i] for i in indices]
         weight_sum = math.fsum(self.builder.dataset.items[i].weight for i in indices)
         shares = partition(
-            lengths, self._costs(lengths), self.context.packs, packing.tokens_per_pack
+            lengths, self.costs(lengths), self.context.packs, packing.tokens_per_pack
         )
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,6 +273,8 @@ class Trainer:
                 statistics.add(batch, per_sample, weight_sum, work)
         if stop.is_set():
             statistics.ask_to_stop()
+        if self.context.leads_pack:
+            statistics.count_lost(self.lost.count)
         self.context.all_sum(statistics.vector)
         norm, lr = self._update()
 
@@ -235,6 +283,14 @@ class Trainer:
         seconds = time.perf_counter() - started
         if self.step % train.log_every == 0 or self.step == train.steps:
             self._log_step(log, statistics, norm, lr, seconds, positions, lengths, shares)
+        if self.context.world == 1 or statistics.lost > self.known_lost:
+            self._tell(log)
+        self.known_lost = statistics.lost
+        try:
+            self.lost.check(statistics.lost)
+        except TooManyLost as error:
+            log.event("gave_up", self.step, lost=statistics.lost)
+            raise TrainingStopped(f"{error}; stopped at step {self.step}") from error
         if self.skipped > train.max_skipped_steps:
             log.event("gave_up", self.step, skipped=self.skipped)
             raise TrainingStopped(
@@ -252,7 +308,7 @@ class Trainer:
         packs = [mine[k] if k < len(mine) else [] for k in range(rounds)]
         return [(pack or shortest, not pack) for pack in packs]
 
-    def _costs(self, lengths: list[int]) -> list[float]:
+    def costs(self, lengths: list[int]) -> list[float]:
         """Relative cost of samples, for sharing them among ranks."""
         model = self.config.model
         return [sample_cost(n, model.dim, text_dim=model.text_dim) for n in lengths]
@@ -317,6 +373,7 @@ class Trainer:
             packing_efficiency=efficiency(packs, lengths, self.config.packing.tokens_per_pack),
             loss_by_bin=by_bin,
             loss_by_modality=by_modality,
+            loss_by_resolution=statistics.by_resolution(),
             positions=positions,
         )
         shown = "" if mfu is None else f"  MFU {mfu:.0%}"
@@ -324,84 +381,30 @@ class Trainer:
 
     # ---- looking at it
 
-    @torch.no_grad()
     def evaluate(self, log: RunLog) -> None:
-        """Loss of the averaged weights on fixed (sample, noise, t): training items, and unseen ones where given."""
-        fields: dict[str, Any] = {}
-        for name, builder in (("fixed", self.builder), ("unseen", self.unseen)):
-            if builder is None:
-                continue
-            statistics = self._fixed_statistics(builder)
-            loss, by_bin, by_modality = statistics.means()
-            fields |= {
-                f"{name}_loss": loss,
-                f"{name}_by_bin": by_bin,
-                f"{name}_by_modality": by_modality,
-            }
-        log.event("eval", self.step, **fields)
-
-    def _fixed_statistics(self, builder: BatchBuilder) -> StepStatistics:
-        train, packing = self.config.train, self.config.packing
-        count = min(train.eval_items, len(builder.tokens))
-        times = [(k + 0.5) / train.eval_times for k in range(train.eval_times)]
-        cases = [(i, t) for i in range(count) for t in times]
-        lengths = [builder.tokens[i] for i, _ in cases]
-        weight_sum = math.fsum(builder.dataset.items[i].weight for i, _ in cases)
-        costs = self._costs(lengths)
-        statistics = StepStatistics(self.device)
-        shares = partition(lengths, costs, self.context.packs, packing.tokens_per_pack)
-        for pack, idle in self._rounds(shares, lengths):
-            batch = builder.fixed([cases[k][0] for k in pack], [cases[k][1] for k in pack])
-            per_sample = self.per_sample_loss(self.ema.module, batch)
-            if not idle:
-                statistics.add(batch, per_sample, weight_sum)
-        self.context.all_sum(statistics.vector)
-        return statistics
+        """Log the averaged weights' loss on fixed samples: see `goku.evaluation.evaluate`."""
+        evaluate(self, log)
 
     def sample(self, log: RunLog) -> None:
-        """Draw the first training captions with fixed seeds into out/samples/step_N; each group draws its share.
+        """Draw the first training captions: see `goku.evaluation.sample`."""
+        sample(self, log)
 
-        All processes integrate together, since sharded weights are gathered together: what fails there ends the run,
-        unless it is alone. Decoding and writing are each group's own, and a rank that fails there says so and goes on.
-        """
-        train = self.config.train
-        items = self.builder.dataset.items[: train.sample_captions] if train.sample_every else []
-        requests = [
-            Request(item.caption, item.height, item.width, item.frames, seed=i)
-            for i, item in enumerate(items)
-        ]
-        settings = SampleConfig(
-            steps=train.sample_steps,
-            shift=self.config.flow.shift,
-            tokens_per_pack=self.config.packing.tokens_per_pack,
-            precision=self.dtype,
-        )
-        folder = self.out / "samples" / f"step_{self.step:07d}"
-        drawn: list[tuple[str, str]] = []
-        failure: str | None = None
-        context = self.context
+    def validate(self, log: RunLog) -> None:
+        """Draw the validation's cases with the averaged weights, if there are any."""
+        if self.validator is not None and self.config.validation.every:
+            self.validator.run(self.ema.module, self.step, log)
 
-        def integrate() -> dict[int, Tensor]:
-            return integrate_all(
-                self.ema.module, self.vae, self.text.encode, requests, settings, self.device,
-                share=(context.pack_rank, context.packs), sharding=self.sharding,
-            )  # fmt: skip
-
-        latents = integrate() if context.world > 1 else {}
-        try:
-            if context.world == 1:
-                latents = integrate()
-            for i, latent in sorted(latents.items()) if context.leads_pack else []:
-                path = save_media(decode(self.vae, latent), folder / file_stem(items[i].name))
-                drawn.append((items[i].name, str(path.relative_to(self.out))))
-        except (OSError, RuntimeError, ValueError) as error:
-            failure = f"rank {context.rank}: {error}"
-        for names, problem in context.gather((drawn, failure)):
-            for name, saved in names:
-                log.event("sample", self.step, name=name, path=saved)
-            if problem is not None:
-                log.event("sample_failed", self.step, error=problem)
-                log.message(f"sampling at step {self.step} failed: {problem}")
+    def _tell(self, log: RunLog) -> None:
+        """Log what any process read anew or lost since the last time. All processes call this together."""
+        mine, self.notices = self.notices, []
+        for notices in self.context.gather(mine):
+            for notice in notices:
+                if notice.problem is not None:
+                    if self.context.is_main:
+                        self.quarantine.add([notice.problem])
+                    continue
+                log.event(notice.kind, self.step, **notice.fields)
+                log.message(f"{notice.kind}: {notice.fields['name']}: {notice.fields['reason']}")
 
     # ---- state
 
@@ -431,14 +434,21 @@ class Trainer:
                 "learning_rate": learning_rate(
                     self.config.optimizer, self.step, self.config.train.steps
                 ),
+                "schedule_offset": self.config.optimizer.schedule_offset,
+                "stage": self.stage,
+                "start": self.start_record,
+                "limits": {"grid": list(self.limits)},
                 "config": self._saved_config(),
             },
         }
 
     def _saved_config(self) -> dict[str, Any]:
-        """The resolved config; the VAE's folder absolute, so that sampling finds it from anywhere."""
+        """The resolved config; folders of the VAE and the text encoder absolute, so that sampling finds them from
+        anywhere."""
         config = parser.to_dict(self.config)
         config["vae"]["path"] = str(Path(self.config.vae.path).absolute())
+        if self.config.text.path is not None:
+            config["text"]["path"] = str(Path(self.config.text.path).absolute())
         return config
 
     def resume(self, log: RunLog) -> bool:
@@ -482,70 +492,25 @@ class Trainer:
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
         self.ema.updates = run["ema_updates"]
+        # Checkpoints of before there were recipes name none of these.
+        self.stage, self.start_record = run.get("stage"), run.get("start")
+        self.widen_limits(run)
         return True
 
-    def _write_config(self) -> None:
-        target = self.out / "config.yaml"
-        partial = target.with_name(".partial-config.yaml")
-        try:
-            partial.write_text(parser.dump(self.config), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    def widen_limits(self, run: dict[str, Any]) -> None:
+        """Count the sizes that an earlier run was trained on as trained: `run` is that of its checkpoint."""
+        if "limits" in run:
+            self.limits = _largest([self.limits, run["limits"]["grid"]])
 
-    @contextmanager
-    def _folder(self) -> Iterator[RunLog]:
-        """The run's folder, held for this run alone, and its log."""
-        opened: list[RunLog] = []
-        with ExitStack() as stack:
 
-            def enter() -> None:
-                tensorboard = self.out / "tensorboard" if self.config.train.tensorboard else None
-                steps = self.config.train.steps
-                stack.enter_context(_locked(self.out))
-                opened.append(
-                    RunLog(self.out / "train.jsonl", total_steps=steps, tensorboard=tensorboard)
-                )
-                stack.callback(opened[0].close)
-
-            self.context.on_main(enter)
-            yield opened[0] if opened else RunLog(None, total_steps=0)
-
-    @contextmanager
-    def _profiler(self, enabled: bool) -> Iterator[Any]:
-        """torch.profiler over steps 3 to 5 of this process (warm by then), as a Chrome trace in out/profile."""
-        if not enabled or not self.context.is_main:
-            yield None
-            return
-        folder = self.out / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
-        with torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(str(folder / "trace.json")),
-            record_shapes=True,
-        ) as profiler:
-            yield profiler
+def _largest(grids: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    """The most tokens along each axis (t, h, w) of any of the grids."""
+    t, h, w = (max(axis) for axis in zip(*grids, strict=True))
+    return t, h, w
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` against a second run; the lock ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"out is {folder}, which another run is writing to; allowed: one run a folder"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # What a checkpoint and the run that continues it must share beside the config, and what to say if they do not.

@@ -1,139 +1,39 @@
-"""From a dataset on disk to latents and text embeddings ready for training: `prepare`."""
+"""From datasets on disk to latents and text embeddings ready for training: `prepare`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from goku.data.cached import CachedDataset, MixedDataset
 from goku.data.config import DataConfig
-from goku.data.decode import as_tensor, check_file, decode, decode_record
-from goku.data.errors import DataError, DecodeError, Problem
-from goku.data.latents import FileIdentity, LatentCache, latent_key, request_key
-from goku.data.manifest import Record, scan
+from goku.data.decode import as_tensor, decode_record
+from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
+from goku.data.filler import Entry, Filler, Progress, record_name
+from goku.data.items import Dataset, PrepareReport
+from goku.data.latents import LatentCache
 from goku.data.media import Decoded
-from goku.data.transform import VAE_STRIDES, Geometry
+from goku.data.record import Record
+from goku.data.sources import Source, sources_of
+from goku.data.transform import VAE_STRIDES
 from goku.data.workers import ordered_map
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
-
-Progress = Callable[[int, int], None]
-"""Called as progress(done, total) after every item of this rank's share."""
-
 
 # Embeddings held in memory at once while captions are encoded.
 _CAPTIONS_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class Item:
-    """One sample as training sees it.
-
-    Attributes:
-        name, caption, weight: as the dataset lists them.
-        frames, height, width: of the pixels that were encoded; frames = 4k+1.
-        grid: (t, h, w) tokens after the VAE (4, 8, 8) and patchify 1x2x2; tokens = t * h * w.
-        modality: "image" for one frame, whatever kind of file it came from, else "video".
-    """
-
-    name: str
-    caption: str
-    frames: int
-    height: int
-    width: int
-    grid: tuple[int, int, int]
-    tokens: int
-    modality: Literal["image", "video"]
-    weight: float
-
-
-@dataclass(frozen=True)
-class CachedSample:
-    """mean, logvar: (C, T, H, W) fp32, un-normalised; text: (length, dim) fp32, un-padded."""
-
-    mean: Tensor
-    logvar: Tensor
-    text: Tensor
-
-
-@dataclass(frozen=True)
-class _Entry:
-    record: Record
-    geometry: Geometry
-    key: str
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a worker made of a file, and the identity of the content it read."""
-
-    decoded: Decoded
-    identity: FileIdentity
-
-
-class CachedDataset:
-    """Items whose latents are all cached. `skipped` lists what skip_bad left out."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        cache: LatentCache,
-        text: TextCache,
-        entries: Sequence[_Entry],
-        skipped: Sequence[Problem],
-    ) -> None:
-        self.config = config
-        self.items: list[Item] = [_item(entry) for entry in entries]
-        self.skipped: tuple[Problem, ...] = tuple(skipped)
-        self._cache = cache
-        self._text = text
-        self._entries = list(entries)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def read(self, index: int) -> CachedSample:
-        """The cached sample `index`. ValueError naming the file when it was damaged since
-        `prepare` (which makes it anew), FileNotFoundError when it was removed."""
-        mean, logvar = self._cache.read(self._entries[index].key)
-        return CachedSample(mean, logvar, self._text.get([self.items[index].caption])[0])
-
-    @property
-    def empty_text(self) -> Tensor:
-        """(length, dim) embedding of the empty prompt, for classifier-free guidance."""
-        return self._text.get([""])[0]
-
-    def fingerprint(self) -> str:
-        """Hash of all that training sees: names, captions, weights, and latents by their content
-        (VAE, geometry and media file). The same wherever the dataset lies."""
-        rows = [
-            [
-                e.record.name,
-                e.record.text,
-                e.record.weight,
-                e.key,
-            ]  # in order: the stream counts on it
-            for e in self._entries
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-    def pixels(self, index: int) -> Tensor:
-        """(3, T, H, W) uint8: what the latent was encoded from, decoded anew."""
-        return decode(self._entries[index].record, self.config)
-
-
 def prepare(
     config: DataConfig,
-    vae: VideoVAE,
-    text: TextCache | TextEncoder,
+    vae: VideoVAE | None,
+    text: TextCache | TextEncoder | None,
     *,
     cache_dir: str | os.PathLike[str],
     rank: int = 0,
@@ -141,54 +41,196 @@ def prepare(
     barrier: Callable[[], None] | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
-) -> CachedDataset:
+    frames: Sequence[int] = (),
+    latents: bool = True,
+    texts: bool = True,
+) -> Dataset:
     """Decode and encode what the cache lacks, and return the whole dataset.
 
-    With `world` > 1 every rank fills its share (items rank, rank + world, ...), calls `barrier`,
+    With `world` > 1 every rank fills its share (items rank, rank + world, ... of each source), calls `barrier`,
     and then takes the rest from the cache, which the ranks share. Every rank returns the same
     dataset or raises the same DataError: its bad items do not keep a rank from the barrier.
 
     Args:
+        vae: None only with latents=False.
         text: a TextCache, or an encoder for which one is made under cache_dir/text. Captions and
-            the empty prompt are encoded here.
+            the empty prompt are encoded here. None only with texts=False.
         device: where `vae` encodes; default the device of its first parameter, else the CPU.
+        frames: of 0 (first) and -1 (last): which single frames of every clip are wanted as the VAE encodes them alone
+            (`CachedSample.frames`). They are stored beside the clip, but for the first of an exactly causal VAE, which
+            is the clip's own first latent.
+        latents, texts: False leaves that cache as it is. Without latents the result has no items, and its report counts
+            captions; without texts it has no text to read.
 
     Raises DataError listing every unusable item (config.skip_bad: only when none is left; what was
-    left out is in `.skipped`); ValueError when the VAE's geometry is not (4, 8, 8) or its latents
-    have other shapes than it says; OSError when the cache cannot be written. Nothing half-written
-    stays behind; finished items stay cached.
+    left out is in `.skipped`), or when the limits or the mix leave a source or a group empty; ValueError when the
+    VAE's geometry is not (4, 8, 8) or its latents have other shapes than it says; OSError when the cache cannot be
+    written. Nothing half-written stays behind; finished items stay cached.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} must be in 0 .. world - 1 = {world - 1}")
     if world > 1 and barrier is None:
         raise ValueError(f"world {world}: give `barrier`, called when this rank's share is cached")
-    if tuple(vae.strides) != VAE_STRIDES:
+    if (latents and vae is None) or (texts and text is None):
+        raise ValueError("vae, text: None only where latents=False, texts=False leave it out")
+    if latents and vae is not None and tuple(vae.strides) != VAE_STRIDES:
         raise ValueError(
             f"VAE geometry mismatch: strides (t, h, w) {tuple(vae.strides)}; "
             f"the data is cut for {VAE_STRIDES}"
         )
-    found = scan(config.path)
-    texts = text if isinstance(text, TextCache) else TextCache(Path(cache_dir) / "text", text)
-    filler = _Filler(config, vae, LatentCache(cache_dir), device)
-    share = found.records[rank::world]
+    cache = None
+    if texts and text is not None:
+        cache = text if isinstance(text, TextCache) else TextCache(Path(cache_dir) / "text", text)
+    parts = [
+        _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
+        for source in sources_of(config)
+    ]
+    shown = _Shown(progress, sum(len(part.share(rank, world)) for part in parts))
     try:
-        outcomes = list(filler.fill(share, progress))
-        captions = [*dict.fromkeys(record.text for record in share), ""]
-        for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
-            texts.get(captions[start : start + _CAPTIONS_AT_ONCE])
+        for part in parts:
+            part.fill(rank, world, shown)
     finally:
         # Also when this rank failed (disk full): the others must not wait for it for ever.
         if barrier is not None:
             barrier()
-    if world > 1:
-        outcomes = list(filler.fill(found.records, None))
-    entries = [outcome for outcome in outcomes if isinstance(outcome, _Entry)]
-    problems = [*found.problems, *(o for o in outcomes if isinstance(o, Problem))]
-    if problems and not (config.skip_bad and entries):
-        raise DataError(
-            f"{config.path}: {len(problems)} of {found.listed} items cannot be used", problems
+    datasets = [part.dataset(world) for part in parts]
+    problems = [problem for dataset in datasets for problem in dataset.report.problems]
+    empty = [
+        part for part, dataset in zip(parts, datasets, strict=True) if latents and not dataset.items
+    ]
+    if problems and (not config.skip_bad or (empty and len(empty) == len(parts))):
+        listed = sum(dataset.report.listed for dataset in datasets)
+        where = config.path or "data.sources"
+        raise DataError(f"{where}: {len(problems)} of {listed} items cannot be used", problems)
+    for part in empty:
+        raise part.nothing_left()
+    if config.sources is None:
+        return datasets[0]
+    named = [(part.source.name, dataset) for part, dataset in zip(parts, datasets, strict=True)]
+    mixed = MixedDataset(config, named)
+    if latents:
+        mixed.groups()  # refuses an empty one now, not at the first step
+    return mixed
+
+
+class _Shown:
+    """One count of progress over all sources."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+class _Part:
+    """The work on one source."""
+
+    def __init__(
+        self,
+        source: Source,
+        cache: LatentCache,
+        vae: VideoVAE | None,
+        texts: TextCache | None,
+        device: torch.device | str | None,
+        frames: Sequence[int],
+    ) -> None:
+        self.source, self.cache, self.texts = source, cache, texts
+        self.filler = None
+        if vae is not None:
+            self.filler = Filler(source.config, vae, cache, device, frames, source.name)
+        self.outcomes: list[Entry | Problem | Dropped] = []
+        self.counts = (0, 0, 0)
+
+    def share(self, rank: int, world: int) -> Sequence[Record]:
+        return self.source.records[rank::world]
+
+    def fill(self, rank: int, world: int, progress: Progress) -> None:
+        """Latents and captions of this rank's share."""
+        share = self.share(rank, world)
+        made = present = nbytes = 0
+        if self.filler is not None:
+            self.outcomes = list(self.filler.fill(share, progress))
+            keys = {entry.key for entry in self.outcomes if isinstance(entry, Entry)}
+            made, present = self.filler.made, len(keys) - self.filler.made
+            nbytes = sum(self.cache.path(key).stat().st_size for key in keys)
+        if self.texts is not None:
+            captions = [*dict.fromkeys(text for record in share for text in record.prompts), ""]
+            if self.filler is None:
+                present = sum(self.texts.path(caption).exists() for caption in captions)
+                made = len(captions) - present
+            for start in range(0, len(captions), _CAPTIONS_AT_ONCE):
+                self.texts.get(captions[start : start + _CAPTIONS_AT_ONCE])
+            if self.filler is None:
+                nbytes = sum(self.texts.path(caption).stat().st_size for caption in captions)
+                for _ in share:
+                    progress(0, 0)
+        self.counts = made, present, nbytes
+
+    def dataset(self, world: int) -> CachedDataset:
+        """Every rank's part together."""
+        source = self.source
+        if self.filler is not None and world > 1:
+            self.outcomes = list(self.filler.fill(source.records, None))
+        entries, duplicates, remarks = _by_content(self.outcomes, source.prefix)
+        bad = [*source.problems, *(o for o in self.outcomes if isinstance(o, Problem)), *duplicates]
+        dropped = [*source.dropped, *(o for o in self.outcomes if isinstance(o, Dropped))]
+        made, present, nbytes = self.counts
+        prefix, name = source.prefix, source.name
+        report = PrepareReport(
+            listed=source.listed,
+            used=len(entries) if self.filler is not None else len(source.records),
+            problems=tuple(replace(p, name=prefix + p.name, source=name) for p in bad),
+            remarks=tuple(remarks),
+            dropped=tuple(replace(d, name=prefix + d.name) for d in dropped),
+            made=made,
+            present=present,
+            nbytes=nbytes,
         )
-    return CachedDataset(config, filler.cache, texts, entries, problems)
+        return CachedDataset(
+            source.config, self.filler, self.texts, entries, report, source.name, prefix
+        )
+
+    def nothing_left(self) -> DataError:
+        where = self.source.path
+        dropped = [*self.source.dropped, *(o for o in self.outcomes if isinstance(o, Dropped))]
+        reasons = "; ".join(str(entry) for entry in dropped[:3])
+        return DataError(
+            f"{where}: nothing is left to train on; the limits dropped {len(dropped)} of "
+            f"{self.source.listed} items: {reasons}"
+            if dropped
+            else f"{where}: none of {self.source.listed} items can be used"
+        )
+
+
+def _by_content(
+    outcomes: Sequence[Entry | Problem | Dropped], prefix: str
+) -> tuple[list[Entry], list[Problem], list[Remark]]:
+    """The entries without those whose content, range and captions an earlier one has; those; every remark."""
+    entries: list[Entry] = []
+    duplicates: list[Problem] = []
+    remarks: list[Remark] = []
+    seen: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in outcomes:
+        if not isinstance(entry, Entry):
+            continue
+        record = entry.record
+        same = seen.setdefault((entry.identity, record.start_frame, record.num_frames), [])
+        twin = next((o.record.name for o in same if o.record.prompts == record.prompts), None)
+        if twin is not None:
+            reason = f"duplicate of {twin} (same content and caption)"
+            duplicates.append(Problem(record.name, reason, "duplicate"))
+            continue
+        others = [o.record.name for o in same if o.record.path != record.path]
+        notes = [*record.remarks, *entry.plan.remarks]
+        if others:
+            notes.append(f"same content as {others[0]}, with another caption")
+        remarks += [Remark(prefix + record.name, note) for note in notes]
+        same.append(entry)
+        entries.append(entry)
+    return entries, duplicates, remarks
 
 
 def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
@@ -199,7 +241,7 @@ def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
     clips: list[Tensor] = []
     problems: list[Problem] = []
     work = partial(_decode_one, config)
-    results = ordered_map(work, records, name=_record_name, workers=config.workers)
+    results = ordered_map(work, records, name=record_name, workers=config.workers)
     for record, result in zip(records, results, strict=True):
         if isinstance(result, Decoded):
             clips.append(as_tensor(result))
@@ -210,133 +252,8 @@ def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
     return clips
 
 
-class _Filler:
-    """Brings the cache up to date for a list of records."""
-
-    def __init__(
-        self,
-        config: DataConfig,
-        vae: VideoVAE,
-        cache: LatentCache,
-        device: torch.device | str | None,
-    ) -> None:
-        self.config, self.vae, self.cache = config, vae, cache
-        parameter = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
-        self.dtype = torch.float32 if parameter is None else parameter.dtype
-        found = torch.device("cpu") if parameter is None else parameter.device
-        self.device = found if device is None else torch.device(device)
-        self.fingerprint = vae.fingerprint()
-
-    def fill(
-        self, records: Sequence[Record], progress: Progress | None
-    ) -> Iterator[_Entry | Problem]:
-        """One outcome per record, in order. Only what the cache lacks is sent to the workers."""
-        cached = [self._cached(record) for record in records]
-        missing = [record for record, entry in zip(records, cached, strict=True) if entry is None]
-        work = partial(_identify_and_decode, self.config, str(self.cache.directory))
-        made = ordered_map(work, missing, name=_record_name, workers=self.config.workers)
-        for done, (record, entry) in enumerate(zip(records, cached, strict=True), start=1):
-            outcome: _Entry | Problem
-            if entry is not None:
-                outcome = entry
-            else:
-                result = next(made)
-                if isinstance(result, _Read):
-                    outcome = self._encode(record, result)
-                else:
-                    outcome = Problem(record.name, result.reason)
-            if progress is not None:
-                progress(done, len(records))
-            yield outcome
-
-    def _cached(self, record: Record) -> _Entry | None:
-        try:
-            identity = self.cache.known_identity(record.path)
-        except OSError:
-            return None  # the worker gives the reason
-        if identity is None:
-            return None
-        geometry = self.cache.read_plan(request_key(identity, record, self.config))
-        if geometry is None:
-            return None
-        key = latent_key(self.fingerprint, identity, record, self.config, geometry)
-        valid = self.cache.valid(key, (self.vae.channels, *geometry.latent_shape))
-        return _Entry(record, geometry, key) if valid else None
-
-    @torch.no_grad()
-    def _encode(self, record: Record, read: _Read) -> _Entry | Problem:
-        identity, decoded = read.identity, read.decoded
-        geometry = decoded.media.geometry
-        key = latent_key(self.fingerprint, identity, record, self.config, geometry)
-        shape = (self.vae.channels, *geometry.latent_shape)
-        if not self.cache.valid(key, shape):  # another record may show the very same pixels
-            pixels = as_tensor(decoded).to(self.device)
-            video = (pixels.float() / 127.5 - 1.0)[None].to(self.dtype)
-            posterior = self.vae.encode(video)
-            mean, logvar = (
-                part[0].to("cpu", torch.float32) for part in (posterior.mean, posterior.logvar)
-            )
-            if tuple(mean.shape) != shape or tuple(logvar.shape) != shape:
-                raise ValueError(
-                    f"VAE geometry mismatch: {tuple(video.shape)} pixels gave mean "
-                    f"{tuple(mean.shape)}, logvar {tuple(logvar.shape)}; (C, T, H, W) {shape} "
-                    f"was expected"
-                )
-            if not (torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
-                return Problem(record.name, "the VAE gave latents that are not finite")
-            self.cache.write(key, mean, logvar, {"name": record.name, "vae": self.fingerprint})
-        self.cache.write_plan(request_key(identity, record, self.config), geometry)
-        return _Entry(record, geometry, key)
-
-
-def _identify_and_decode(config: DataConfig, cache_dir: str, record: Record) -> _Read | DecodeError:
-    """In a worker. An expected failure is a value, so that all of them can be collected.
-
-    The identity comes first, and counts only if the file is the same after it was decoded: else
-    another file's pixels would be kept under its key for good.
-    """
-    try:
-        check_file(record)
-        before = _size_and_time(record.path)
-        identity = LatentCache(cache_dir).identify(record.path)
-        decoded = decode_record(record, config)
-        after = _size_and_time(record.path)
-    except DecodeError as error:
-        return error
-    if after != before:
-        return DecodeError(record.path, "changed while it was read")
-    return _Read(decoded, identity)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise DecodeError(path, f"changed while it was read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _decode_one(config: DataConfig, record: Record) -> Decoded | DecodeError:
     try:
         return decode_record(record, config)
     except DecodeError as error:
         return error
-
-
-def _record_name(record: Record) -> str:
-    return record.name
-
-
-def _item(entry: _Entry) -> Item:
-    geometry = entry.geometry
-    return Item(
-        name=entry.record.name,
-        caption=entry.record.text,
-        frames=geometry.frames,
-        height=geometry.height,
-        width=geometry.width,
-        grid=geometry.grid,
-        tokens=geometry.tokens,
-        modality="image" if geometry.frames == 1 else "video",
-        weight=entry.record.weight,
-    )

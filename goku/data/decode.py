@@ -13,20 +13,19 @@ Rules, the same for training and for the doctor:
 - Damage that the decoders can see is an error (H.264 is decoded with err_detect=explode, never
   concealed): a truncated file, broken entropy coding, bad PNG checksums. A flipped bit that still
   decodes, as JPEG and VP9 allow, cannot be seen.
+- What was changed on the way (colour model, depth, rotation, timing) is said in `Media.remarks`.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from goku.data.config import DataConfig
-from goku.data.errors import DecodeError
 from goku.data.images import decode_image, probe_image
-from goku.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Record
 from goku.data.media import Decoded, Media
+from goku.data.media_source import check_file
+from goku.data.record import Record
 from goku.data.video import decode_video, probe_video
 
 
@@ -58,18 +57,3 @@ def probe(record: Record, config: DataConfig) -> Media:
     if record.is_image:
         return probe_image(record, config)
     return probe_video(record, config)
-
-
-def check_file(record: Record) -> None:
-    """DecodeError unless the record's path is a regular media file that is not empty."""
-    path = Path(record.path)
-    if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-        raise DecodeError(record.path, f"{path.suffix or 'no suffix'} is not a media file")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise DecodeError(record.path, f"media file missing: {error.strerror}") from error
-    if not path.is_file():
-        raise DecodeError(record.path, "media file missing: not a regular file")
-    if size == 0:
-        raise DecodeError(record.path, "the file is empty (0 bytes)")

@@ -7,14 +7,16 @@ tokens are those that training will see. `quick=True` reads headers and first fr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from goku.data.config import DataConfig
 from goku.data.decode import decode_record, probe
 from goku.data.errors import DecodeError, Problem
-from goku.data.manifest import Record, scan
 from goku.data.media import Media
+from goku.data.record import Record
 from goku.data.report import DoctorReport, ItemReport, PackingReport
+from goku.data.sources import sources_of
 from goku.data.stream import ShuffledStream
 from goku.data.workers import ordered_map
 from goku.packing import PackingConfig, cut_grid, efficiency, partition, step_positions
@@ -49,12 +51,16 @@ def doctor(
     Unusable items are in the report, not raised; DataError is raised when there is no dataset to
     speak of (see `scan`). Nothing is written.
     """
-    found = scan(config.path)
+    sources = sources_of(config)
+    records = [replace(r, name=s.prefix + r.name) for s in sources for r in s.records]
+    notes = tuple(s.prefix + note for s in sources for note in s.notes)
     work = partial(_examine, config, quick)
-    results = ordered_map(work, found.records, name=_name, workers=config.workers)
+    results = ordered_map(work, records, name=_name, workers=config.workers)
     items: list[ItemReport] = []
-    problems = list(found.problems)
-    for done, (record, result) in enumerate(zip(found.records, results, strict=True), start=1):
+    problems = [
+        replace(p, name=s.prefix + p.name, source=s.name) for s in sources for p in s.problems
+    ]
+    for done, (record, result) in enumerate(zip(records, results, strict=True), start=1):
         if isinstance(result, Media):
             try:
                 items.append(_report(record, result, config, packing))
@@ -62,17 +68,19 @@ def doctor(
                 # cut_grid's sentence begins with the name, which a Problem keeps apart.
                 reason = str(error).removeprefix(f"{record.name}: ")
                 problems.append(Problem(record.name, reason))
+        elif isinstance(result, DecodeError):
+            problems.append(Problem(record.name, result.reason, result.kind))
         else:
             problems.append(Problem(record.name, result.reason))
         if progress is not None:
-            progress(done, len(found.records))
+            progress(done, len(records))
     return DoctorReport(
-        path=config.path,
+        path=config.path or ", ".join(f"{s.name} ({s.path})" for s in sources),
         quick=quick,
-        listed=found.listed,
+        listed=sum(s.listed - len(s.dropped) for s in sources),
         items=tuple(items),
         unusable=tuple(problems),
-        notes=found.notes,
+        notes=notes,
         packing=_lay_out([i.tokens for i in items], packing, seed, ranks, cost or _attention),
         # mean and logvar, fp32; a file's header adds less than 1 kB.
         cache_bytes=sum(2 * 4 * latent_channels * 4 * _encoded_tokens(item) for item in items),

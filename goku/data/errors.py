@@ -1,17 +1,46 @@
-"""What is wrong with a dataset, said once and with names: `Problem`, `DataError`, `DecodeError`."""
+"""What is wrong with a dataset, or was changed on the way, said once and with names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 _MOST_LINES = 50
+
+Kind = Literal["damaged", "caption", "duplicate", "outside", "too large", "listing"]
+"""What sort of fault: the media file; its caption; listed or stored twice; a link out of the dataset's folder; too many
+pixels; a row of the manifest."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One item that cannot be used. `name` is the record's name (or manifest line), `reason` a
-    sentence without the name."""
+    sentence without the name, `kind` its sort, `source` the name of its source where there are several."""
+
+    name: str
+    reason: str
+    kind: Kind = "damaged"
+    source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One item that is used, and what was found or changed: `text` is a sentence without the name."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One sound item that the limits of the run leave out, and by which limit."""
 
     name: str
     reason: str
@@ -37,12 +66,13 @@ class DataError(ValueError):
 
 
 class DecodeError(ValueError):
-    """One media file that cannot be decoded: `.path` and `.reason`."""
+    """One media file that cannot be decoded: `.path`, `.reason` and `.kind`."""
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str, kind: Kind = "damaged") -> None:
         self.path = path
         self.reason = reason
+        self.kind: Kind = kind
         super().__init__(f"{path}: {reason}")
 
-    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str, Kind]]:
+        return type(self), (self.path, self.reason, self.kind)

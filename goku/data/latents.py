@@ -1,8 +1,9 @@
 """The latent cache: one safetensors file per item, found by content.
 
     <cache>/files/    sha256 of every media file, kept by (path, size, mtime_ns)
-    <cache>/plans/    geometry of a (file content, decoding request): a warm start decodes nothing
+    <cache>/plans/    what decoding gave for a (file content, request): a warm start decodes nothing
     <cache>/latents/  mean and logvar, fp32 (C, T, H, W), un-normalised
+    <cache>/frames/   mean of a single frame encoded alone, fp32 (C, 1, H, W), un-normalised
 
 A latent's key is the sha256 of the VAE's fingerprint, the geometry (resize, crop, frames), the
 first frame and fps, the versions of the decoding libraries, and the media file's size and content
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -33,11 +35,12 @@ from torch import Tensor
 
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
-from goku.data.manifest import Record
-from goku.data.media import DECODE_VERSION, decoder_version
+from goku.data.media import DECODE_VERSION, Media, decoder_version
+from goku.data.record import Member, Record
 from goku.data.transform import Geometry
 
 _FORMAT = "goku-latent-1"
+_PLAN_VERSION = 2
 _BLOCK = 1 << 20
 
 
@@ -49,62 +52,98 @@ class FileIdentity:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What decoding a request gave: the fields of `goku.data.media.Media` that hold for good."""
+
+    geometry: Geometry
+    selected_frames: int
+    source_frames: int
+    source_fps: float
+    remarks: tuple[str, ...] = ()
+
+
+def plan_of(media: Media) -> Plan:
+    """What of a decoded file is kept."""
+    return Plan(
+        media.geometry, media.selected_frames, media.source_frames, media.source_fps, media.remarks
+    )
+
+
 class LatentCache:
-    """Reads and writes the three folders under `directory`. Cheap to make; holds no open files."""
+    """Reads and writes the four folders under `directory`. Cheap to make; holds no open files."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
 
     # Identity of media files
 
-    def known_identity(self, path: str) -> FileIdentity | None:
-        """The file's identity if it was hashed before and has kept its size and mtime."""
+    def known_identity(self, path: str, member: Member | None = None) -> FileIdentity | None:
+        """The identity of the file (or of the member of the archive `path`) if it was hashed before
+        and the file has kept its size and mtime."""
         stat = os.stat(path)
-        entry = _read_json(self._identity_path(path))
+        entry = _read_json(self._identity_path(path, member))
         if entry is None or entry.get("size") != stat.st_size:
             return None
         if entry.get("mtime_ns") != stat.st_mtime_ns or not isinstance(entry.get("sha256"), str):
             return None
-        return FileIdentity(stat.st_size, str(entry["sha256"]))
+        return FileIdentity(member.size if member else stat.st_size, str(entry["sha256"]))
 
-    def identify(self, path: str) -> FileIdentity:
-        """The file's identity, reading the file unless it is known.
+    def identify(self, path: str, member: Member | None = None) -> FileIdentity:
+        """The identity of the file, or of the member of the archive `path`; read unless known.
 
         DecodeError when the file cannot be read, OSError when the cache cannot be written.
         """
-        known = self.known_identity(path)
+        known = self.known_identity(path, member)
         if known is not None:
             return known
         digest = hashlib.sha256()
         try:
             with open(path, "rb") as file:
                 stat = os.fstat(file.fileno())
-                while block := file.read(_BLOCK):
+                left = member.size if member else stat.st_size
+                file.seek(member.offset if member else 0)
+                while block := file.read(min(_BLOCK, left) if member else _BLOCK):
                     digest.update(block)
+                    left -= len(block)
         except OSError as error:
             raise DecodeError(path, f"cannot be read: {error.strerror}") from error
         entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
-        _write(self._identity_path(path), json.dumps({**entry, "path": path}).encode())
-        return FileIdentity(stat.st_size, digest.hexdigest())
+        content = {**entry, "path": path, **({"member": member.name} if member else {})}
+        _write(self._identity_path(path, member), json.dumps(content).encode())
+        return FileIdentity(member.size if member else stat.st_size, digest.hexdigest())
 
-    def _identity_path(self, path: str) -> Path:
-        return self._at("files", _key({"path": os.path.abspath(path)}), "json")
+    def _identity_path(self, path: str, member: Member | None = None) -> Path:
+        place: dict[str, object] = {"path": os.path.abspath(path)}
+        if member is not None:
+            place |= {"offset": member.offset, "size": member.size}
+        return self._at("files", _key(place), "json")
 
-    # Geometry that a decoding gave
+    # What a decoding gave
 
-    def read_plan(self, request: str) -> Geometry | None:
-        """The geometry stored under a `request_key`; None when absent or damaged."""
+    def read_plan(self, request: str) -> Plan | None:
+        """What is stored under a `request_key`; None when absent, damaged or of an older form."""
         entry = _read_json(self._at("plans", request, "json"))
-        fields = set(Geometry.__dataclass_fields__)
-        if entry is None or set(entry) != fields:
+        if entry is None or entry.get("version") != _PLAN_VERSION:
             return None
-        if not all(isinstance(value, int) for value in entry.values()):
+        geometry, remarks = entry.get("geometry"), entry.get("remarks")
+        counts = [entry.get("selected_frames"), entry.get("source_frames")]
+        fps = entry.get("source_fps")
+        if not (isinstance(geometry, dict) and isinstance(remarks, list)):
             return None
-        return Geometry(**{name: int(str(value)) for name, value in entry.items()})
+        if set(geometry) != set(Geometry.__dataclass_fields__):
+            return None
+        if not all(isinstance(value, int) for value in [*geometry.values(), *counts]):
+            return None
+        if not isinstance(fps, (int, float)) or not all(isinstance(r, str) for r in remarks):
+            return None
+        selected, source = (int(str(count)) for count in counts)
+        return Plan(Geometry(**geometry), selected, source, float(fps), tuple(remarks))
 
-    def write_plan(self, request: str, geometry: Geometry) -> None:
-        """Store the geometry that decoding `request` gave."""
-        _write(self._at("plans", request, "json"), json.dumps(asdict(geometry)).encode())
+    def write_plan(self, request: str, plan: Plan) -> None:
+        """Store what decoding `request` gave."""
+        content = {"version": _PLAN_VERSION, **asdict(plan)}
+        _write(self._at("plans", request, "json"), json.dumps(content).encode())
 
     # Latents
 
@@ -115,19 +154,16 @@ class LatentCache:
     def read(self, key: str) -> tuple[Tensor, Tensor]:
         """(mean, logvar), each (C, T, H, W) fp32. ValueError naming the file when it is damaged,
         FileNotFoundError when it is not there."""
-        path = self.path(key)
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("goku", "{}"))
-                mean, logvar = file.get_tensor("mean").clone(), file.get_tensor("logvar").clone()
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"cached latent {path} is damaged: {error}") from error
-        if not isinstance(facts, dict) or facts.get("crc32") != _crc32(mean, logvar):
-            raise ValueError(f"cached latent {path} is damaged: its CRC-32 does not match")
+        mean, logvar = _load(self.path(key), ("mean", "logvar"))
         return mean, logvar
 
-    def valid(self, key: str, shape: tuple[int, ...]) -> bool:
-        """True when the latent is there, undamaged and of `shape` (C, T, H, W); reads it whole."""
+    def valid(self, key: str, shape: tuple[int, ...], *, size_only: bool = False) -> bool:
+        """True when the latent is there, undamaged and of `shape` (C, T, H, W); reads it whole.
+
+        size_only: read the header alone, and trust a file of the shapes and size that it states.
+        """
+        if size_only:
+            return _has_size(self.path(key), {"mean": shape, "logvar": shape})
         if not self.path(key).is_file():
             return False
         try:
@@ -138,19 +174,50 @@ class LatentCache:
 
     def write(self, key: str, mean: Tensor, logvar: Tensor, origin: Mapping[str, str]) -> None:
         """Store one latent; `origin` goes into the file's metadata for people to read."""
-        tensors = {"mean": mean.contiguous(), "logvar": logvar.contiguous()}
-        # Under one key, since safetensors writes several in no fixed order: equal content, equal file.
-        facts = {**origin, "format": _FORMAT, "crc32": _crc32(mean, logvar)}
-        _write(self.path(key), save(tensors, {"goku": json.dumps(facts, sort_keys=True)}))
+        _store(self.path(key), {"mean": mean, "logvar": logvar}, origin)
+
+    # Single frames, encoded alone
+
+    def frame_path(self, key: str, frame: int) -> Path:
+        """Where frame `frame` (0 the first, -1 the last) of the latent of `key` lies, or would lie."""
+        return self._at("frames", _key({"latent": key, "frame": frame}), "safetensors")
+
+    def read_frame(self, key: str, frame: int) -> Tensor:
+        """The mean of the frame encoded alone, (C, 1, H, W) fp32. Errors as `read`."""
+        return _load(self.frame_path(key, frame), ("mean",))[0]
+
+    def valid_frame(
+        self, key: str, frame: int, shape: tuple[int, ...], *, size_only: bool = False
+    ) -> bool:
+        """As `valid`, of a frame's mean of `shape` (C, 1, H, W)."""
+        if size_only:
+            return _has_size(self.frame_path(key, frame), {"mean": shape})
+        if not self.frame_path(key, frame).is_file():
+            return False
+        try:
+            return self.read_frame(key, frame).shape == torch.Size(shape)
+        except ValueError:
+            return False
+
+    def write_frame(self, key: str, frame: int, mean: Tensor, origin: Mapping[str, str]) -> None:
+        """Store the mean of one frame encoded alone."""
+        _store(self.frame_path(key, frame), {"mean": mean}, origin)
 
     def _at(self, kind: str, key: str, suffix: str) -> Path:
         return self.directory / kind / key[:2] / f"{key}.{suffix}"
 
 
 def request_key(identity: FileIdentity, record: Record, config: DataConfig) -> str:
-    """Key of everything that a geometry is a function of."""
+    """Key of everything that a plan is a function of."""
+    # Named only where they are asked for, so that the keys of before they were there still hold.
+    limits: dict[str, object] = (
+        {} if config.max_seconds is None else {"seconds": config.max_seconds}
+    )
+    if record.at_most:
+        limits["at_most"] = True
     return _key(
         {
+            **limits,
             "decode": DECODE_VERSION,
             "decoder": decoder_version(record),
             "file": asdict(identity),
@@ -189,6 +256,50 @@ def latent_key(
 
 def _key(content: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _load(path: Path, names: tuple[str, ...]) -> list[Tensor]:
+    """The named tensors of a cache file. ValueError naming the file when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("goku", "{}"))
+            tensors = [file.get_tensor(name).clone() for name in names]
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"cached latent {path} is damaged: {error}") from error
+    if not isinstance(facts, dict) or facts.get("crc32") != _crc32(*tensors):
+        raise ValueError(f"cached latent {path} is damaged: its CRC-32 does not match")
+    return tensors
+
+
+def _has_size(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """True when the file's header states fp32 tensors of these shapes alone, and the file ends where they do."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                return False
+            header = json.loads(file.read(length))
+    except (FileNotFoundError, ValueError):
+        return False
+    if not isinstance(header, dict):
+        return False
+    header.pop("__metadata__", None)
+    stated = {
+        name: (entry.get("dtype"), tuple(entry.get("shape", ())))
+        for name, entry in header.items()
+        if isinstance(entry, dict)
+    }
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    wanted = {name: ("F32", tuple(shape)) for name, shape in shapes.items()}
+    return stated == wanted and size == 8 + length + 4 * numbers
+
+
+def _store(path: Path, tensors: Mapping[str, Tensor], origin: Mapping[str, str]) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Under one key, since safetensors writes several in no fixed order: equal content, equal file.
+    facts = {**origin, "format": _FORMAT, "crc32": _crc32(*whole.values())}
+    _write(path, save(whole, {"goku": json.dumps(facts, sort_keys=True)}))
 
 
 def _crc32(*tensors: Tensor) -> str:

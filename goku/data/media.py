@@ -12,7 +12,7 @@ import PIL
 
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
-from goku.data.manifest import Record
+from goku.data.record import Record
 from goku.data.transform import Geometry, plan
 
 DECODE_VERSION = 2
@@ -38,7 +38,8 @@ class Media:
 
     `source_frames` and `source_fps` describe the file as its header states it (0 = not stated);
     `selected_frames` is how many frames were there to choose from within the range, after
-    resampling, counted up to max_frames. `exact` is False where only headers were read.
+    resampling, counted up to max_frames. `exact` is False where only headers were read. `remarks`:
+    what is worth saying of a file that is used (converted, turned, resampled ...), each a sentence.
     """
 
     geometry: Geometry
@@ -47,6 +48,7 @@ class Media:
     source_fps: float
     seconds: float
     exact: bool
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,31 @@ def plan_record(
         )
     except ValueError as error:
         raise DecodeError(record.path, str(error)) from error
+
+
+def check_pixels(record: Record, config: DataConfig, height: int, width: int) -> tuple[str, ...]:
+    """DecodeError when the source has more than config.max_source_pixels; a remark when it has more than half."""
+    pixels = height * width
+    if pixels > config.max_source_pixels:
+        raise too_large(record, config, f"{height} x {width} = {pixels:,}")
+    if pixels > config.max_source_pixels // 2:
+        return (f"is huge: {height} x {width} = {pixels:,} pixels",)
+    return ()
+
+
+def too_large(record: Record, config: DataConfig, pixels: str) -> DecodeError:
+    """The refusal of a source of so many `pixels`."""
+    limit = f"over data.max_source_pixels = {config.max_source_pixels:,}"
+    return DecodeError(record.path, f"{pixels} pixels, {limit}", "too large")
+
+
+def size_remarks(geometry: Geometry) -> tuple[str, ...]:
+    """A remark on a source with an odd side, which no multiple of 16 holds whole."""
+    height, width = geometry.source_height, geometry.source_width
+    if height % 2 == 0 and width % 2 == 0:
+        return ()
+    cropped = f"cropped to {geometry.height} x {geometry.width}"
+    return (f"has an odd size: {height} x {width}, {cropped}",)
 
 
 def first_line(error: BaseException, path: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -16,8 +16,15 @@ from PIL import Image
 
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
-from goku.data.manifest import Record
-from goku.data.media import Decoded, Media, plan_record
+from goku.data.media import (
+    Decoded,
+    Media,
+    check_pixels,
+    plan_record,
+    size_remarks,
+)
+from goku.data.media_source import media_size, misnamed, open_media
+from goku.data.record import Record
 from goku.data.transform import Geometry, apply, square_pixels
 
 # Only these containers, only local files: a text file that FFmpeg would take for a playlist cannot
@@ -33,11 +40,13 @@ def decode_video(record: Record, config: DataConfig) -> Decoded:
     crops: list[npt.NDArray[np.uint8]] = []
     geometry: Geometry | None = None
     try:
-        with _open_video(record.path) as container:
-            stream = _video_stream(container, record.path)
+        with _open_video(record) as container:
+            stream = _video_stream(container, record, config)
             wanted = config.max_frames
             previous: VideoFrame | None = None
-            for frame in _selected(record, config, stream, _frames(container, stream, record)):
+            seen = _Seen()
+            frames = seen.all(_frames(container, stream, record))
+            for frame in _selected(record, config, frames):
                 if frame is previous:
                     crops.append(crops[-1])
                 else:
@@ -49,49 +58,68 @@ def decode_video(record: Record, config: DataConfig) -> Decoded:
                 if len(crops) == wanted:
                     break
             facts = _header_facts(container, stream)
+            remarks = seen.remarks(config, stream.frames)
     except av.FFmpegError as error:
-        raise DecodeError(record.path, f"not a readable video: {error.strerror}") from error
+        raise _unreadable(record, error) from error
     if geometry is None:
         raise DecodeError(record.path, "no frame could be decoded")
     geometry = plan_record(
         record, config, geometry.source_height, geometry.source_width, len(crops)
     )
-    media = Media(geometry, len(crops), *facts, exact=True)
+    remarks = (*remarks, *size_remarks(geometry))
+    if geometry.frames == 1:
+        remarks = (*remarks, f"has {len(crops)} usable frames: trained as an image")
+    media = Media(geometry, len(crops), *facts, exact=True, remarks=remarks)
     return Decoded(np.stack(crops[: geometry.frames]), media)
 
 
 def probe_video(record: Record, config: DataConfig) -> Media:
     """As `decode_video`, from the headers and the first frame alone."""
     try:
-        with _open_video(record.path) as container:
-            stream = _video_stream(container, record.path)
+        with _open_video(record) as container:
+            stream = _video_stream(container, record, config)
             frame = next(_frames(container, stream, record), None)
             if frame is None:
                 raise DecodeError(record.path, "no frame could be decoded")
             image = _upright(frame, stream, record.path)
             facts = _header_facts(container, stream)
     except av.FFmpegError as error:
-        raise DecodeError(record.path, f"not a readable video: {error.strerror}") from error
+        raise _unreadable(record, error) from error
     total, rate, _ = facts
     available = total - record.start_frame
     if record.num_frames is not None:
-        if record.num_frames > available:
+        if record.num_frames > available and not record.at_most:
             raise _too_short(record, total)
-        available = record.num_frames
+        available = min(record.num_frames, available)
     if available < 1:
         raise _too_short(record, total)
     if config.fps is not None and rate:
         available = int((available - 1) / rate * config.fps + 1e-6) + 1
+    if config.max_seconds is not None and (config.fps or rate):
+        available = min(available, int(config.max_seconds * (config.fps or rate) + 1e-6) + 1)
     selected = min(available, config.max_frames)
     geometry = plan_record(record, config, image.height, image.width, selected)
     return Media(geometry, selected, *facts, exact=False)
 
 
-def _open_video(path: str) -> InputContainer:
-    return av.open(path, options=dict(_OPEN_OPTIONS))
+@contextmanager
+def _open_video(record: Record) -> Iterator[InputContainer]:
+    options = dict(_OPEN_OPTIONS)
+    if record.member is None:
+        with av.open(record.path, options=options) as container:
+            yield container
+        return
+    with open_media(record) as window, av.open(window, mode="r", options=options) as container:
+        yield container
 
 
-def _video_stream(container: InputContainer, path: str) -> VideoStream:
+def _unreadable(record: Record, error: av.FFmpegError) -> DecodeError:
+    reason = misnamed(record, "video") or error.strerror
+    return DecodeError(record.path, f"not a readable video: {reason}")
+
+
+def _video_stream(container: InputContainer, record: Record, config: DataConfig) -> VideoStream:
+    path = record.path
     if not container.streams.video:
         raise DecodeError(path, "has no video stream")
     stream = container.streams.video[0]
@@ -100,7 +128,8 @@ def _video_stream(container: InputContainer, path: str) -> VideoStream:
     # One thread a file: the workers are the parallelism, and errors come with their own frame.
     stream.codec_context.thread_count = 1
     stream.codec_context.options = {"err_detect": "explode"}
-    size = Path(path).stat().st_size
+    check_pixels(record, config, stream.codec_context.height, stream.codec_context.width)
+    size = media_size(record)
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size:
         raise DecodeError(path, f"truncated: its index needs {end} bytes, the file has {size}")
@@ -158,16 +187,90 @@ def _declared_seconds(stream: VideoStream) -> float | None:
     return hours * 3600 + minutes * 60 + seconds
 
 
+class _Seen:
+    """What the frames of one file tell beside their pixels."""
+
+    def __init__(self) -> None:
+        self.first: VideoFrame | None = None
+        self._at: Fraction | None = None
+        self._shortest: Fraction | None = None
+        self._longest = Fraction(0)
+        self._count = self._untimed = 0
+        self._ended = False
+
+    def all(self, frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+        """The same frames, looked at."""
+        for frame in frames:
+            self.first = self.first or frame
+            self._count += 1
+            self._untimed += frame.pts is None
+            at = None
+            if frame.pts is not None and frame.time_base is not None:
+                at = frame.pts * frame.time_base
+            if at is not None and self._at is not None:
+                self._longest = max(self._longest, at - self._at)
+                self._shortest = min(self._shortest or at - self._at, at - self._at)
+            self._at = at
+            yield frame
+        self._ended = True
+
+    def remarks(self, config: DataConfig, stored: int) -> tuple[str, ...]:
+        """One sentence for each thing that is not as in a plain file. stored: frames as the header states them."""
+        frame = self.first
+        if frame is None:
+            return ()
+        found = []
+        bits = max((part.bits for part in frame.format.components), default=8)
+        if bits > 8:
+            found.append(f"{bits}-bit ({frame.format.name}) converted to 8 bits")
+        if len(frame.format.components) == 1:
+            found.append(f"grey ({frame.format.name}) converted to RGB")
+        if frame.rotation % 360:
+            found.append(f"its rotation flag was applied: turned by {frame.rotation} degrees")
+        tick = frame.time_base or Fraction(0)
+        if frame.pts is not None and frame.pts < 0:
+            found.append(f"negative timestamps: begins at {float(frame.pts * tick):.3f} s")
+        if self._untimed:
+            found.append(f"{self._untimed} frames without a timestamp (or a negative one)")
+        if self._ended and self._count < stored:
+            hidden = stored - self._count
+            found.append(
+                f"{hidden} of {stored} frames lie before its start (negative timestamps) and are not shown"
+            )
+        shortest = self._shortest
+        # Containers round timestamps to their clock: 24 fps in milliseconds is 41 and 42.
+        if shortest is not None and self._longest > max(shortest + 2 * tick, shortest * 21 / 20):
+            spread = f"{1000 * float(shortest):.1f} to {1000 * float(self._longest):.1f} ms a frame"
+            what = (
+                "taken as they come" if config.fps is None else f"resampled to {config.fps:g} fps"
+            )
+            found.append(f"variable frame rate ({spread}), {what}")
+        return tuple(found)
+
+
 def _selected(
-    record: Record, config: DataConfig, stream: VideoStream, frames: Iterator[VideoFrame]
+    record: Record, config: DataConfig, frames: Iterator[VideoFrame]
 ) -> Iterator[VideoFrame]:
-    """The record's range, resampled to config.fps; DecodeError when the range is not all there."""
+    """The record's range, resampled to config.fps and cut at config.max_seconds; DecodeError when
+    the range is not all there."""
     last = None if record.num_frames is None else record.start_frame + record.num_frames
-    if config.fps is None:
-        chosen = _ranged(record, frames, last)
-    else:
-        chosen = _resampled(record, Fraction(config.fps), _ranged(record, frames, last))
-    yield from chosen
+    chosen = _ranged(record, frames, last)
+    if config.fps is not None:
+        chosen = _resampled(record, Fraction(config.fps), chosen)
+    begin: Fraction | None = None
+    for number, frame in enumerate(chosen):
+        if config.max_seconds is not None and config.fps is not None:
+            if number > config.max_seconds * config.fps + 1e-6:
+                return
+        elif config.max_seconds is not None:
+            if frame.pts is None or frame.time_base is None:
+                reason = f"frame {number} has no timestamp, which max_seconds needs"
+                raise DecodeError(record.path, reason)
+            at = frame.pts * frame.time_base
+            begin = at if begin is None else begin
+            if at - begin > config.max_seconds + frame.time_base / 2:
+                return
+        yield frame
 
 
 def _ranged(record: Record, frames: Iterator[VideoFrame], last: int | None) -> Iterator[VideoFrame]:
@@ -178,7 +281,7 @@ def _ranged(record: Record, frames: Iterator[VideoFrame], last: int | None) -> I
         count += 1
         if count == last:
             return
-    if last is not None or count <= record.start_frame:
+    if (last is not None and not record.at_most) or count <= record.start_frame:
         raise _too_short(record, count)
 
 

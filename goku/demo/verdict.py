@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from goku import config as parser
-from goku.data import CachedDataset, ShuffledStream
+from goku.data import Dataset, ShuffledStream
 from goku.demo.catalogue import TRAINING, UNSEEN
 from goku.demo.report import Item, Pack, Report, Sample, readme_picture, write_report
 from goku.demo.score import psnr, summary, verdict
@@ -86,13 +86,13 @@ def conclude(run: DemoRun, say: Callable[[str], None]) -> int:
     return 0 if result["passed"] else 1
 
 
-def _reconstruct(dataset: CachedDataset, vae: VideoVAE, context: ParallelContext) -> list[Picture]:
+def _reconstruct(dataset: Dataset, vae: VideoVAE, context: ParallelContext) -> list[Picture]:
     latents = (dataset.read(i).mean[None].to(context.device) for i in range(len(dataset.items)))
     with torch.no_grad():
         return [to_uint8(vae.decode(latent)[0].clamp(-1, 1).cpu()) for latent in latents]
 
 
-def _sample(run: DemoRun, dataset: CachedDataset, context: ParallelContext) -> list[list[Picture]]:
+def _sample(run: DemoRun, dataset: Dataset, context: ParallelContext) -> list[list[Picture]]:
     """One row of pictures per item, one picture per seed, also kept in out/samples."""
     loaded = load_for_sampling(run.out / "run", context.device)
     requests = [
@@ -122,7 +122,7 @@ def _sample(run: DemoRun, dataset: CachedDataset, context: ParallelContext) -> l
 
 def _items(
     run: DemoRun,
-    dataset: CachedDataset,
+    dataset: Dataset,
     training: Sequence[Picture],
     reconstructions: Sequence[Picture],
     samples: Sequence[Sequence[Picture]],
@@ -166,7 +166,7 @@ def _items(
 
 def _write(
     run: DemoRun,
-    dataset: CachedDataset,
+    dataset: Dataset,
     items: list[Item],
     result: dict[str, Any],
     log: list[dict[str, Any]],
@@ -200,7 +200,7 @@ def _write(
         (out / "picture.png").write_bytes(readme_picture(items))
 
 
-def _packs(config: RunConfig, dataset: CachedDataset) -> list[Pack]:
+def _packs(config: RunConfig, dataset: Dataset) -> list[Pack]:
     """The packs of the first step, as the trainer made them."""
     stream, items, packing = (
         ShuffledStream(len(dataset.items), config.seed),

@@ -69,10 +69,12 @@ class Attention(nn.Module):
         packing: Packing,
         context_packing: Packing,
         shard: TokenShard | None = None,
+        position_scale: Tensor | None = None,
     ) -> Tensor:
         """x (T, d) attends to context (S, context_dim) within each sample -> (T, d).
 
         With a shard, x is its rows, and so is the context of self-attention (rotate_k).
+        position_scale (B, 3) multiplies the positions of what is rotated.
         """
         cfg = self.config
         heads = (cfg.heads, cfg.head_dim)
@@ -89,6 +91,7 @@ class Attention(nn.Module):
             rotate_k=self.rotate_k,
             theta=cfg.rope_theta,
             eps=cfg.eps,
+            position_scale=position_scale,
             token_offset=0 if shard is None else shard.token_offset,
             backend=self.kernels.operator_backend,
         )
@@ -156,6 +159,7 @@ class GokuBlock(nn.Module):
         packing: Packing,
         text_packing: Packing,
         shard: TokenShard | None = None,
+        position_scale: Tensor | None = None,
     ) -> Tensor:
         """Transform the tokens of a packed batch.
 
@@ -166,6 +170,8 @@ class GokuBlock(nn.Module):
             packing: of the whole pack, with grids.
             text_packing: of text.
             shard: which rows of the pack x holds (T is then shard.rows); None for all of them.
+            position_scale: (B, 3) fp32, factors of each sample's positions (t, h, w) in RoPE; None
+                for 1.
 
         Returns:
             (T, d) of x's dtype.
@@ -178,11 +184,11 @@ class GokuBlock(nn.Module):
             6, dim=-1
         )
         y = adaln_modulate(x, shift_msa, scale_msa, cu, norm="layer", **options)
-        branch = self.attn1(y, y, packing, packing, shard)
+        branch = self.attn1(y, y, packing, packing, shard, position_scale)
         y, x = gated_residual_adaln(
             x, branch, gate_msa, None, None, cu, norm="rms", weight=self.norm2.weight, **options
         )
-        branch = self.attn2(y, text, packing, text_packing, shard)
+        branch = self.attn2(y, text, packing, text_packing, shard, position_scale)
         y, x = gated_residual_adaln(
             x,
             branch,

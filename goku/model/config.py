@@ -50,6 +50,8 @@ class ModelConfig:
         qk_norm: RMSNorm of queries and keys over the "full" width, each "head", or "none".
         eps: of every norm.
         time_channels: width of the sinusoidal timestep features, even.
+        condition: "frames" adds the inputs of image-to-video (`FrameCondition`), which every forward
+            then takes; "none" has no such parameters.
     """
 
     dim: int
@@ -64,6 +66,7 @@ class ModelConfig:
     qk_norm: Literal["full", "head", "none"] = "full"
     eps: float = 1e-6
     time_channels: int = 256
+    condition: Literal["none", "frames"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "text_dim", "latent_channels", "time_channels"):
@@ -85,6 +88,8 @@ class ModelConfig:
             raise ValueError(f"patch is {self.patch}: allowed are 3 integers >= 1 (t, h, w)")
         if self.qk_norm not in ("full", "head", "none"):
             raise ValueError(f"qk_norm is {self.qk_norm!r}: allowed are 'full', 'head', 'none'")
+        if self.condition not in ("none", "frames"):
+            raise ValueError(f"condition is {self.condition!r}: allowed are 'none', 'frames'")
         axes = split_axes(self.head_dim) if self.axes_dim is None else self.axes_dim
         if len(axes) != 3 or any(n < 0 or n % 2 for n in axes) or sum(axes) != self.head_dim:
             raise ValueError(
@@ -107,6 +112,13 @@ class ModelConfig:
         """Numbers in one token of the input: latent channels times cells of a patch."""
         t, h, w = self.patch
         return self.latent_channels * t * h * w
+
+    @property
+    def condition_dim(self) -> int:
+        """Numbers that a token is given: latent channels and a mask, times cells of a patch; 0 without
+        a condition."""
+        t, h, w = self.patch
+        return (self.latent_channels + 1) * t * h * w if self.condition == "frames" else 0
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:

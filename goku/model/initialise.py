@@ -19,6 +19,7 @@ _ZERO = (
     "norm1.linear.weight",
     "final.modulation.linear.weight",
     "final.proj.weight",
+    "condition_embed.fc2.weight",  # given frames begin without effect: image-to-video starts as the base
 )
 
 
@@ -26,10 +27,10 @@ _ZERO = (
 def initialise(module: nn.Module, seed: int) -> None:
     """Set every parameter of a `GokuTransformer` or `GokuBlock` from (seed, parameter name) alone.
 
-    Gates, modulation and the head are zero; other weights are Xavier-uniform (the timestep MLP
-    normal with std 0.02), biases zero, norm gains one. Drawn in fp32 on the CPU, so neither the
-    device, the dtype nor torch's global generator has any influence, and adding blocks changes no
-    other block.
+    Gates, modulation, the head and the output of `FrameCondition` are zero; other weights are
+    Xavier-uniform (the timestep MLP normal with std 0.02), biases zero, norm gains one. Drawn in
+    fp32 on the CPU, so neither the device, the dtype nor torch's global generator has any influence,
+    and adding blocks changes no other block.
 
     Raises:
         ValueError: `seed` is negative, or a parameter is on the meta device.

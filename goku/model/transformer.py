@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from goku_kernels import Packing, adaln_modulate
 
 from .block import GokuBlock, Modulation
+from .condition import FrameCondition
 from .config import KernelConfig, ModelConfig
 from .initialise import initialise
 from .shard import TokenShard
@@ -92,6 +93,8 @@ class GokuTransformer(nn.Module):
         kernels = kernels or KernelConfig()
         self.config = config
         self.patch_embed = nn.Linear(config.patch_dim, config.dim)
+        if config.condition == "frames":
+            self.condition_embed = FrameCondition(config)
         self.time_embed = TimestepEmbedding(config.time_channels, config.dim)
         self.blocks = nn.ModuleList(GokuBlock(config, kernels) for _ in range(config.depth))
         self.final = FinalLayer(config, kernels)
@@ -110,6 +113,8 @@ class GokuTransformer(nn.Module):
         packing: Packing,
         text_packing: Packing,
         shard: TokenShard | None = None,
+        condition: Tensor | None = None,
+        position_scale: Tensor | None = None,
     ) -> Tensor:
         """Velocity of every token.
 
@@ -121,22 +126,35 @@ class GokuTransformer(nn.Module):
             text_packing: of text, B sequences. With a shard, those of samples that have no row in it
                 may be empty.
             shard: which rows of the pack x holds (T is then shard.rows); None for all of them.
+            condition: (T, condition_dim), `goku.conditioning.condition_latent` of all samples as
+                `patchify` lays them out: always given where config.condition is "frames" (zeros for
+                a sample without given frames), never otherwise. Whether a pack has given frames must
+                not decide it: sharded parameters are gathered by all processes or by none.
+            position_scale: (B, 3), factors of each sample's positions (t, h, w) in RoPE, for grids
+                larger than those trained on; None for 1.
 
         Returns:
             (T, patch_dim) in the parameters' dtype.
 
         Raises:
-            ValueError: a shape that does not fit the packings or the configuration.
+            ValueError: a shape that does not fit the packings or the configuration; a condition that
+                is missing or not wanted.
         """
-        self._check(x, t, text, packing, text_packing, shard)
+        self._check(x, t, text, packing, text_packing, shard, condition, position_scale)
         stream = self.patch_embed.weight.dtype
-        x = self.patch_embed(x.to(stream)).to(stream)
+        noised = x.to(stream)
+        x = self.patch_embed(noised).to(stream)
+        if condition is not None:
+            x = x + self.condition_embed(noised, condition)
+        if position_scale is not None:
+            # The widest that the rotation computes in; a narrower one would round positions.
+            position_scale = position_scale.to(torch.promote_types(stream, torch.float32))
         # Once here rather than in the two projections of every block.
         low = torch.is_autocast_enabled(x.device.type) and stream != torch.float64
         text = text.to(torch.get_autocast_dtype(x.device.type) if low else stream)
         c = self.time_embed(t)
         for block in self.blocks:
-            x = block(x, c, text, packing, text_packing, shard)
+            x = block(x, c, text, packing, text_packing, shard, position_scale)
         return self.final(x, c, packing, 0 if shard is None else shard.token_offset)
 
     def _check(
@@ -147,6 +165,8 @@ class GokuTransformer(nn.Module):
         packing: Packing,
         text_packing: Packing,
         shard: TokenShard | None,
+        condition: Tensor | None,
+        position_scale: Tensor | None,
     ) -> None:
         if packing.grid_sizes is None:
             raise ValueError("packing has no grids: build it with Packing.from_grids")
@@ -154,11 +174,19 @@ class GokuTransformer(nn.Module):
             raise ValueError(
                 f"text_packing has {text_packing.batch} sequences: packing has {packing.batch}"
             )
+        if (condition is None) == (self.config.condition == "frames"):
+            raise ValueError(
+                f"condition is {'missing' if condition is None else 'given'}: the model has "
+                f"condition {self.config.condition!r}, allowed is a tensor with 'frames' and None "
+                "with 'none'"
+            )
         rows = packing.total if shard is None else shard.rows
         for name, tensor, wanted in (
             ("x", x, (rows, self.config.patch_dim)),
             ("t", t, (packing.batch,)),
             ("text", text, (text_packing.total, self.config.text_dim)),
+            ("condition", condition, (rows, self.config.condition_dim)),
+            ("position_scale", position_scale, (packing.batch, 3)),
         ):
-            if tuple(tensor.shape) != wanted:
+            if tensor is not None and tuple(tensor.shape) != wanted:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}: wanted {wanted}")

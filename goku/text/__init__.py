@@ -3,9 +3,11 @@
 from goku.text.byte_tokenizer import ByteTokenizer
 from goku.text.cache import TextCache
 from goku.text.encoder import T5TextEncoder, TextConfig, TextEncoder, load_text_encoder
+from goku.text.lazy import LazyTextEncoder
 
 __all__ = [
     "ByteTokenizer",
+    "LazyTextEncoder",
     "T5TextEncoder",
     "TextCache",
     "TextConfig",

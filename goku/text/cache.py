@@ -37,6 +37,8 @@ class TextCache:
         self.directory = Path(directory)
         self.encoder = encoder
         self._fingerprint = encoder.fingerprint()
+        self.made = 0
+        """Prompts that were encoded because the directory lacked them."""
 
     @property
     def dim(self) -> int:
@@ -59,17 +61,32 @@ class TextCache:
             else:
                 found[prompt] = embedding
         for start in range(0, len(missing), _ENCODE_AT_ONCE):
-            chunk = missing[start : start + _ENCODE_AT_ONCE]
-            for prompt, embedding in zip(chunk, self.encoder.encode(chunk), strict=True):
-                self._write(prompt, embedding)
-                found[prompt] = embedding
+            found |= self._encode(missing[start : start + _ENCODE_AT_ONCE])
         return [found[prompt] for prompt in prompts]
+
+    def fill(self, prompts: Sequence[str]) -> int:
+        """Encode what the directory lacks of `prompts`, read and check the rest; returns the bytes of
+        all their files. Of the embeddings few are in memory at a time. Raises as `get` does."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a sequence of strings, got the string {prompts!r}")
+        unique = list(dict.fromkeys(prompts))
+        missing = [prompt for prompt in unique if self._read(prompt) is None]
+        for start in range(0, len(missing), _ENCODE_AT_ONCE):
+            self._encode(missing[start : start + _ENCODE_AT_ONCE])
+        return sum(self.path(prompt).stat().st_size for prompt in unique)
 
     def path(self, prompt: str) -> Path:
         """Where the embedding of `prompt` lies, or would lie."""
         key = json.dumps([_FORMAT, self._fingerprint, prompt])  # ASCII, so any string has a key
         name = hashlib.sha256(key.encode()).hexdigest()
         return self.directory / name[:2] / f"{name}.safetensors"
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        embeddings = dict(zip(prompts, self.encoder.encode(prompts), strict=True))
+        for prompt, embedding in embeddings.items():
+            self._write(prompt, embedding)
+        self.made += len(embeddings)
+        return embeddings
 
     def _read(self, prompt: str) -> Tensor | None:
         path = self.path(prompt)

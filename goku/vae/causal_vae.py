@@ -123,6 +123,8 @@ class GokuVAE(nn.Module):
     the dtype of the weights.
     """
 
+    causal = True
+
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -203,12 +205,20 @@ class GokuVAE(nn.Module):
         time, down, across = STRIDES
         shape = (batch, 3, time * frames - _REPEATS, down * height, across * width)
         video = latent.new_empty(shape, dtype=self.latent_std.dtype)
-        past: Past | None = None
-        for start, stop in _chunks(frames, chunk):
-            piece, past = self._decode_piece(self._cast(latent[:, :, start:stop]), past)
-            first = max(0, time * start - _REPEATS)
+        first = 0
+        for piece in self.decode_stream(latent, chunk=chunk):
             video[:, :, first : first + piece.shape[2]] = piece
+            first += piece.shape[2]
         return video
+
+    def decode_stream(self, latent: Tensor, *, chunk: int | None = CHUNK) -> Iterator[Tensor]:
+        """`decode` in pieces (B, 3, t, H, W) of `chunk` latent frames; their past goes along."""
+        check_latent(latent, self.channels)
+        past: Past | None = None
+        for start, stop in _chunks(latent.shape[2], chunk):
+            with torch.no_grad():  # not around the yield: the caller's code runs there
+                piece, past = self._decode_piece(self._cast(latent[:, :, start:stop]), past)
+            yield piece
 
     def normalise(self, latent: Tensor) -> Tensor:
         """(latent - mean) / std per channel; train_vae measures both."""

@@ -58,18 +58,25 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration alone. ValueError names the file that is missing or damaged."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {directory} is not the folder of a VAE")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}: a JSON object is allowed")
+    return config
+
+
 def read_folder(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors on the CPU). ValueError names the file that is missing or damaged."""
-    config_path, weights_path = Path(directory) / CONFIG, Path(directory) / WEIGHTS
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: {directory} is not the folder of a VAE")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config_path} is damaged or truncated: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path} holds {type(config).__name__}: a JSON object is allowed")
+    config, weights_path = read_config(directory), Path(directory) / WEIGHTS
+    if not weights_path.is_file():
+        raise ValueError(f"{weights_path} does not exist: {directory} is not the folder of a VAE")
     try:
         return config, load_file(weights_path)
     except SafetensorError as error:

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, T latent frames, H and W latent height and w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -40,13 +41,19 @@ class Posterior:
 
 @runtime_checkable
 class VideoVAE(Protocol):
-    """A causal image and video VAE as the trainer, the latent cache and the sampler use it.
+    """An image and video VAE as the trainer, the latent cache and the sampler use it.
 
     video: (B, 3, T, H, W) floating point in [-1, 1] with T = 4k+1 and H, W multiples of 8;
     an image is T = 1. latent: (B, channels, k+1, H/8, W/8). Latent frame 0 holds video frame 0,
-    latent frame i > 0 holds video frames 4i-3 .. 4i, and no latent frame depends on a later one.
-    Any other geometry is a ValueError that names it.
+    latent frame i > 0 holds video frames 4i-3 .. 4i. Any other geometry is a ValueError that
+    names it.
     """
+
+    @property
+    def causal(self) -> bool:
+        """True when no latent frame depends on a later video frame, so that an image's latent is
+        the first latent frame of every video that begins with it. GroupNorm over time breaks it.
+        """
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -60,7 +67,11 @@ class VideoVAE(Protocol):
         """The posterior of a video, raw."""
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The video of a raw latent. Not clamped to [-1, 1]."""
+        """The video of a raw latent. It may leave [-1, 1]."""
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        """`decode` in pieces (B, 3, t, H, W) along time: put together they are its very bits, and
+        the memory that one piece needs does not grow with the length of the video."""
 
     def normalise(self, latent: Tensor) -> Tensor:
         """Raw latent to the scale at which the transformer works: unit variance per channel."""

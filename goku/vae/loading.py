@@ -1,4 +1,4 @@
-"""From a folder to a GokuVAE, refusing whatever does not fit."""
+"""From a folder to a VAE, ours or one of diffusers', refusing whatever does not fit."""
 
 from __future__ import annotations
 
@@ -6,25 +6,61 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from goku.vae.causal_vae import GokuVAE, VAEConfig
-from goku.vae.folder import CONFIG, WEIGHTS, read_folder
+from goku.vae.cogvideox import CogVideoXVAE
+from goku.vae.diffusers_vaes import DiffusersVAE, VAEDtype, load_diffusers_vae
+from goku.vae.folder import CONFIG, WEIGHTS, read_config, read_folder
+from goku.vae.hunyuan import HunyuanVideoVAE
 from goku.vae.interface import STRIDES
+from goku.vae.refusals import reason
+from goku.vae.wan import WanVAE
+
+_PUBLIC: dict[str, type[DiffusersVAE]] = {
+    kind.name: kind for kind in (WanVAE, HunyuanVideoVAE, CogVideoXVAE)
+}
 
 
-def load_vae(directory: str | os.PathLike[str]) -> GokuVAE:
-    """The VAE that `GokuVAE.save` wrote, on the CPU, in the dtype that was saved, in eval mode.
+def vae_folder(directory: str | os.PathLike[str]) -> Path:
+    """Where in `directory` a VAE lies: itself, or `vae` in it, as a whole pipeline's folder has it."""
+    folder = Path(directory)
+    inner = folder / "vae"
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
 
-    Raises ValueError that names the file: missing, truncated, altered, another class, strides other
-    than 4x8x8, a size out of range, weights that do not fit the configuration or are not finite,
-    a latent_std that is not positive, no fingerprint or another than the weights'.
+
+def load_vae(
+    directory: str | os.PathLike[str], *, dtype: VAEDtype = "auto"
+) -> GokuVAE | DiffusersVAE:
+    """The VAE in `directory` (see `vae_folder`), on the CPU, in eval mode.
+
+    Either what `GokuVAE.save` wrote, or AutoencoderKLWan, AutoencoderKLHunyuanVideo or
+    AutoencoderKLCogVideoX as diffusers' `save_pretrained` writes them. dtype: of weights and
+    arithmetic; "auto" as saved (diffusers' fp16 becomes fp32).
+
+    Raises ValueError that names the file: missing, truncated, altered, another class (with the
+    reason), strides other than 4x8x8, a size out of range, weights that do not fit the configuration
+    or are not finite, a latent_std that is not positive, and for GokuVAE no fingerprint or another
+    than the weights'. ImportError when diffusers is needed and absent.
     """
+    if dtype not in get_args(VAEDtype):
+        raise ValueError(f"vae.dtype is {dtype!r}; allowed: {', '.join(get_args(VAEDtype))}")
+    folder = vae_folder(directory)
+    name = read_config(folder).get("_class_name")
+    if name is None:
+        vae = _load_goku_vae(folder)
+        return vae if dtype == "auto" else vae.to(getattr(torch, dtype))
+    if name not in _PUBLIC:
+        raise ValueError(f"{folder / CONFIG}: {reason(name, _PUBLIC)}")
+    return load_diffusers_vae(_PUBLIC[name], folder, dtype)
+
+
+def _load_goku_vae(directory: Path) -> GokuVAE:
     written, state = read_folder(directory)
-    config, path = Path(directory) / CONFIG, Path(directory) / WEIGHTS
+    config, path = directory / CONFIG, directory / WEIGHTS
     fingerprint = written.pop("fingerprint", None)
     vae = GokuVAE(_parse(written, config))
     _check_fit(state, vae.state_dict(), path)

@@ -79,7 +79,9 @@ def forward(
         enabled=dtype != torch.float32,
     ):
         text = torch.ones(16, model.config.text_dim)
-        return model(x, torch.full((1,), 0.5), text, packing, text_packing, shard)
+        given = model.config.condition_dim
+        condition = torch.ones(len(x), given) if given else None
+        return model(x, torch.full((1,), 0.5), text, packing, text_packing, shard, condition)
 
 
 def kept_bytes(model: GokuTransformer, run: Callable[[], Tensor]) -> int:

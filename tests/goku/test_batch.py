@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from goku.batch import Batch, BatchBuilder
 from goku.data import CachedSample, Item
 from goku.flow import FlowConfig, per_sample_mse, sample_times, weighted_loss
+from goku.lost import LostItems
 from goku.model import GokuTransformer, ModelConfig, patchify
 from goku.packing import PackingConfig, partition
 from goku.random import Purpose, normal
@@ -34,8 +35,10 @@ class FakeDataset:
     samples: list[CachedSample]
     empty_text: Tensor
 
-    def read(self, index: int) -> CachedSample:
-        return self.samples[index]
+    def read(self, index: int, caption: int = 0) -> CachedSample:
+        sample = self.samples[index]
+        # Of several captions each is unlike the others.
+        return replace(sample, text=sample.text + 10.0 * caption) if caption else sample
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,70 @@ def test_text_is_dropped_at_its_rate_and_replaced_by_the_empty_prompt(
     plain = _builder(dataset, vae, text_drop=0.0).training(range(count), [2] * count)
     assert torch.equal(batch.x, plain.x)
     assert torch.equal(batch.t, plain.t)
+
+
+def test_captions_are_chosen_by_weight_and_the_heaviest_is_evaluated(
+    dataset: FakeDataset, vae: GokuVAE
+) -> None:
+    several = replace(dataset.items[2], captions=("a", "b", "c"), caption_weights=(5.0, 3.0, 2.0))
+    items = [*dataset.items[:2], several, *dataset.items[3:]]
+    captioned = FakeDataset(items, dataset.samples, dataset.empty_text)
+    count = 400
+    builder = _builder(captioned, vae, text_drop=0.0)
+    batch = builder.training(range(count), [2] * count)
+    first = dataset.samples[2].text
+    chosen = [round((part[3] - first).mean().item() / 10) for part in _parts(batch)]
+    for caption, rate in enumerate((0.5, 0.3, 0.2)):
+        # Five standard deviations of a binomial.
+        spread = 5 * math.sqrt(count * rate * (1 - rate))
+        assert abs(chosen.count(caption) - rate * count) <= spread
+    # By the position alone: in another pack, and with a rate of dropping that takes some away.
+    alone = [_parts(builder.training([k], [2]))[0][3] for k in range(40)]
+    assert [round((text - first).mean().item() / 10) for text in alone] == chosen[:40]
+    half = _builder(captioned, vae, text_drop=0.5).training(range(count), [2] * count)
+    for part, caption in zip(_parts(half), chosen, strict=True):
+        text = part[3]
+        assert torch.equal(text, dataset.empty_text) or torch.equal(text, first + 10.0 * caption)
+    assert torch.equal(_parts(builder.fixed([2], [0.5]))[0][3], first)
+    # Noise, time and posterior are those of the same item with one caption.
+    plain = _builder(dataset, vae, text_drop=0.0).training(range(count), [2] * count)
+    assert torch.equal(batch.x, plain.x)
+
+
+def test_a_lost_sample_is_zeros_of_weight_zero_and_changes_no_other(
+    dataset: FakeDataset, vae: GokuVAE
+) -> None:
+    class Damaged(FakeDataset):
+        def read(self, index: int, caption: int = 0) -> CachedSample:
+            if index == 1:
+                raise ValueError("item1.safetensors is damaged")
+            return super().read(index, caption)
+
+        def repair(self, index: int, vae: Any) -> CachedSample:
+            raise FileNotFoundError("item1.mp4")
+
+    damaged = Damaged(dataset.items, dataset.samples, dataset.empty_text)
+    packing = PackingConfig(tokens_per_step=100, tokens_per_pack=50)
+    told: list[Any] = []
+    lost = LostItems(9, lambda kind, fields: told.append((kind, fields["name"])))
+    builder = BatchBuilder(damaged, vae, FlowConfig(), packing, SEED, CPU, lost=lost)
+    whole = _builder(dataset, vae)
+    for ours, theirs in (
+        (builder.training(POSITIONS, range(5)), whole.training(POSITIONS, range(5))),
+        (builder.fixed(range(5), [0.5] * 5), whole.fixed(range(5), [0.5] * 5)),
+    ):
+        assert ours.weights.tolist() == [WEIGHTS[0], 0.0, *WEIGHTS[2:]]
+        assert ours.lost == (False, True, False, False, False)
+        assert theirs.lost == ()
+        assert ours.packing.lengths == theirs.packing.lengths
+        for k, (a, b) in enumerate(zip(_parts(ours), _parts(theirs), strict=True)):
+            assert _same(a, b) == (k != 1)
+            assert all(torch.isfinite(part).all() for part in a)
+    assert builder.training([3], [0]).lost == ()
+    assert told == [("lost", "item1")]
+    assert lost.count == 1
+    with pytest.raises(ValueError, match="safetensors is damaged"):
+        _builder(damaged, vae).training([3], [1])
 
 
 def test_an_overlong_item_is_an_error_or_cut(dataset: FakeDataset, vae: GokuVAE) -> None:

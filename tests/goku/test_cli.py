@@ -15,7 +15,7 @@ from goku.cli import main, parser
 from goku.packing import sample_cost
 from goku.run_config import load_run_config
 
-VERBS = ["demo", "train", "sample", "doctor", "ckpt"]
+VERBS = ["demo", "train", "sample", "doctor", "cache", "export", "ckpt"]
 
 
 def _exit_code(*arguments: str) -> int:
@@ -51,13 +51,14 @@ def test_every_verb_has_help_with_examples_that_parse(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["required", "{demo,train,sample,doctor,ckpt}"]),
+        ([], ["required", "{demo,train,sample,doctor,cache,export,ckpt}"]),
         (["tarin"], ["tarin", "train"]),
         (["train"], ["config"]),
         (["sample"], ["run"]),
         (["doctor"], ["dataset"]),
         (["sample", "run", "--height", "tall"], ["--height", "tall", "int"]),
-        (["sample", "run", "--method", "rk4"], ["--method", "rk4", "euler", "heun"]),
+        (["sample", "run", "--method", "rk4"], ["--method", "rk4", "euler", "heun", "ab2"]),
+        (["export", "run"], ["out"]),
         (["sample", "run", "--device", "tpu"], ["--device", "tpu", "cuda"]),
         (["doctor", "media", "--fast"], ["--fast"]),
     ],

@@ -1,5 +1,7 @@
 """goku.flops against torch's own counter, and its MFU arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,23 +16,27 @@ GRIDS = [(1, 4, 3), (2, 3, 5), (1, 1, 1)]
 TEXT = [3, 7, 1]
 
 
-def test_forward_and_training_equal_torchs_counter_exactly():
-    model = GokuTransformer(TINY)
+@pytest.mark.parametrize("condition", ["none", "frames"])
+def test_forward_and_training_equal_torchs_counter_exactly(condition):
+    shape = replace(TINY, condition=condition)
+    model = GokuTransformer(shape)
     packing, text_packing = Packing.from_grids(GRIDS), Packing.from_lengths(TEXT)
     x = torch.randn(packing.total, TINY.patch_dim)
     text = torch.randn(text_packing.total, TINY.text_dim)
+    given = torch.randn(packing.total, shape.condition_dim) if condition == "frames" else None
     # The math backend, since the counter has no formula for the CPU's fused kernel.
     with (
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter,
     ):
-        y = model(x, torch.rand(packing.batch), text, packing, text_packing)
+        y = model(x, torch.rand(packing.batch), text, packing, text_packing, condition=given)
         forward = counter.get_total_flops()
         y.sum().backward()
     lengths = [12, 30, 1]
-    assert forward == flops.model_flops(TINY, lengths, TEXT)
-    # Data has no gradient in training: not the latents, not the text, not the timestep features.
-    assert counter.get_total_flops() == flops.training_flops(TINY, lengths, TEXT)
+    assert forward == flops.model_flops(shape, lengths, TEXT)
+    # Data has no gradient in training: not the latents, noised or given, not the text, not the
+    # timestep features.
+    assert counter.get_total_flops() == flops.training_flops(shape, lengths, TEXT)
 
 
 def test_a_block_in_training_has_gradients_of_tokens_and_conditioning_but_not_of_the_text():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from goku.flow import (
+    METHODS,
+    Method,
     guided,
     integrate,
     interpolate,
@@ -59,7 +61,7 @@ def test_the_gaussian_field_and_its_solution_are_what_they_claim() -> None:
     )
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_samplers_converge_at_their_order_to_the_closed_form(
     method: str, order: int, shift: float
@@ -71,7 +73,9 @@ def test_samplers_converge_at_their_order_to_the_closed_form(
         x1 = integrate(gaussian_velocity, x0, time_grid(steps, shift), method)  # type: ignore[arg-type]
         return (x1 - exact).abs().max().item()
 
-    errors = [error(steps) for steps in (200, 400, 800)]
+    # The second term of ab2 is larger: it shows the order at smaller steps.
+    counts = (800, 1600, 3200) if method == "ab2" else (200, 400, 800)
+    errors = [error(steps) for steps in counts]
     for coarse, fine in itertools.pairwise(errors):
         # Halving the step divides the error by 2^order, up to the next term (about 1/steps).
         assert coarse / fine == pytest.approx(2**order, rel=0.05)
@@ -80,8 +84,8 @@ def test_samplers_converge_at_their_order_to_the_closed_form(
 
 def test_samplers_are_exact_where_they_should_be() -> None:
     x0, x1 = randn(4, 3, seed=5), randn(4, 3, seed=6)
-    # A straight path has a constant velocity: one step is enough for either.
-    for method in ("euler", "heun"):
+    # A straight path has a constant velocity: one step is enough for any of them.
+    for method in METHODS:
         got = integrate(lambda x, t: velocity_target(x1, x0), x0, time_grid(1), method)
         torch.testing.assert_close(got, x1, rtol=1e-14, atol=1e-15)
     # A velocity linear in t: the trapezoid is exact (3/2 * 1), Euler is not.
@@ -90,6 +94,49 @@ def test_samplers_are_exact_where_they_should_be() -> None:
     euler = integrate(lambda x, t: torch.full_like(x, 3 * t), start, time_grid(4), "euler")
     assert heun.item() == 1.5
     assert euler.item() == 1.125
+
+
+def test_ab2_extends_the_line_through_two_velocities() -> None:
+    """Exact for a velocity linear in t but for its first, Euler, step, however the times are spaced."""
+    times = torch.tensor([0.0, 0.1, 0.25, 0.7, 1.0], dtype=torch.float64)
+    start, asked = torch.zeros(1, dtype=torch.float64), []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        asked.append(t)
+        return torch.full_like(x, 2.0 + 3.0 * t)
+
+    got = integrate(velocity, start, times, "ab2")
+    # From 0.1 on the integral of 2 + 3 t; before it, 0.1 * 2.
+    assert got.item() == pytest.approx(0.2 + (2 + 1.5) - (0.2 + 1.5 * 0.01), rel=1e-14)
+    assert asked == times[:-1].tolist()  # one evaluation a step
+    # Where the velocity does not change it is Euler's method to the bit.
+    constant = randn(4, 3, seed=9)
+    euler, ab2 = (
+        integrate(lambda x, t: constant, randn(4, 3), time_grid(7, 3.0), method)
+        for method in ("euler", "ab2")
+    )
+    assert torch.equal(euler, ab2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_known_of_the_state_can_be_put_in_its_place(method: Method) -> None:
+    """project sees every state at its time, and what it returns is gone on from."""
+    times = time_grid(3)
+    seen: list[tuple[float, float]] = []
+
+    def project(x: Tensor, t: float) -> Tensor:
+        seen.append((t, x[0].item()))
+        return torch.tensor([10.0 * t, x[1]], dtype=x.dtype)
+
+    states: list[list[float]] = []
+    result = integrate(
+        lambda x, t: torch.ones_like(x), torch.zeros(2, dtype=torch.float64), times, method,
+        lambda done, t, x: states.append(x.tolist()), project,
+    )  # fmt: skip
+    assert [t for t, _ in seen] == times[1:].tolist()
+    assert [x for _, x in seen] == pytest.approx([1 / 3, 11 / 3, 7.0])
+    assert result.tolist() == pytest.approx([10.0, 1.0])
+    assert [x for x, _ in states] == pytest.approx([10 / 3, 20 / 3, 10.0])
 
 
 def test_integrate_visits_the_times_and_reports_each_step() -> None:
@@ -147,7 +194,7 @@ def test_guidance() -> None:
     [
         (lambda: time_grid(0), "steps is 0"),
         (lambda: time_grid(4, 0.0), "shift is 0.0"),
-        (lambda: integrate(torch.add, X, time_grid(2), "rk4"), "method is 'rk4'"),  # type: ignore[arg-type]
+        (lambda: integrate(torch.add, X, time_grid(2), "rk4"), "method is 'rk4'; allowed are 'euler', 'heun', 'ab2'"),  # type: ignore[arg-type]
         (lambda: integrate(torch.add, X, torch.zeros(1)), r"times has shape \(1,\)"),
         (lambda: integrate(torch.add, X, torch.tensor([0.0, 0.5, 0.5])), "times is"),
         (lambda: integrate(torch.add, X, torch.tensor([0.0, 1.5])), "times is"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from goku import media_files
@@ -90,3 +93,67 @@ def test_stems_keep_plain_names_and_tell_others_apart() -> None:
     assert (
         media_files.file_stem("a/b") != media_files.file_stem("a_b") != media_files.file_stem("a b")
     )
+
+
+METADATA = {
+    "prompt": 'a cat \u732b\u2009\u00e9\0 "quoted"\n',
+    "seed": 2**40,
+    "guidance": 1.5,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_metadata_comes_back_and_leaves_the_pixels_alone(frames: int, tmp_path: Path) -> None:
+    clip = _clip(frames, 16, 32)
+    plain = media_files.save(tmp_path / "plain", clip)
+    told = media_files.save(tmp_path / "told", clip, metadata=METADATA)
+    assert media_files.read_metadata(told) == METADATA
+    again = media_files.save(tmp_path / "again", clip, metadata=dict(reversed(METADATA.items())))
+    assert again.read_bytes() == told.read_bytes() != plain.read_bytes()
+    assert str(tmp_path).encode() not in told.read_bytes()
+    if frames == 1:
+        pixels = [np.asarray(Image.open(path)) for path in (plain, told)]
+    else:
+        pixels = []
+        for path in (plain, told):
+            with av.open(str(path)) as container:
+                stacked = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+                pixels.append(np.stack(stacked))
+        with av.open(str(told)) as container:
+            assert container.metadata["title"].startswith("a cat \u732b\u2009\u00e9")
+    np.testing.assert_array_equal(*pixels)
+
+
+@given(
+    st.dictionaries(
+        st.text(),
+        st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers()),
+        max_size=4,
+    )
+)
+@example({"prompt": "\ud800 half a surrogate"})
+@example({"prompt": "long " * 20_000})
+def test_whatever_json_can_say_comes_back(tmp_path_factory: Any, metadata: dict[str, Any]) -> None:
+    folder = tmp_path_factory.mktemp("told")
+    for name, video in (("a", _clip(1, 16, 16)), ("b", _clip(2, 16, 16))):
+        path = media_files.save(folder / name, video, metadata=metadata)
+        assert media_files.read_metadata(path) == metadata
+
+
+def test_files_without_metadata_are_told(tmp_path: Path) -> None:
+    for frames in (1, 2):
+        path = media_files.save(tmp_path / "plain", _clip(frames, 16, 16))
+        with pytest.raises(ValueError, match="does not say how it was made"):
+            media_files.read_metadata(path)
+        path.write_bytes(path.read_bytes()[:40])
+        with pytest.raises(ValueError, match=r"plain\.(png|mp4) "):
+            media_files.read_metadata(path)
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ValueError, match="cannot be read as PNG or MP4"):
+        media_files.read_metadata(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError):
+        media_files.read_metadata(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match="JSON"):
+        media_files.save(tmp_path / "x", _clip(1, 8, 8), metadata={"scale": float("nan")})
+    assert not (tmp_path / "x.png").exists()

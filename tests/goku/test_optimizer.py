@@ -40,11 +40,25 @@ def test_rate_is_positive_and_never_above_the_peak(step, steps, warmup):
         ("weight_decay", -0.1),
         ("betas", (0.9, 1.0)),
         ("warmup_steps", -1),
+        ("schedule_offset", -1),
     ],
 )
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         OptimizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_an_offset_goes_on_where_an_earlier_run_ended(schedule):
+    """Stages of 30, 20 and 50 steps with the schedule carried: the rates of one run of as many steps each time."""
+    for offset, steps in ((30, 20), (50, 50)):
+        whole = OptimizerConfig(lr=2e-4, warmup_steps=40, schedule=schedule)
+        later = OptimizerConfig(lr=2e-4, warmup_steps=40, schedule=schedule, schedule_offset=offset)
+        for step in range(steps):
+            ours = learning_rate(later, step, steps)
+            assert ours == learning_rate(whole, offset + step, offset + steps)
+        # No second warm-up: behind the first one nothing is below it.
+        assert learning_rate(later, 0, steps) > learning_rate(whole, 0, steps)
 
 
 def test_adamw_decays_matrices_alone():

@@ -116,3 +116,11 @@ def test_bad_values_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda"), parallel_context("cuda"):
             pass
+
+
+def test_one_process_is_arranged_in_one_way_alone() -> None:
+    with parallel_context("cpu") as context:
+        assert context.arranged(ParallelDims()) is context
+        assert context.arranged(ParallelDims(1, 1, 1)) is context
+        with pytest.raises(ValueError, match="sp"):
+            context.arranged(ParallelDims(sp=2))

@@ -233,7 +233,7 @@ def test_stream_indices_as_tensors_keep_their_bits() -> None:
 def test_purposes_are_frozen() -> None:
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "NOISE": 0, "TIME": 1, "TEXT_DROP": 2, "POSTERIOR": 3,
-        "SHUFFLE": 4, "SAMPLE": 5, "EVAL": 6, "CROP": 7,
+        "SHUFFLE": 4, "SAMPLE": 5, "EVAL": 6, "CROP": 7, "CONDITION": 8, "MIX": 9, "CAPTION": 10,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 
 from goku.config import ConfigError, difference, dump, to_dict
 from goku.model import PRESETS
-from goku.run_config import RunConfig, TrainConfig, load_run_config, resume_differences
+from goku.run_config import (
+    _ADDED,
+    RunConfig,
+    TrainConfig,
+    _stands_for,
+    load_run_config,
+    model_differences,
+    resume_differences,
+)
 
 BASE: dict[str, Any] = {
     "out": "runs/a",
@@ -108,6 +117,7 @@ def test_what_has_no_default_must_be_given(section: str) -> None:
 # --- resume ---------------------------------------------------------------------------------------
 
 FREE = [
+    "validation.guidance=3.0",
     "kernels.backend=torch",
     "kernels.deterministic=false",
     "out=runs/b",
@@ -115,8 +125,11 @@ FREE = [
     "data.path=moved/media",
     "data.workers=7",
     "data.cache=cache",
+    "data.verify=size",
+    "data.max_lost=5",
     "vae.path=moved/vae",
     "vae.train.steps=9",
+    "text.path=t5",
     "packing.tokens_per_pack=64",
     "parallel.dp_replicate=2",
     "parallel.sp=2",
@@ -147,12 +160,23 @@ BOUND = [
     "data.fps=12",
     "data.upscale=true",
     "data.skip_bad=true",
+    "data.max_seconds=3.0",
+    "data.min_image_pixels=100",
+    "data.min_video_pixels=100",
+    "data.min_frames=5",
+    "data.motion_caption='{caption} {motion}'",
+    "data.follow_links=true",
+    "data.max_source_pixels=100",
     "vae.model.width=8",
-    "text.path=t5",
     "text.max_tokens=5",
     "text.tiny_seed=5",
     "model.depth=3",
     "model.qk_norm=head",
+    "model.condition=frames",
+    "conditioning.first=2.0",
+    "conditioning.last=0.5",
+    "conditioning.both=0.5",
+    "conditioning.drop=0.5",
     "flow.text_drop=0.2",
     "flow.shift=3.0",
     "packing.tokens_per_step=128",
@@ -160,6 +184,7 @@ BOUND = [
     "optimizer.lr=1.0",
     "optimizer.betas=[0.9, 0.99]",
     "optimizer.schedule=cosine",
+    "optimizer.schedule_offset=5",
     "ema.decay=0.5",
     "train.precision=float32",
 ]
@@ -191,7 +216,32 @@ def test_every_key_is_free_or_bound() -> None:
     train = {override.split("=")[0] for override in FREE + BOUND if override.startswith("train.")}
     assert train == {f"train.{name}" for name in to_dict(TrainConfig())}
     data = {override.split("=")[0] for override in FREE + BOUND if override.startswith("data.")}
-    assert data == {f"data.{name}" for name in to_dict(_config().data)}
+    # Sources and their mix stand in the place of data.path: their test is the next one.
+    apart = {"data.sources", "data.mix"}
+    assert data | apart == {f"data.{name}" for name in to_dict(_config().data)}
+
+
+def test_of_several_sources_only_the_folders_may_change() -> None:
+    data = {
+        "sources": {"a": {"path": "media"}, "b": {"path": "clips"}},
+        "mix": {"a": {"image": 1.0}, "b": {"video": 2.0}},
+    }
+    mixed = {**BASE, "data": data}
+    saved = to_dict(load_run_config(mixed))
+
+    def changed(*overrides: str) -> list[str]:
+        return resume_differences(saved, load_run_config(mixed, overrides))
+
+    assert changed("data.sources.a.path=moved") == []
+    assert changed("data.sources.b.form=lists") == ["data.sources.b.form: auto -> lists"]
+    assert changed("data.mix.b.video=1.0") == ["data.mix.b.video: 2.0 -> 1.0"]
+    assert [line.split(":")[0] for line in changed("data.mix=null")] == [
+        "data.mix",
+        *(f"data.mix.{name}.{kind}" for name in "ab" for kind in ("image", "video")),
+    ]
+    # One dataset is not several: what has no counterpart is said key by key.
+    lines = resume_differences(to_dict(_config()), load_run_config(mixed))
+    assert "data.sources: null -> (absent)" in lines
 
 
 def test_free_names_are_whole_keys() -> None:
@@ -229,3 +279,73 @@ def test_a_checkpoint_that_lacks_a_key_is_told() -> None:
     assert resume_differences(saved, _config()) == ["model.qk_norm: (absent) -> full"]
     del saved["train"]
     assert resume_differences(saved, _config())[1:] == ["train.precision: (absent) -> auto"]
+
+
+def test_a_checkpoint_from_before_a_key_came_means_its_old_behaviour() -> None:
+    """For every key of the table: absent is its old meaning, which resumes, and nothing else does."""
+    assert _ADDED
+    for key, old in _ADDED.items():
+        saved = to_dict(_config())
+        *sections, name = key.split(".")
+        place = saved
+        for section in sections:
+            place = place[section]
+        assert place.pop(name) == old, key  # the default is what runs did before
+        before = dump(saved)
+        assert resume_differences(saved, _config()) == []
+        assert dump(saved) == before  # what was read from a checkpoint is not changed
+    saved = to_dict(_config())
+    del saved["optimizer"]["schedule_offset"]
+    (line,) = resume_differences(saved, _config("optimizer.schedule_offset=7"))
+    assert line == "optimizer.schedule_offset: 0 -> 7"
+
+
+def test_a_checkpoint_from_before_image_to_video_resumes_without_it_alone() -> None:
+    saved = to_dict(_config())
+    del saved["model"]["condition"], saved["conditioning"]
+    assert resume_differences(saved, _config()) == []
+    assert resume_differences(saved, _config("model.condition=frames", "conditioning.drop=0")) == [
+        "model.condition: none -> frames",
+        "conditioning.drop: 0.1 -> 0.0",
+    ]
+    assert model_differences(saved, _config("model.condition=frames")) == []
+    # The other way the weights would not fit.
+    given = to_dict(_config("model.condition=frames"))
+    assert model_differences(given, _config()) == ["model.condition: frames -> none"]
+
+
+def test_a_run_of_before_there_were_recipes_resumes() -> None:
+    """The config as a checkpoint of then holds it, written by the code of then (commit d2a004e)."""
+    saved = json.loads(Path(__file__).with_name("config_before_recipes.json").read_text())
+    assert "conditioning" not in saved
+    assert resume_differences(saved, _config()) == []
+    assert resume_differences(saved, _config("model.depth=3")) == ["model.depth: 2 -> 3"]
+
+
+def test_free_names_match_part_by_part() -> None:
+    assert _stands_for("data.sources.*.path", "data.sources.clips.path")
+    assert _stands_for("train", "train.steps")
+    assert not _stands_for("data.sources.*.path", "data.sources.clips.form")
+    assert not _stands_for("data.sources.*.path", "data.sources.clips")
+    assert not _stands_for("data.sources.*.path", "data.sources.path")
+    assert not _stands_for("train", "training.steps")
+
+
+@pytest.mark.parametrize("key", ["image_pixels", "video_pixels"])
+def test_pixels_may_be_written_as_a_size(key: str) -> None:
+    assert getattr(_config(f"data.{key}=288x512").data, key) == 288 * 512
+    assert getattr(_config(f"data.{key}=16x16").data, key) == 256
+    for wrong in ("288x", "x512", "288x512x3", "288 x 512", "-16x16", "288X512"):
+        with pytest.raises(ConfigError, match=rf"data.{key}: found .*must be an integer"):
+            _config(f"data.{key}='{wrong}'")
+    with pytest.raises(ConfigError, match=rf"{key}: 64 is less than 256"):
+        _config(f"data.{key}=8x8")
+
+
+def test_what_keeps_weights_from_starting_another_run() -> None:
+    saved = to_dict(_config())
+    assert model_differences(saved, _config("optimizer.lr=1.0", "seed=3")) == []
+    assert model_differences(saved, _config("model.depth=3", "model.qk_norm=head")) == [
+        "model.depth: 2 -> 3",
+        "model.qk_norm: full -> head",
+    ]

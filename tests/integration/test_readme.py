@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from goku import cli
-from goku.dry_run import describe
+from goku.dry_run import describe, describe_recipe
+from goku.recipe import is_recipe, load_recipe
 from goku.run_config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def test_python_examples_run(code: str, tmp_path: Path) -> None:
 
 
 def _commands() -> list[str]:
-    helps = [cli._TRAIN_HELP, cli._SAMPLE_HELP, cli._DOCTOR_HELP, cli._DEMO_HELP]
+    helps = [verb.HELP for verb in cli.VERBS.values()]
     text = "\n".join([*_blocks(""), *helps])
     lines = {line.split("#")[0].strip().split("   ")[0].strip() for line in text.splitlines()}
     # Without the placeholders of a synopsis ([...], RUN).
@@ -69,6 +70,11 @@ def test_command_lines_are_understood(line: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path: Path) -> None:
-    report = describe(load_run_config(path))
-    assert "parameters" in report
-    assert "memory: total per process" in report
+    if is_recipe(path):
+        recipe = load_recipe(path)
+        reports = [describe_recipe(recipe, stage.name) for stage in recipe.stages]
+    else:
+        reports = [describe(load_run_config(path))]
+    for report in reports:
+        assert "parameters" in report
+        assert "memory: total per process" in report

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from goku import media_files
 from goku.cli import main
 from goku.flow import time_grid
+from goku.metrics import read_log
 from goku.model import GokuTransformer, patchify
 from goku.parallelize import ParallelContext
 from goku.random import Purpose, normal
@@ -58,7 +60,13 @@ FP32 = {"rtol": 0.0, "atol": 1e-5}
 def run(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run whose weights and their average differ clearly."""
     out = tmp_path_factory.mktemp("sampled") / "run"
-    changes = {"out": str(out), "optimizer": {"lr": 2e-2, "warmup_steps": 2}}
+    cases = [
+        {"caption": "a cat", "height": 32, "width": 32, "num_frames": frames} for frames in (1, 5)
+    ]
+    (out.parent / "cases.json").write_text(json.dumps({"data": cases}))
+    validation = {"file": str(out.parent / "cases.json"), "every": 3, "steps": 2}
+    changes: dict[str, Any] = {"out": str(out), "validation": validation}
+    changes["optimizer"] = {"lr": 2e-2, "warmup_steps": 2}
     config = out.parent / "run.yaml"
     config.write_text(yaml.safe_dump(settings | changes))
     assert main(["train", str(config)]) == 0
@@ -89,8 +97,12 @@ class LatentRecorder:
         self.latents.append(latent[0].clone())
         return self.vae.denormalise(latent)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        return self.vae.decode(latent)
+    @property
+    def causal(self) -> bool:
+        return self.vae.causal
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        return self.vae.decode_stream(latent)
 
 
 def _latents(
@@ -122,7 +134,7 @@ def _tokens(request: Request) -> int:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "ab2"])
 def test_together_equals_alone(loaded: Loaded, guidance: float, method: Any) -> None:
     config = replace(SETTINGS, guidance=guidance, method=method)
     together = _latents(loaded, REQUESTS, config)
@@ -335,6 +347,28 @@ def test_the_average_is_what_is_sampled(run: Path, loaded: Loaded) -> None:
     (ours,) = _latents(loaded, REQUESTS[:1])
     (theirs,) = _latents(replace(loaded, model=other), REQUESTS[:1])
     assert (ours - theirs).abs().max() > 1e-3
+
+
+def test_training_draws_its_cases(run: Path) -> None:
+    """At the start, when they are due and at the end; the average learns, so they change."""
+    events = [e for e in read_log(run / "train.jsonl") if e["event"].startswith("validation")]
+    assert {e["event"] for e in events} == {"validation"}
+    assert [e["step"] for e in events] == [0, 0, 3, 3, 6, 6, 8, 8]
+    pictures = []
+    for event in events:
+        path = run / event["path"]
+        assert path.suffix == (".png", ".mp4")[len(pictures) % 2]
+        shown = media_files.read_metadata(path)
+        assert (shown["model_step"], shown["seed"]) == (event["step"], len(pictures) % 2)
+        pictures.append(path.read_bytes())
+    assert len(set(pictures)) == 8
+
+
+def test_what_the_run_recorded_is_known(run: Path, loaded: Loaded) -> None:
+    """The largest trained grid, the area, the shift: what the command takes its defaults from."""
+    assert loaded.about.limits == (3, 3, 3)  # 9 frames; 48 x 32 and 32 x 48
+    assert (loaded.about.pixels, loaded.about.shift) == (1536, 1.0)
+    assert loaded.about.path == run / "checkpoints" / "step_0000008"
 
 
 def test_one_checkpoint_of_a_run_can_be_named(run: Path, loaded: Loaded) -> None:

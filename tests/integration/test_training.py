@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,7 +313,7 @@ def test_failed_samples_do_not_stop_training(
     def full(*_: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("goku.trainer.save_media", full)
+    monkeypatch.setattr("goku.evaluation.save_media", full)
     bad = _run(write_config(tmp_path / "t", train={"steps": 2, "sample_every": 1}))
     assert "sample_failed" in {e["event"] for e in read_log(bad.out / "train.jsonl")}
     _assert_same_state(good, bad)
@@ -337,3 +338,62 @@ def _latest_step(out: Path) -> int:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
     return int(path.name.removeprefix("step_"))
+
+
+# ---- samples that cannot be read while training
+
+
+def _own_world(settings: dict[str, Any], tmp_path: Path, media: Path) -> dict[str, Any]:
+    """The settings with media and caches that a test may damage."""
+    shutil.copytree(media, tmp_path / "media")
+    data = {"path": str(tmp_path / "media"), "cache": str(tmp_path / "cache")}
+    return {"data": settings["data"] | data, "train": settings["train"] | {"steps": 4}}
+
+
+def _events(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_log(out / "train.jsonl") if e["event"] == kind]
+
+
+def test_latents_that_vanish_while_training_are_made_again(
+    write_config: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, media: Path
+) -> None:
+    """Removed and damaged: the steps have the bits of a run that lost nothing, and the log says what happened."""
+    world = _own_world(settings, tmp_path, media)
+    intact = _run(write_config(tmp_path / "intact", **world))
+    trainer = _trainer(write_config(tmp_path / "damaged", **world))
+    latents = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+    assert len(latents) == 5
+    latents[0].unlink()
+    latents[1].write_bytes(latents[1].read_bytes()[:-40])
+    assert trainer.run(threading.Event()) == "finished"
+    _assert_same_state(intact, trainer)
+    ours, theirs = _steps(trainer.out), _steps(intact.out)
+    assert [ours[k]["loss"] for k in ours] == [theirs[k]["loss"] for k in theirs]
+    repaired = _events(trainer.out, "repaired")
+    assert len({event["name"] for event in repaired}) == 2
+    assert _events(intact.out, "repaired") == _events(trainer.out, "lost") == []
+
+
+def test_items_that_are_lost_have_no_weight_and_are_listed(
+    write_config: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, media: Path
+) -> None:
+    """Latents and media both gone: training goes on with the others, until more than data.max_lost are."""
+    world = _own_world(settings, tmp_path, media)
+    trainer = _trainer(write_config(tmp_path / "lossy", **world))
+    fewer = {**world, "data": world["data"] | {"max_lost": 1}}
+    strict = _trainer(write_config(tmp_path / "strict", **fewer))
+    shutil.rmtree(tmp_path / "cache" / "latents")
+    for name in ("image0.png", "clip1.mp4"):
+        (tmp_path / "media" / name).unlink()
+    assert trainer.run(threading.Event()) == "finished"
+    lost = {event["name"] for event in _events(trainer.out, "lost")}
+    assert len(lost) == 2
+    listed = [
+        json.loads(line) for line in (trainer.out / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert {row["name"] for row in listed} == lost
+    assert {row["kind"] for row in listed} == {"damaged"}
+    assert all(event["loss"] > 0 for event in _steps(trainer.out).values())
+    with pytest.raises(TrainingStopped, match=r"2 items are lost, over data.max_lost = 1"):
+        strict.run(threading.Event())
+    assert [event["lost"] for event in _events(strict.out, "gave_up")] == [2]

@@ -49,6 +49,8 @@ def write_video() -> Callable[..., Path]:
             stream = container.add_stream(codec, rate=fps)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
+            # Under load several threads of x264 give other bytes now and then, and damage then hits another place.
+            stream.codec_context.thread_count = 1
             if rotation:
                 stream.set_display_rotation(rotation)
             if aspect is not None:

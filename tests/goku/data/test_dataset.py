@@ -22,8 +22,8 @@ from goku.data import (
     prepare,
     read_records,
 )
-from goku.data.dataset import _Filler
 from goku.data.decode import decode_record
+from goku.data.filler import Filler
 from goku.text import TextCache
 
 
@@ -108,7 +108,7 @@ def test_the_second_time_nothing_is_done(
     def fail(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("goku.data.dataset.decode_record", fail)
+    monkeypatch.setattr("goku.data.filler.decode_record", fail)
     cache = TextCache(tmp_path / "cache/text", text)
     second = prepare(config, vae, cache, cache_dir=tmp_path / "cache")
     assert second.items == first.items
@@ -349,7 +349,7 @@ def test_a_file_replaced_while_it_is_read_is_a_bad_item(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr("goku.data.dataset.decode_record", read)
+        patch.setattr("goku.data.filler.decode_record", read)
         with pytest.raises(DataError, match=r"1 of 4 .*\n  a\.png: changed while it was read"):
             prepare(config, vae, text, cache_dir=tmp_path / "cache")
     again = prepare(config, vae, text, cache_dir=tmp_path / "cache")
@@ -365,7 +365,7 @@ def test_a_file_replaced_after_it_was_read_does_not_lend_its_key(
     text: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encode = _Filler._encode
+    encode = Filler._encode
 
     def late(filler: Any, record: Any, *result: Any) -> Any:
         if record.name == "a.png":
@@ -373,7 +373,7 @@ def test_a_file_replaced_after_it_was_read_does_not_lend_its_key(
         return encode(filler, record, *result)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Filler, "_encode", late)
+        patch.setattr(Filler, "_encode", late)
         prepare(config, vae, text, cache_dir=tmp_path / "cache")
     again = prepare(config, vae, text, cache_dir=tmp_path / "cache")
     afresh = prepare(config, vae, text, cache_dir=tmp_path / "afresh")

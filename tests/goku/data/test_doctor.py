@@ -98,6 +98,8 @@ def test_text_and_json_say_it_all(config: DataConfig, folder: Path) -> None:
     assert content["unusable"][0] == {
         "name": "f.png",
         "reason": "missing caption: no f.txt beside it",
+        "kind": "caption",
+        "source": "",
     }
     assert [item["name"] for item in content["items"]] == ["a.png", "b.jpg", "c.mp4", "d.mkv"]
     assert content["packing"]["tokens_per_pack"] == 70

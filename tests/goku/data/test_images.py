@@ -186,5 +186,5 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     header = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
     header += struct.pack("<IiiHHIIiiII", 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)
     (tmp_path / "bomb.bmp").write_bytes(header + bytes(1000))
-    with pytest.raises(DecodeError, match="decompression bomb"):
+    with pytest.raises(DecodeError, match=r"1,600,000,000 pixels, over data\.max_source"):
         decode(record(tmp_path / "bomb.bmp"), config())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from goku.data import DataConfig, Geometry, Record, plan
-from goku.data.latents import FileIdentity, LatentCache, latent_key, request_key
+from goku.data.latents import FileIdentity, LatentCache, Plan, latent_key, request_key
 
 IDENTITY = FileIdentity(size=10, sha256="ab")
 RECORD = Record(path="/x/a.mp4", text="t", name="a", num_frames=9)
@@ -123,9 +124,16 @@ def test_identity_is_the_content_and_read_once(
 def test_plans_round_trip_and_survive_damage(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path)
     assert cache.read_plan("r" * 64) is None
-    cache.write_plan("r" * 64, GEOMETRY)
-    assert cache.read_plan("r" * 64) == GEOMETRY
-    for content in (b"", b"[]", b'{"frames": 1}', b"\xff\xfe"):
+    plan = Plan(GEOMETRY, 9, 30, 23.976, ("10-bit", "größe"))
+    cache.write_plan("r" * 64, plan)
+    assert cache.read_plan("r" * 64) == plan
+    whole = json.loads(files(tmp_path)[0].read_bytes())
+    wrong = [{**whole, "version": 1}, {**whole, "source_fps": "24"}, {**whole, "remarks": [1]}]
+    wrong += [{**whole, "geometry": {}}, {**whole, "selected_frames": None}]
+    # Of before there were remarks: the geometry alone.
+    wrong += [whole["geometry"]]
+    damaged = [json.dumps(content).encode() for content in wrong]
+    for content in (b"", b"[]", b'{"frames": 1}', b"\xff\xfe", *damaged):
         files(tmp_path)[0].write_bytes(content)
         assert cache.read_plan("r" * 64) is None
 

@@ -63,7 +63,7 @@ def test_no_dataset_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "absent")
     (tmp_path / "data.parquet").touch()
-    with pytest.raises(DataError, match=r"a folder, a \.jsonl or a \.csv"):
+    with pytest.raises(DataError, match=r"a folder, or a \.jsonl, \.json, \.csv or \.tar"):
         read_records(tmp_path / "data.parquet")
     with pytest.raises(DataError, match="lists no items"):
         read_records(jsonl(tmp_path, "", " "))

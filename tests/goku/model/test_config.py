@@ -63,6 +63,7 @@ def test_presets_are_the_papers_table():
         ({"eps": -1e-6}, "eps is -1e-06"),
         ({"qk_norm": "rows"}, "qk_norm is 'rows'"),
         ({"time_channels": 15}, "time_channels is 15"),
+        ({"condition": "first"}, "condition is 'first': allowed are 'none', 'frames'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(change, message):

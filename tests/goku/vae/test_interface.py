@@ -16,6 +16,7 @@ def test_goku_vae_is_a_video_vae() -> None:
     assert isinstance(vae, VideoVAE)
     assert vae.strides == STRIDES == (4, 8, 8)
     assert vae.channels == 3
+    assert vae.causal
 
 
 @given(st.integers(0, 80), st.integers(1, 200), st.integers(1, 200))

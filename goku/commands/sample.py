@@ -1,0 +1,282 @@
+"""`goku sample`: generate from a run's checkpoint or an exported model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from goku.requests import Request
+    from goku.trained import Loaded, Trained
+
+__all__ = ["HELP", "add", "run"]
+
+HELP = """examples:
+  goku sample runs/first --prompt "a cup of coffee" --height 128 --width 160
+  goku sample runs/first --prompt "two cyclists" --height 80 --width 192 --frames 17 --seed 7 --count 4
+  goku sample runs/i2v/stages/i2v --image first.png --prompt "the boat leaves" --frames 49 --guidance 5
+  goku sample exported/first --prompts shots.json --method ab2 --guidance 5 --guidance-interval 0.1 0.8
+  goku sample --show samples/0000_shot_seed0.mp4    how a file was made
+  torchrun --nproc-per-node 2 -m goku.cli sample runs/first --prompts prompts.txt"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the verb to the command line."""
+    sample = verbs.add_parser(
+        "sample",
+        help="generate from a run's checkpoint or an exported model",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sample.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="a run's folder, one checkpoint in it, or a folder of `goku export`",
+    )
+    sample.add_argument(
+        "--show", type=Path, metavar="FILE", help="print how FILE was made, and nothing else"
+    )
+    sample.set_defaults(usage_error=sample.error)
+    asked = sample.add_argument_group("what is asked")
+    asked.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    asked.add_argument(
+        "--prompts",
+        type=Path,
+        help="file of prompts: .txt one a line; .json, .jsonl objects with prompt, height, width, "
+        "frames, seed, steps, negative, image, last_image",
+    )
+    asked.add_argument("--negative", default="", help="what to guide away from (default: nothing)")
+    asked.add_argument(
+        "--height", type=int, help="default: the trained area in the image's shape, or a square"
+    )
+    asked.add_argument("--width", type=int, help="the same; both or neither")
+    asked.add_argument("--frames", type=int, default=1, help="4k + 1; 1 is an image (default)")
+    asked.add_argument(
+        "--count", type=int, default=1, help="samples per prompt, with seeds seed, seed + 1, ..."
+    )
+    asked.add_argument("--seed", type=int, default=0)
+    asked.add_argument("--image", type=Path, help="the first frame of the clip")
+    asked.add_argument("--last-image", type=Path, help="its last frame")
+    asked.add_argument(
+        "--given", action="append", default=[], metavar="FRAME:FILE", help="any frame of it"
+    )
+    asked.add_argument(
+        "--motion", type=float, help="motion score, for models whose training captions had one"
+    )
+    how = sample.add_argument_group("how it is made")
+    how.add_argument("--steps", type=int, default=30, help="integration steps")
+    how.add_argument("--method", choices=("euler", "heun", "ab2"), default="euler")
+    how.add_argument(
+        "--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none (default)"
+    )
+    how.add_argument(
+        "--guidance-image", type=float, help="over given frames (default: as --guidance)"
+    )
+    how.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("BEGIN", "END"),
+        help="times in which there is guidance; 0 is noise, 1 is data (default: 0 1)",
+    )
+    how.add_argument(
+        "--shift", type=float, help="timestep shift towards noise (default: the run's flow.shift)"
+    )
+    how.add_argument(
+        "--hold", action="store_true", help="keep the first frame as the VAE shows --image"
+    )
+    how.add_argument(
+        "--rope",
+        choices=("scaled", "none"),
+        default="scaled",
+        help="beyond the trained size: positions scaled into it (default), or as they are",
+    )
+    how.add_argument("--fps", type=int, default=12)
+    how.add_argument(
+        "--sp",
+        type=int,
+        default=1,
+        help="how many processes share the tokens of each sample; torchrun starts a multiple of it",
+    )
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    how.add_argument("--out", type=Path, default=Path("samples"), help="folder (default: samples)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does it; returns the exit code."""
+    if args.show is not None:
+        from goku.media_files import read_metadata
+
+        print(json.dumps(read_metadata(args.show), indent=2, ensure_ascii=False))
+        return 0
+    if args.run is None:
+        args.usage_error("the following arguments are required: run")
+    from goku.given import check_given, encode_given
+    from goku.media_files import file_stem
+    from goku.metrics import RunLog, progress_bar
+    from goku.parallelize import ParallelDims, parallel_context
+    from goku.precision import autocast_dtype
+    from goku.sampler import (
+        SampleConfig,
+        describe,
+        generate_share,
+        load_trained,
+        read_trained,
+        save_media,
+    )
+
+    if args.fps < 1:
+        raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; allowed: >= 1")
+    # What can be refused is refused before the weights are read.
+    settings = SampleConfig(
+        steps=args.steps,
+        method=args.method,
+        guidance=args.guidance,
+        guidance_image=args.guidance_image,
+        guidance_interval=tuple(args.guidance_interval),
+        hold=args.hold,
+    )
+    about = read_trained(args.run)
+    asked = _requests(args, about)
+    settings = replace(
+        settings,
+        shift=about.shift if args.shift is None else args.shift,
+        limits=about.limits if args.rope == "scaled" else None,
+    )
+    cases = [
+        (row, replace(request, seed=request.seed + k))
+        for row, request in enumerate(asked)
+        for k in range(args.count)
+    ]
+    requests = [
+        replace(request, prompt=_with_motion(request.prompt, args.motion, about))
+        for _, request in cases
+    ]
+    tokens = min(math.prod(request.grid) for request in requests)
+    if not 1 <= args.sp <= tokens:
+        raise ValueError(
+            f"--sp is {args.sp}; allowed: 1 to {tokens}, the tokens of a sample of this size"
+        )
+    # Every process holds the whole model: nothing is sharded but the tokens.
+    with parallel_context(args.device, dims=ParallelDims(sp=args.sp)) as context:
+        settings = replace(settings, precision=autocast_dtype("auto", context.device))
+        if context.is_main and about.path != args.run and about.path.parents[1] != args.run:
+            # A recipe's folder: its last stage is meant.
+            print(f"{args.run}: sampling from {about.path}", file=sys.stderr, flush=True)
+        # Of a run that still trains each process may have found another checkpoint.
+        chosen = context.gather(about.path)[0]
+        if chosen != about.path:
+            about = read_trained(chosen)
+        loaded: Loaded = load_trained(about, context.device)
+        for request in {request.grid: request for request in requests}.values():
+            if context.is_main:
+                _warn(request, about, args.rope)
+        # Before hours of work: files that are no images, frames that this model or VAE cannot use.
+        given = [encode_given(loaded.vae, request, context.device) for request in requests]
+        check_given(about.model, loaded.vae, given, hold=settings.hold)
+        with progress_bar(RunLog(None, total_steps=0).console) as bar:
+            task = bar.add_task("sample", total=None, info="", visible=context.is_main)
+
+            def on_step(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            for index, video in generate_share(
+                loaded, requests, settings, context, on_step, given=given
+            ):
+                row, shown = cases[index]
+                stem = f"{row:04d}_{file_stem(shown.prompt[:40])}_seed{shown.seed}"
+                metadata = describe(
+                    requests[index], settings, step=about.step, fps=args.fps,
+                    checkpoint=about.checkpoint_id,
+                )  # fmt: skip
+                fps = shown.fps or args.fps
+                path = save_media(video, args.out / stem, fps, metadata)
+                print(f"{path}  {shown.prompt}", flush=True)
+                if 0 in given[index]:
+                    print(_first_frame(loaded, requests[index], given[index][0], video), flush=True)
+    return 0
+
+
+def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
+    from goku.requests import RequestDefaults, read_requests
+
+    given: dict[int, Path | Tensor] = {}
+    for option in args.given:
+        frame, colon, file = option.partition(":")
+        if not colon or not file or not frame.lstrip("-").isdecimal():
+            raise ValueError(f"--given is {option!r}; allowed: FRAME:FILE, such as 16:middle.png")
+        given[int(frame)] = Path(file)
+    for frame, path in ((0, args.image), (-1, args.last_image)):
+        if path is not None:
+            given[frame] = path
+    defaults = RequestDefaults(
+        height=args.height,
+        width=args.width,
+        pixels=about.pixels,
+        frames=args.frames,
+        seed=args.seed,
+        negative=args.negative,
+        given=given,
+    )
+    found = [defaults.request(prompt) for prompt in args.prompt]
+    if args.prompts is not None:
+        found += read_requests(args.prompts, defaults)
+    if not found:
+        raise ValueError("no prompt given; allowed: --prompt TEXT (repeatable) or --prompts FILE")
+    if any(request.given for request in found) and about.model.condition == "none":
+        raise ValueError(
+            f"{args.run} was trained without frames (model.condition none); "
+            "allowed: a run of a stage with condition: frames"
+        )
+    return found
+
+
+def _with_motion(prompt: str, motion: float | None, about: Trained) -> str:
+    if motion is None:
+        return prompt
+    if about.motion_caption is None:
+        raise ValueError(
+            "--motion is given, but the model's training captions had no motion score "
+            "(data.motion_caption is none); allowed: no --motion"
+        )
+    return about.motion_caption.format(caption=prompt, motion=motion)
+
+
+def _warn(request: Request, about: Trained, rope: str) -> None:
+    """One line when a request goes beyond what the model was trained on."""
+    from goku.trained import beyond_limits
+
+    line = beyond_limits(request, about.limits, scaled=rope == "scaled")
+    if line is not None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _first_frame(loaded: Loaded, request: Request, latent: Tensor, video: Tensor) -> str:
+    """How close the first frame is to the given image, and how close the VAE alone comes."""
+    from goku.given import read_image
+    from goku.sampler import decode
+
+    image = request.given[0]
+    wanted = read_image(image, request.height, request.width) if isinstance(image, Path) else image
+    alone = decode(loaded.vae, latent)[:, 0]
+    return (
+        f"first frame: {_psnr(video[:, 0], wanted):.1f} dB to the given image, "
+        f"the VAE alone {_psnr(alone, wanted):.1f} dB"
+    )
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; infinite when they are equal."""
+    error = (a.double() - b.double()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

@@ -1,0 +1,104 @@
+"""Samples that turn out lost while training: made again from their media, or left out with weight 0, never silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from goku.data import CachedSample, Dataset, Problem
+from goku.vae import VideoVAE
+
+__all__ = ["LostItems", "TooManyLost"]
+
+
+class TooManyLost(RuntimeError):
+    """More items were lost than data.max_lost allows; the message names some of them."""
+
+
+@dataclass(frozen=True)
+class _Loss:
+    name: str
+    reason: str
+
+
+class LostItems:
+    """Reads samples such that a damaged or removed cache file, or even its media, does not end the run.
+
+    report: called as report(kind, fields) with "repaired" {name, reason} when an item was made again (the same bits on
+    the same machine), and "lost" {name, reason} when it could not be; quarantine: called with the Problem of a lost
+    one. Both are called once an item. limit: `count` may reach it; `check` raises beyond it.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        report: Callable[[str, dict[str, Any]], None] | None = None,
+        quarantine: Callable[[Problem], None] | None = None,
+    ) -> None:
+        if limit < 0:
+            raise ValueError(f"limit is {limit}; allowed: 0 or more")
+        self.limit = limit
+        self._report, self._quarantine = report, quarantine
+        self._lost: dict[int, _Loss] = {}
+
+    @property
+    def count(self) -> int:
+        """Items of this process that are lost: once each, however often they are drawn."""
+        return len(self._lost)
+
+    def read(
+        self, dataset: Dataset, index: int, vae: VideoVAE, caption: int = 0
+    ) -> tuple[CachedSample, bool]:
+        """(sample, True); or, for a lost item, (zeros of its shapes with its text, False): it is to have weight 0 in
+        the step, whose denominator stays.
+
+        A read that fails (ValueError: damaged, OSError: removed or unreadable) is tried again from the media. A lost
+        item is not tried a second time: a run's steps must not depend on when its media come back.
+        """
+        if index not in self._lost:
+            try:
+                return dataset.read(index, caption), True
+            except (ValueError, OSError) as error:
+                reason = str(error)
+            try:
+                dataset.repair(index, vae)
+                sample = dataset.read(index, caption)
+            except (ValueError, OSError, ArithmeticError) as error:
+                self._lose(dataset, index, f"{reason}; made again: {error}")
+            else:
+                self._tell("repaired", dataset.items[index].name, reason)
+                return sample, True
+        return _zeros(dataset, index, vae), False
+
+    def check(self, total: int) -> None:
+        """Raise TooManyLost when `total` (summed over the processes, or `count` of one) is beyond the limit."""
+        if total <= self.limit:
+            return
+        some = "; ".join(f"{loss.name}: {loss.reason}" for loss in list(self._lost.values())[:3])
+        raise TooManyLost(
+            f"{total} items are lost, over data.max_lost = {self.limit}"
+            + (f": {some}" if some else "")
+        )
+
+    def _lose(self, dataset: Dataset, index: int, reason: str) -> None:
+        item = dataset.items[index]
+        self._lost[index] = _Loss(item.name, reason)
+        self._tell("lost", item.name, reason)
+        if self._quarantine is not None:
+            self._quarantine(Problem(item.name, reason, "damaged", item.source))
+
+    def _tell(self, kind: str, name: str, reason: str) -> None:
+        if self._report is not None:
+            self._report(kind, {"name": name, "reason": reason})
+
+
+def _zeros(dataset: Dataset, index: int, vae: VideoVAE) -> CachedSample:
+    t, h, w = dataset.items[index].grid
+    mean = torch.zeros(vae.channels, t, 2 * h, 2 * w)
+    frame = mean[:, :1]
+    frames = {} if dataset.items[index].frames == 1 else {0: frame, -1: frame}
+    # Its caption may be unreadable too; with weight 0 any text does.
+    return CachedSample(mean, torch.zeros_like(mean), dataset.empty_text, frames)

@@ -1,0 +1,87 @@
+"""A run's folder: held against a second run, with its log, its resolved config and its profile."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from goku import config as parser
+from goku.metrics import RunLog
+from goku.parallelize import ParallelContext
+from goku.run_config import RunConfig
+
+__all__ = ["locked", "profiler", "run_log", "write_config"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` (made if need be) against a second run; the lock ends with the process, however that ends.
+
+    Raises ValueError when another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"out is {folder}, which another run is writing to; allowed: one run a folder"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def run_log(config: RunConfig, context: ParallelContext) -> Iterator[RunLog]:
+    """The log of the run in config.out, whose folder is held for it alone; on all ranks but the main one a silent one.
+
+    Raises ValueError on every rank when another run holds the folder, ImportError when TensorBoard is asked for and
+    absent.
+    """
+    out, train = Path(config.out), config.train
+    opened: list[RunLog] = []
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            tensorboard = out / "tensorboard" if train.tensorboard else None
+            stack.enter_context(locked(out))
+            opened.append(
+                RunLog(out / "train.jsonl", total_steps=train.steps, tensorboard=tensorboard)
+            )
+            stack.callback(opened[0].close)
+
+        context.on_main(enter)
+        yield opened[0] if opened else RunLog(None, total_steps=0)
+
+
+def write_config(target: Path, config: Any) -> None:
+    """Write a dataclass or a nested mapping as YAML, whole or not at all."""
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        partial.write_text(parser.dump(config), encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def profiler(folder: Path, enabled: bool) -> Iterator[torch.profiler.profile | None]:
+    """torch.profiler over steps 3 to 5 of this process (warm by then), as a Chrome trace in `folder`."""
+    if not enabled:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(folder / "trace.json")),
+        record_shapes=True,
+    ) as profile:
+        yield profile

@@ -1,0 +1,117 @@
+"""Samples that go bad while training: made again from their media, or zeros with weight 0 and a line that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from goku.data import CachedDataset, DataConfig, DecodeError, Problem, prepare
+from goku.lost import LostItems, TooManyLost
+
+Report = list[tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
+    return write_dataset(tmp_path / "media")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, folder: Path, vae: Any, text: Any) -> CachedDataset:
+    config = DataConfig(path=str(folder), video_pixels=48 * 64, workers=0)
+    vae.causal = False
+    found = prepare(config, vae, text, cache_dir=tmp_path / "cache", frames=(0, -1))
+    assert isinstance(found, CachedDataset)
+    return found
+
+
+def cached(dataset: CachedDataset, index: int) -> Path:
+    assert dataset._filler is not None
+    return dataset._filler.cache.path(dataset._entries[index].key)
+
+
+def same(a: Any, b: Any) -> bool:
+    return (
+        all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("mean", "logvar", "text"))
+        and set(a.frames) == set(b.frames)
+        and all(torch.equal(a.frames[f], b.frames[f]) for f in a.frames)
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "index"), [("removed", 0), ("removed", 2), ("damaged", 0), ("damaged", 2), ("frame", 2)]
+)
+def test_it_is_made_again_with_the_same_bits(
+    tmp_path: Path, dataset: CachedDataset, vae: Any, how: str, index: int
+) -> None:
+    before, content = dataset.read(index), cached(dataset, index).read_bytes()
+    victim = cached(dataset, index)
+    if how == "frame":
+        assert dataset._filler is not None
+        victim = dataset._filler.cache.frame_path(dataset._entries[2].key, -1)
+    if how == "removed":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1] + b"\x7f")
+    report: Report = []
+    lost = LostItems(0, lambda kind, fields: report.append((kind, fields)))
+    sample, usable = lost.read(dataset, index, vae)
+    assert usable
+    assert same(sample, before)
+    assert cached(dataset, index).read_bytes() == content
+    assert [(kind, fields["name"]) for kind, fields in report] == [
+        ("repaired", dataset.items[index].name)
+    ]
+    lost.read(dataset, index, vae)
+    assert (len(report), lost.count) == (1, 0)
+
+
+def test_media_that_are_gone_cost_the_item_and_no_more(
+    tmp_path: Path, folder: Path, dataset: CachedDataset, vae: Any
+) -> None:
+    for index, name in ((0, "a.png"), (2, "c.mp4")):
+        cached(dataset, index).unlink()
+        (folder / name).unlink()
+    report: Report = []
+    set_aside: list[Problem] = []
+    lost = LostItems(1, lambda *event: report.append(event), set_aside.append)
+    for _ in range(2):
+        for index in (0, 2):
+            sample, usable = lost.read(dataset, index, vae)
+            t, h, w = dataset.items[index].grid
+            assert not usable
+            assert sample.mean.shape == sample.logvar.shape == (4, t, 2 * h, 2 * w)
+            assert not sample.mean.any()
+            assert set(sample.frames) == (set() if index == 0 else {0, -1})
+            assert all(frame.shape == (4, 1, 2 * h, 2 * w) for frame in sample.frames.values())
+    assert [kind for kind, _ in report] == ["lost", "lost"]
+    assert [problem.name for problem in set_aside] == ["a.png", "c.mp4"]
+    assert all("media file missing" in problem.reason for problem in set_aside)
+    assert lost.read(dataset, 1, vae)[1]
+    lost.check(1)
+    with pytest.raises(TooManyLost, match=r"2 items are lost, over data\.max_lost = 1: a\.png: "):
+        lost.check(lost.count)
+    # Media that come back do not change the run that lost them.
+    Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(folder / "a.png")
+    assert not lost.read(dataset, 0, vae)[1]
+
+
+def test_other_media_are_not_taken_for_the_old(
+    folder: Path, dataset: CachedDataset, vae: Any
+) -> None:
+    cached(dataset, 0).unlink()
+    Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(folder / "a.png")
+    with pytest.raises(DecodeError, match="changed since training began"):
+        dataset.repair(0, vae)
+    assert not LostItems(5).read(dataset, 0, vae)[1]
+
+
+def test_the_limit_is_a_number() -> None:
+    with pytest.raises(ValueError, match="limit is -1; allowed: 0 or more"):
+        LostItems(-1)
