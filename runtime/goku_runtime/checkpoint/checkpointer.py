@@ -3,8 +3,9 @@
 A save has four parts. *Preparing*: the state is taken apart and laid out, on every rank alone, and one
 all-reduce of a digest shows that all did the same. *Staging*: tensors are copied into page-aligned
 memory. *Writing*: the engine writes each rank's file. *Committing*: rank 0 collects sizes and sums,
-writes the index and the manifest, and renames the directory into place. `save` does all four with a
-few windows of memory; `async_save` leaves the last two, or three, to a thread.
+writes the index and the manifest, and renames the directory into place. `save` stages into a few
+windows of memory, or not at all where the engine can take the tensors from where they lie;
+`async_save` leaves the last two, or three, to a thread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.staging import Memory, Window, write_windows
 
 if TYPE_CHECKING:
-    from goku_runtime._io import FileWriter
+    from goku_runtime._io import Engine, FileWriter
 
 __all__ = ["Checkpointer"]
 
@@ -100,6 +101,7 @@ class Checkpointer:
         self._layouts = Layouts(self._ranks)
         self._staged: tuple[Layout, Memory, Window] | None = None
         self._ring: list[Memory] = []
+        self._engine: Engine | None = None
         self._handle: SaveHandle | None = None
         self._anchored: Path | None = None  # of the save before: the directories above are durable
 
@@ -207,6 +209,9 @@ class Checkpointer:
             if self._staged is not None:
                 self._staged[1].close()
             self._ring, self._staged = [], None
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
             for group in self._groups:
                 with suppress(
                     ValueError, AssertionError
@@ -354,15 +359,18 @@ class Checkpointer:
         path = job.unfinished / job.layout.file
         memory = self._stage_whole(job)
         self._begin_beside(job)  # once training may go on: it takes the interpreter's lock at times
-        engine = self._options.engine(trace=self._journal is not None)
+        engine = self._opened()
         try:
             writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
             job.progress.follow(lambda: writer.written)
             try:
                 if job.handle is not None:
                     job.handle.on_cancel(writer.cancel)
+                extents = None if job.handle is not None else job.layout.extents.of(job.sources)
                 if memory is not None:
                     writer.submit(memory.address, 0, image.nbytes)
+                elif extents is not None:
+                    writer.gather(extents, 0, image.nbytes)
                 else:
                     self._submit_windows(job, writer)
                 size, crc = writer.finish()
@@ -380,7 +388,7 @@ class Checkpointer:
         finally:
             if self._journal is not None:
                 self._journal.add_trace(engine.trace())
-            engine.close()
+                engine.close()
         beside = path.with_suffix(".crc")
         write_durably(beside, sums, fsync=self._options.fsync, journal=self._journal)
         return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
@@ -398,6 +406,14 @@ class Checkpointer:
         if job.handle is not None and job.handle.cancelled:
             raise _cancelled(job)
         commit(job.directory, sums | job.beside.sums(), latest=job.latest, retention=job.retention)
+
+    def _opened(self) -> Engine:
+        """The engine, kept for its memory, which takes time to be had; with a journal one for each save."""
+        if self._journal is not None:
+            return self._options.engine(trace=True)
+        if self._engine is None:
+            self._engine = self._options.engine()
+        return self._engine
 
     def _stage_whole(self, job: _Job) -> Memory | None:
         """Copies the whole image, in the background and where that much memory may be had; else None."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from goku_runtime.checkpoint.plan import (
     make_plan_gathered,
 )
 from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.staging import Extents
 from goku_runtime.checkpoint.tree import Flat, flatten, is_spread, leaves, merge, to_json
 
 __all__ = ["STATE_NAME", "Layout", "Layouts", "global_rank"]
@@ -57,6 +59,12 @@ class Layout:
         self.expected = [(each.name, each.shape, each.nbytes > 0) for each in self.image.records]
         self._index: bytes | None = None
         self._dcp = dcp_metadata.DcpFiles(plan)
+
+    @cached_property
+    def extents(self) -> Extents:
+        """Of the image, for saves that copy nothing."""
+        with no_collection():
+            return Extents(self.image)
 
     def files(self, tree: Any) -> dict[str, bytes]:
         """The files that rank 0 writes: the index, the values, and what stock DCP reads of both."""
