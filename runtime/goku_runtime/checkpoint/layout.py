@@ -68,10 +68,6 @@ class Layout:
 
     def files(self, tree: Any) -> dict[str, bytes]:
         """The files that rank 0 writes: the index, the values, and what stock DCP reads of both."""
-        with no_collection():
-            return self._files(tree)
-
-    def _files(self, tree: Any) -> dict[str, bytes]:
         if self._index is None:
             self._index = index.to_json(self.plan)
         return {
@@ -166,7 +162,15 @@ def _form(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     from torch.distributed.tensor import DTensor  # here, as in `is_spread`; once for all of them
 
     return tuple(
-        (name, tensor.dtype, tensor.shape, tensor.device_mesh, tensor.placements)
+        (
+            name,
+            tensor.dtype,
+            tensor.shape,
+            tensor.device_mesh,
+            tensor.placements,
+            tensor.is_cuda,
+            getattr(tensor._spec, "shard_order", None),
+        )
         if isinstance(tensor, DTensor)
         else (name, tensor.dtype, tensor.shape, None, tensor.is_cuda)
         for name, tensor in tensors.items()
@@ -184,10 +188,10 @@ def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         tensor: Any = tensors[name]
         local: Tensor = tensor.to_local() if is_spread(tensor) else tensor
         # Of a tensor without elements one box stands for all: nothing is copied.
-        if filled and local.shape != shape:
+        if filled and (local.shape != shape or local.dtype != tensor.dtype):
             raise ValueError(
-                f"{name}: this rank's part has shape {tuple(local.shape)}; its mesh and "
-                f"placements make it {shape}"
+                f"{name}: this rank's part has shape {tuple(local.shape)} and {local.dtype}; its mesh "
+                f"and placements make it {shape}, {tensor.dtype}"
             )
         found.append(local.detach() if local.requires_grad else local)
     return found

@@ -92,7 +92,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a directory stay.
+    """Which checkpoints of a series stay: those in one directory whose names differ only in the number
+    that ends them, as step_1000 and step_2000. Others (best, final) are left alone.
 
     Attributes:
         keep_last: the newest so many, at least 1.

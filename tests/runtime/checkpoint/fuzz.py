@@ -88,14 +88,29 @@ def replay(files: Sequence[Path], names: Sequence[str]) -> int:
     return code
 
 
+class Escaped:
+    """Holds the traceback of whatever escapes from its block, which is what is looked for."""
+
+    text = ""
+
+    def __enter__(self) -> Escaped:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> bool:
+        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+            return False
+        self.text = "".join(traceback.format_exception(error))
+        return True
+
+
 def attempt(parser: Parser, data: bytes) -> tuple[bool, str]:
     """Whether an input is taken, and what is wrong with that: a traceback, or nothing."""
-    try:
-        return parser.check(data), ""
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # noqa: BLE001 (that is what is looked for)
-        return False, traceback.format_exc()
+    taken = False
+    with Escaped() as escaped:
+        taken = parser.check(data)
+    return taken, escaped.text
 
 
 def blind(name: str, seconds: float, seed: int, directory: Path) -> int:
