@@ -115,6 +115,14 @@ quick: $(DEV)  ## the tests that take less than about ten seconds each
 sanitize: $(DEV)  ## the checkpoint engine's C++ tests under address, undefined and thread sanitizers
 	@$(PYTEST) tests/csrc/test_sanitizers.py $(ARGS)
 
+ATHERIS := atheris>=3,<4
+
+.PHONY: fuzz
+fuzz: $(DEV)  ## feed atheris's inputs to what reads a checkpoint's JSON files, a minute; ARGS="--seconds 300"
+	@$(BIN)/python -c 'import atheris' 2>/dev/null \
+	  || $(PIP) install --quiet --only-binary atheris "$(ATHERIS)" >>$(LOG) 2>&1 || true  # it says so itself
+	@$(BIN)/python tests/runtime/checkpoint/fuzz.py $(ARGS)
+
 .PHONY: interpreter
 interpreter: $(DEV)  ## the Triton kernels in Triton's interpreter, all of it; ARGS are pytest's
 	@TRITON_INTERPRET=1 $(RUN) $(INTERPRETER) $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +49,13 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._saving is not None:  # training failed: what it failed with is raised, not this
+        if error is None:
+            self._checkpointer.close()
+            return
+        if self._saving is not None:
             self._saving.handle.wait_ended()
-        self._checkpointer.close()
+        with suppress(OSError, ValueError, RuntimeError):
+            self._checkpointer.close()  # what training failed with is raised, not a save's error
 
     def warm(self, state: dict[str, Any]) -> None:
         """Have the memory for copies of such a state now: if there is too little, a run fails early."""

@@ -117,6 +117,17 @@ py::list events(const Engine& engine) {
   return list;
 }
 
+void check_rows(const ContiguousView& view, const std::string& name, std::size_t columns,
+                const char* number) {
+  const char* const format = view.view().format == nullptr ? "B" : view.view().format;
+  const bool integers =
+      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
+  if (!integers || view.size() % (columns * sizeof(std::int64_t)) != 0) {
+    throw py::value_error(name + " has " + std::to_string(view.size()) + " bytes of format '" +
+                          format + "'; allowed are rows of " + number + " int64");
+  }
+}
+
 // ---- reading ----
 
 // The two ends that a reading may have; Python knows them as two types.
@@ -130,13 +141,7 @@ struct FileChecksum {
 FileReader start_read(Engine& engine, py::handle path, py::handle segments, std::int64_t chunk,
                       py::handle crcs, std::int64_t size) {
   const ContiguousView view(segments, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT);
-  const char* const format = view.view().format == nullptr ? "B" : view.view().format;
-  const bool integers =
-      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
-  if (!integers || view.size() % (6 * sizeof(std::int64_t)) != 0) {
-    throw py::value_error("segments has " + std::to_string(view.size()) + " bytes of format '" +
-                          format + "'; allowed are rows of six int64");
-  }
+  check_rows(view, "segments", 6, "six");
   const std::string name = as_path(path);
   auto wanted = from_little_endian(crcs);
   py::gil_scoped_release release;
@@ -206,6 +211,17 @@ void register_writer(py::module_& m) {
                                        as_count(offset, "offset"), as_count(length, "length"));
           },
           py::arg("buffer_address"), py::arg("offset"), py::arg("length"))
+      .def(
+          "gather",
+          [](FileWriter& self, py::handle extents, std::int64_t offset, std::int64_t length) {
+            const ContiguousView view(extents, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT);
+            check_rows(view, "extents", 3, "three");
+            auto rows = write_extents(static_cast<const std::int64_t*>(view.data()),
+                                      view.size() / (3 * sizeof(std::int64_t)));
+            return self.handle->gather(std::move(rows), as_count(offset, "offset"),
+                                       as_count(length, "length"));
+          },
+          py::arg("extents"), py::arg("offset"), py::arg("length"))
       .def(
           "done",
           [](const FileWriter& self, std::int64_t ticket) {

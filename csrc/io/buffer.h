@@ -21,6 +21,8 @@ class Buffer {
   std::size_t size() const noexcept { return size_; }
 
  private:
+  void spare_forks();
+
   unsigned char* data_ = nullptr;
   std::size_t size_ = 0;
   std::size_t mapped_ = 0;

@@ -23,7 +23,7 @@ enum class Direct {
 
 class File {
  public:
-  // A new file of `size` bytes whose blocks are reserved. Throws IoError: EEXIST, ENOSPC (the
+  // A new file of `size` bytes whose blocks are reserved (not in memory). Throws IoError: EEXIST, ENOSPC (the
   // caller then removes the empty file), ...
   static std::unique_ptr<File> create(System& system, std::shared_ptr<Trace> trace,
                                       const std::string& path, std::uint64_t size, Direct direct,

@@ -24,6 +24,7 @@ struct Request {
   int error = 0;           // errno
   std::size_t asked = 0;   // the source's own: bytes that the request stands for
   std::uint64_t tag = 0;   // the source's own
+  const void* parts = nullptr;  // the source's own
   int attempts = 0;        // since the last progress
   bool refused = false;    // once with EINVAL
   std::int64_t began_ns = 0;

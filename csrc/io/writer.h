@@ -2,10 +2,12 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -18,6 +20,16 @@ using Ticket = std::uint64_t;
 // How long to wait, in seconds; none: for ever.
 using Patience = std::optional<double>;
 
+// File bytes [offset, offset + length) lie at `memory`.
+struct Extent {
+  std::uint64_t offset;
+  std::uint64_t length;
+  const unsigned char* memory;
+};
+
+// From rows of three integers. Throws std::invalid_argument with the extent's number.
+std::vector<Extent> write_extents(const std::int64_t* values, std::size_t count);
+
 class Writer final : public Source {
  public:
   // Requests have at most `block` bytes, a multiple of `chunk`.
@@ -27,6 +39,9 @@ class Writer final : public Source {
   // Queues file bytes [offset, offset + length), which the caller leaves alone until the ticket is
   // done. Throws std::invalid_argument, or what the file failed with.
   Ticket submit(const unsigned char* memory, std::uint64_t offset, std::uint64_t length);
+  // The same for bytes that lie in many places: workers bring them together, and sum them while they
+  // are in the cache. The extents are in the file's order; what none of them holds becomes zeros.
+  Ticket gather(std::vector<Extent> extents, std::uint64_t offset, std::uint64_t length);
   // The ticket's memory is the caller's again.
   bool done(Ticket ticket) const;
   // Waits for that; false: not yet. Throws once the file has failed or was cancelled.
@@ -57,9 +72,18 @@ class Writer final : public Source {
     const unsigned char* memory;
     std::uint64_t offset;
     std::uint64_t length;
+    const std::vector<Extent>* extents;  // null: all of it at `memory`
   };
   void check_open() const;
-  void check_range(const unsigned char* memory, std::uint64_t offset, std::uint64_t length) const;
+  void check_range(std::uint64_t offset, std::uint64_t length) const;
+  void check_extents(const std::vector<Extent>& extents, std::uint64_t offset,
+                     std::uint64_t length) const;
+  [[noreturn]] void refuse(const std::string& what) const;
+  Ticket enqueue(Piece piece);
+  std::size_t gathered_block() const;
+  // Brings together file bytes [begin, begin + length).
+  static void bring(const std::vector<Extent>& extents, std::uint64_t begin, std::size_t length,
+                    unsigned char* memory);
   void credit(Ticket ticket, std::uint64_t bytes);
   void drop_pending();
   template <typename Ready>
@@ -82,6 +106,7 @@ class Writer final : public Source {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Piece> pending_;
+  std::deque<std::vector<Extent>> gathered_;  // of all tickets; a deque does not move them
   std::vector<bool> submitted_;  // per chunk
   std::uint64_t submitted_bytes_ = 0;
   std::unordered_map<Ticket, std::uint64_t> open_;  // ticket -> bytes not written yet

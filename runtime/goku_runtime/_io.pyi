@@ -105,6 +105,13 @@ class FileWriter:
         otherwise through a bounce buffer. Raises ValueError for a range that is not allowed or was
         submitted before, and what the file failed with.
         """
+    def gather(self, extents: BufferObject, offset: int, length: int) -> int:
+        """`submit` for bytes that lie in many places: threads of the engine bring them together.
+
+        extents: C-contiguous int64 rows (offset in the file, length, address), in the file's order;
+            what none of them holds becomes zeros. They are copied, the memory stays until the ticket
+            is done. Raises ValueError also for extents that overlap or leave the range.
+        """
     def done(self, ticket: int) -> bool:
         """Whether the ticket's memory is the caller's again (written, failed or cancelled)."""
     def wait(self, ticket: int, timeout: float | None = None) -> bool:

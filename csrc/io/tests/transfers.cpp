@@ -62,6 +62,37 @@ void round_trips(Folder& folder) {
   }
 }
 
+// What lies in pieces of any length, with gaps between, is brought together by several workers.
+void gathered(Folder& folder) {
+  for (const Kind& kind : kinds()) {
+    Engine engine(small(kind));
+    for (const std::size_t size : {1, 4096, 65537, 3'000'001}) {
+      Bytes data = noise(size, size);
+      std::vector<Extent> extents;
+      std::vector<Bytes> pieces;
+      for (std::size_t at = 0, number = 0; at < size; ++number) {
+        const std::size_t length = std::min<std::size_t>(1 + number * number * 37 % 90'001, size - at);
+        const auto begin = data.begin() + static_cast<std::ptrdiff_t>(at);
+        const auto end = begin + static_cast<std::ptrdiff_t>(length);
+        if (number % 5 == 4) {
+          std::fill(begin, end, static_cast<unsigned char>(0));
+        } else {
+          pieces.emplace_back(begin, end);
+          extents.push_back({at, length, nullptr});
+        }
+        at += length;
+      }
+      for (std::size_t number = 0; number < pieces.size(); ++number)
+        extents[number].memory = pieces[number].data();
+      const std::string path = folder.fresh();
+      auto writer = engine.create(path, size, kChunk, false, 0644);
+      writer->wait(writer->gather(extents, 0, size), std::nullopt);
+      CHECK(writer->finish().second == crc32c(0, data.data(), size));
+      CHECK(content_of(path) == data);
+    }
+  }
+}
+
 void many_at_once(Folder& folder) {
   for (const Kind& kind : kinds()) {
     Engine engine(small(kind));
@@ -130,6 +161,7 @@ void test_transfers() {
   Folder folder;
   joiner_equals_combine();
   round_trips(folder);
+  gathered(folder);
   many_at_once(folder);
   one_file_from_many_threads(folder);
   probing(folder);

@@ -3,8 +3,9 @@
 A save has four parts. *Preparing*: the state is taken apart and laid out, on every rank alone, and one
 all-reduce of a digest shows that all did the same. *Staging*: tensors are copied into page-aligned
 memory. *Writing*: the engine writes each rank's file. *Committing*: rank 0 collects sizes and sums,
-writes the index and the manifest, and renames the directory into place. `save` does all four with a
-few windows of memory; `async_save` leaves the last two, or three, to a thread.
+writes the index and the manifest, and renames the directory into place. `save` stages into a few
+windows of memory, or not at all where the engine can take the tensors from where they lie;
+`async_save` leaves the last two, or three, to a thread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.staging import Memory, Window, write_windows
 
 if TYPE_CHECKING:
-    from goku_runtime._io import FileWriter
+    from goku_runtime._io import Engine, FileWriter
 
 __all__ = ["Checkpointer"]
 
@@ -61,6 +62,7 @@ class _Job:
     progress: Progress
     beside: SmallFiles | None = None  # rank 0's, from when its data is written
     handle: SaveHandle | None = None
+    device: int | None = None  # the training's GPU
     # What the training's stream had reached on each GPU when the save was asked for.
     events: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
@@ -100,6 +102,7 @@ class Checkpointer:
         self._layouts = Layouts(self._ranks)
         self._staged: tuple[Layout, Memory, Window] | None = None
         self._ring: list[Memory] = []
+        self._engine: Engine | None = None
         self._handle: SaveHandle | None = None
         self._anchored: Path | None = None  # of the save before: the directories above are durable
 
@@ -143,16 +146,21 @@ class Checkpointer:
         if stage not in ("now", "background"):
             raise ValueError(f"stage is {stage!r}; allowed: 'now', 'background'")
         self._wait()
-        if self._ranks.count > 1 and self._background is None:
-            self._background = self._gloo()
+        self._have_background()
         job = self._prepare(state, path, overwrite, latest, retention)
         handle = job.handle = SaveHandle(job.target, job.progress)
-        for device in {source.device for source in job.sources if source.is_cuda}:
-            job.events[device] = torch.cuda.current_stream(device).record_event()
         executor = ThreadPoolExecutor(1, thread_name_prefix=f"saving {job.target.name}")
         try:
+            if job.layout.on_gpu:
+                job.device = torch.cuda.current_device()
+            for device in {source.device for source in job.sources if source.is_cuda}:
+                job.events[device] = torch.cuda.current_stream(device).record_event()
             handle.follow(executor.submit(self._run, job, handle))
-        except BaseException:  # the system has no thread left, or the interpreter is ending
+        except (
+            BaseException
+        ) as error:  # the system has no thread left, or the interpreter is ending
+            # The threads of the other ranks are in their first exchange, and learn of it there.
+            (self._background or self._ranks).fail(error)
             self._abandon(job)
             raise
         executor.shutdown(wait=False)  # the thread ends with its one task
@@ -166,21 +174,31 @@ class Checkpointer:
 
         The layout is made, and the memory that tensors are staged in is had from the system, which
         takes 1 to 5 s per GiB. Nothing is kept if a later state has another layout: give it what will
-        be saved (an optimizer's state comes with its first step).
+        be saved (an optimizer's state comes with its first step). Ranks whose states differ gather a
+        new layout at each save, and keep nothing.
 
         Raises:
-            As `async_save`, what shows before anything is written.
+            As `async_save`, what shows before anything is written; OSError, on all ranks: one has not
+            that much memory.
         """
         self._wait()
+        self._have_background()
         layout, tree, _ = self._layouts.of(state)
-        layout.files(tree)  # kept: the index of thousands of ranks takes seconds
-        limit = self._options.staging_bytes
-        if limit is None or layout.image.nbytes <= limit:
-            self._whole(layout, touch=True)
-        else:
-            self._make_ring(*self._ring_for(layout, limit), pin=layout.on_gpu)
-            for memory in self._ring:
-                memory.touch()
+
+        def have() -> None:
+            if self._ranks.is_first:
+                layout.files(tree)  # kept: the index of thousands of ranks takes a second
+            limit = self._options.staging_bytes
+            if not layout.image.nbytes:
+                return
+            if limit is None or layout.image.nbytes <= limit:
+                self._whole(layout, touch=True)
+            else:
+                self._make_ring(*self._ring_for(layout, limit), pin=layout.on_gpu)
+                for memory in self._ring:
+                    memory.touch()
+
+        self._ranks.together(have)
 
     def wait(self) -> None:
         """Waits for the save in the background, if there is one, and raises its error."""
@@ -207,6 +225,9 @@ class Checkpointer:
             if self._staged is not None:
                 self._staged[1].close()
             self._ring, self._staged = [], None
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
             for group in self._groups:
                 with suppress(
                     ValueError, AssertionError
@@ -222,6 +243,11 @@ class Checkpointer:
             self._handle.wait_ended()
             self._handle = None
 
+    def _have_background(self) -> None:
+        """The group for the thread of `async_save`, whose exchanges must not meet the training's."""
+        if self._ranks.count > 1 and self._background is None:
+            self._background = self._gloo()
+
     def _gloo(self) -> Ranks:
         """The same ranks with a Gloo group of their own."""
         group = self._ranks.new_gloo_group()
@@ -236,10 +262,30 @@ class Checkpointer:
         latest: bool,
         retention: Retention | None,
     ) -> _Job:
+        if "://" in os.fspath(path):
+            raise ValueError(f"path is {os.fspath(path)!r}; allowed: a directory, no address")
+        if retention is not None and not isinstance(retention, Retention):
+            raise ValueError(f"retention is {retention!r}; allowed: None or Retention(keep_last)")
         target = Path(os.path.abspath(path))
         layout, tree, sources = self._layouts.of(state)
-        directory = self._ranks.on_first(lambda: self._make(target, overwrite))
-        unfinished = Path(self._ranks.gather(str(directory.path) if directory else "")[0])
+        made: list[NewDirectory] = []
+
+        def make() -> tuple[str, str]:
+            if self._ranks.is_first:
+                made.append(self._make(target, overwrite))
+            return str(made[0].path) if made else "", str(target)
+
+        try:
+            found = self._ranks.collect(make)
+            for rank, (_, other) in enumerate(found):
+                if other != found[0][1]:
+                    raise ValueError(f"path is {found[0][1]} on rank 0 and {other} on rank {rank}")
+            unfinished = Path(found[0][0])
+        except BaseException:
+            if made:  # an exchange that fails after it
+                made[0].discard()
+            raise
+        directory = made[0] if made else None
         progress = Progress(layout.image.nbytes)
         return _Job(
             layout, tree, sources, target, directory, unfinished, latest, retention, progress
@@ -299,6 +345,9 @@ class Checkpointer:
     def _run(self, job: _Job, handle: SaveHandle) -> None:
         """The thread of `async_save`."""
         try:
+            if job.device is not None:
+                # A new thread begins on GPU 0: memory pinned by it would cost each rank a context there.
+                torch.cuda.set_device(job.device)
             self._write(job, self._background or self._ranks)
         except BaseException as error:
             # Nobody may ask for the result. Before it is there: whoever does prints after this.
@@ -330,8 +379,12 @@ class Checkpointer:
         """`_write_files`, and the one error for a save that was given up, however far it was."""
         try:
             sums = self._write_files(job)
-        except OSError as error:
-            if error.errno == errno.ECANCELED:
+        except BaseException as error:
+            # Training here need not wait until the other ranks have written.
+            job.sources = []
+            if job.handle is not None:
+                job.handle.staged()
+            if isinstance(error, OSError) and error.errno == errno.ECANCELED:
                 raise _cancelled(job) from error
             raise
         if job.handle is not None and job.handle.cancelled:
@@ -354,15 +407,18 @@ class Checkpointer:
         path = job.unfinished / job.layout.file
         memory = self._stage_whole(job)
         self._begin_beside(job)  # once training may go on: it takes the interpreter's lock at times
-        engine = self._options.engine(trace=self._journal is not None)
+        engine = self._opened()
         try:
             writer = engine.create(str(path), image.nbytes, chunk=CHUNK, fsync=self._options.fsync)
             job.progress.follow(lambda: writer.written)
             try:
                 if job.handle is not None:
                     job.handle.on_cancel(writer.cancel)
+                extents = None if job.handle is not None else job.layout.extents.of(job.sources)
                 if memory is not None:
                     writer.submit(memory.address, 0, image.nbytes)
+                elif extents is not None:
+                    writer.gather(extents, 0, image.nbytes)
                 else:
                     self._submit_windows(job, writer)
                 size, crc = writer.finish()
@@ -380,7 +436,7 @@ class Checkpointer:
         finally:
             if self._journal is not None:
                 self._journal.add_trace(engine.trace())
-            engine.close()
+                engine.close()
         beside = path.with_suffix(".crc")
         write_durably(beside, sums, fsync=self._options.fsync, journal=self._journal)
         return {path.name: FileSum(size, crc), beside.name: FileSum(len(sums), crc32c(sums))}
@@ -398,6 +454,14 @@ class Checkpointer:
         if job.handle is not None and job.handle.cancelled:
             raise _cancelled(job)
         commit(job.directory, sums | job.beside.sums(), latest=job.latest, retention=job.retention)
+
+    def _opened(self) -> Engine:
+        """The engine, kept for its memory, which takes time to be had; with a journal one for each save."""
+        if self._journal is not None:
+            return self._options.engine(trace=True)
+        if self._engine is None:
+            self._engine = self._options.engine()
+        return self._engine
 
     def _stage_whole(self, job: _Job) -> Memory | None:
         """Copies the whole image, in the background and where that much memory may be had; else None."""

@@ -16,7 +16,7 @@ from goku_runtime.checkpoint.manifest import (
     raise_problems,
 )
 from goku_runtime.checkpoint.options import Retention
-from goku_runtime.checkpoint.root import prune, set_latest
+from goku_runtime.checkpoint.root import prune, series_of, set_latest
 
 __all__ = ["SmallFiles", "commit"]
 
@@ -74,11 +74,12 @@ def commit(
         directory: with all other files in it, durable.
         sums: of those files.
         latest: whether `latest` is to name it then.
-        retention: removes those that it does not keep, then.
+        retention: removes those of the same series that it does not keep, then.
 
     Raises:
         CheckpointError: a file is missing or has another size: nothing got its name.
-        OSError: as the system raises it.
+        OSError: as the system raises it. If `latest` could not be moved the checkpoint is in its place
+            all the same, which a note says. What cannot be removed is only logged.
     """
     fsync, journal, target = directory.fsync, directory.journal, directory.target
     manifest = Manifest.of(dict(sums))
@@ -87,9 +88,22 @@ def commit(
     raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
     directory.publish()
     if latest:
-        set_latest(target.parent, target.name, journal=journal)
+        try:
+            set_latest(target.parent, target.name, journal=journal)
+        except OSError as error:
+            error.add_note(f"{target} is saved; only `latest` was not moved to it")
+            raise
     if retention is not None:
         last, every = retention.keep_last, retention.keep_every
         # Sizes alone: what was just written is good, and reading it all again takes as long as writing.
-        for path in prune(target.parent, last, keep_every=every, sums=False, journal=journal):
-            logger.info("removed %s", path)
+        try:
+            removed = prune(
+                target.parent, last, keep_every=every, series=series_of(target.name), sums=False,
+                journal=journal,
+            )  # fmt: skip
+            for path in removed:
+                logger.info("removed %s", path)
+        except (
+            OSError
+        ) as error:  # the new one is in its place, and an old one too many does no harm
+            logger.warning("%s is saved; old ones were not removed: %s", target, error)

@@ -143,9 +143,11 @@ class NewDirectory:
                     raise _exists(self.target) from error
                 raise
         self._published = True
-        if self.fsync:
-            sync_directory(self.target.parent, self.journal)
-        os.close(self._lock)
+        try:
+            if self.fsync:
+                sync_directory(self.target.parent, self.journal)
+        finally:
+            os.close(self._lock)
         if replaced is not None:
             _delete(replaced, self.journal)  # the new one is in place already
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from goku_runtime.checkpoint.plan import (
     make_plan_gathered,
 )
 from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.staging import Extents
 from goku_runtime.checkpoint.tree import Flat, flatten, is_spread, leaves, merge, to_json
 
 __all__ = ["STATE_NAME", "Layout", "Layouts", "global_rank"]
@@ -58,12 +60,14 @@ class Layout:
         self._index: bytes | None = None
         self._dcp = dcp_metadata.DcpFiles(plan)
 
+    @cached_property
+    def extents(self) -> Extents:
+        """Of the image, for saves that copy nothing."""
+        with no_collection():
+            return Extents(self.image)
+
     def files(self, tree: Any) -> dict[str, bytes]:
         """The files that rank 0 writes: the index, the values, and what stock DCP reads of both."""
-        with no_collection():
-            return self._files(tree)
-
-    def _files(self, tree: Any) -> dict[str, bytes]:
         if self._index is None:
             self._index = index.to_json(self.plan)
         return {
@@ -158,7 +162,15 @@ def _form(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     from torch.distributed.tensor import DTensor  # here, as in `is_spread`; once for all of them
 
     return tuple(
-        (name, tensor.dtype, tensor.shape, tensor.device_mesh, tensor.placements)
+        (
+            name,
+            tensor.dtype,
+            tensor.shape,
+            tensor.device_mesh,
+            tensor.placements,
+            tensor.is_cuda,
+            getattr(tensor._spec, "shard_order", None),
+        )
         if isinstance(tensor, DTensor)
         else (name, tensor.dtype, tensor.shape, None, tensor.is_cuda)
         for name, tensor in tensors.items()
@@ -176,10 +188,10 @@ def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         tensor: Any = tensors[name]
         local: Tensor = tensor.to_local() if is_spread(tensor) else tensor
         # Of a tensor without elements one box stands for all: nothing is copied.
-        if filled and local.shape != shape:
+        if filled and (local.shape != shape or local.dtype != tensor.dtype):
             raise ValueError(
-                f"{name}: this rank's part has shape {tuple(local.shape)}; its mesh and "
-                f"placements make it {shape}"
+                f"{name}: this rank's part has shape {tuple(local.shape)} and {local.dtype}; its mesh "
+                f"and placements make it {shape}, {tensor.dtype}"
             )
         found.append(local.detach() if local.requires_grad else local)
     return found

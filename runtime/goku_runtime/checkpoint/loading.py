@@ -26,6 +26,10 @@ from goku_runtime.checkpoint.tree import Match, decode, match, parse_tree
 __all__ = ["describe", "load", "read_values"]
 
 
+# Of what does not fit, how much an error shows: a prefix too many is thousands of keys.
+_SHOWN = 10
+
+
 def load(
     state: dict[Any, Any],
     path: str | os.PathLike[str],
@@ -150,8 +154,23 @@ def _matched(
     for rank, (others, _) in enumerate(found):
         problems = problems or [f"rank {rank}: {each}" for each in others]
     if problems:
-        raise ValueError(f"{directory} does not fit the state: " + "; ".join(problems))
+        text = "; ".join(problems[:_SHOWN])
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{directory} does not fit the state: {text}{more}{_hints(problems)}")
     return plan
+
+
+def _hints(problems: list[str]) -> str:
+    """What helps against some of them."""
+    found = []
+    if any(each.endswith(": unexpected") for each in problems):
+        found.append(
+            "partial=True leaves out what the state has no key for (an optimizer has its moments only "
+            "after a step: torch.distributed.checkpoint.state_dict.get_state_dict makes them)"
+        )
+    if any("was saved" in each for each in problems):
+        found.append("convert=True accepts other dtypes")
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _read_tree(directory: Path) -> Any:

@@ -27,7 +27,8 @@ class CheckpointOptions:
             power failure can leave a checkpoint that `verify` finds damaged.
         staging_bytes: the most host memory in which `async_save` keeps a copy of what this rank
             writes; None: as much as that is. With less, staging waits for the device.
-        window_bytes: in which `save` copies and writes; four are in memory at a time.
+        window_bytes: in which `save` copies what does not lie dense in host memory, and writes; four are
+            in memory at a time.
 
     Raises:
         ValueError: a value that is not allowed, with its name.
@@ -91,7 +92,8 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a directory stay.
+    """Which checkpoints of a series stay: those in one directory whose names differ only in the number
+    that ends them, as step_1000 and step_2000. Others (best, final) are left alone.
 
     Attributes:
         keep_last: the newest so many, at least 1.

@@ -126,6 +126,7 @@ class _Planner:
         self._shapes: dict[Any, _Shape] = {}
         self._layouts: dict[Any, tuple[Layout, tuple[int, ...]]] = {}
         self._replicas: dict[Any, Replicas] = {}
+        self._complete: set[Any] = set()  # shapes all of whose boxes somebody holds
         self._rows: list[tuple[str, torch.dtype, tuple[int, ...], _Shape, Replicas]] = []
         self._description: list[Any] = []
         everywhere = torch.arange(world, dtype=torch.int64, device="cpu")
@@ -150,10 +151,12 @@ class _Planner:
             if spec.mesh is not None:
                 columns = sum(each.axis is not None for each in spec.splits)
                 replicas = self._held(spec.mesh, mesh, order, columns, len(layout))
-            absent = (replicas.ranks[:, 0] < 0) & (shape.lengths > 0)
-            if bool(absent.any()):
-                box = layout.box(int(absent.int().argmax()))
-                raise ValueError(f"no rank of the group holds {box}")
+            if (*key, kind) not in self._complete:
+                absent = (replicas.ranks[:, 0] < 0) & (shape.lengths > 0)
+                if bool(absent.any()):
+                    box = layout.box(int(absent.int().argmax()))
+                    raise ValueError(f"no rank of the group holds {box}")
+                self._complete.add((*key, kind))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         self.add_row(name, dtype, spec.shape, shape, replicas, description)
@@ -194,6 +197,9 @@ class _Planner:
 
     def plan(self) -> GlobalPlan:
         """Chooses owners and lays the images out."""
+        return self._alone() if self.world == 1 and self._rows else self._shared()
+
+    def _shared(self) -> GlobalPlan:
         rows = self._rows
         loads = torch.zeros(self.world, dtype=torch.int64, device="cpu")
         owners: list[Tensor] = [loads] * len(rows)

@@ -109,6 +109,10 @@ class Ranks:
                 raise failure.raised(rank)
         return results
 
+    def fail(self, error: BaseException) -> None:
+        """Takes this rank's part in a `together` or `collect` of the others: they raise, naming it."""
+        self.gather(_Failure.of(error))
+
     def agree(self, step: Callable[[], tuple[T, int]]) -> tuple[T, bool]:
         """`together` for a step that also gives a digest, in one all-reduce of three numbers.
 
@@ -132,7 +136,7 @@ class Ranks:
 
     def _largest(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks, by one all-reduce."""
-        found = torch.tensor(numbers, dtype=torch.int64)
+        found = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         if self.count > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return [int(number) for number in found]

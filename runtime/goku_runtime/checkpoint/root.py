@@ -22,7 +22,7 @@ from goku_runtime.checkpoint.directory import (
 from goku_runtime.checkpoint.journal import Journal, logged
 from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
 
-__all__ = ["POINTER_NAME", "latest", "prune", "set_latest"]
+__all__ = ["POINTER_NAME", "latest", "prune", "series_of", "set_latest"]
 
 
 def set_latest(root: str | os.PathLike[str], name: str, *, journal: Journal | None = None) -> None:
@@ -73,6 +73,7 @@ def prune(
     keep_last: int,
     *,
     keep_every: int = 0,
+    series: str | None = None,
     sums: bool = True,
     journal: Journal | None = None,
 ) -> list[Path]:
@@ -87,6 +88,7 @@ def prune(
         keep_last: how many to keep, at least 1.
         keep_every: keeps those, too, whose number (the digits that end the name, as in step_2000) is a
             multiple of this; 0: none.
+        series: only those whose names are this and a number (step_ for step_2000) are looked at; None: all.
         sums: False trusts the sizes and reads nothing.
         journal: that the removals are logged in.
 
@@ -103,7 +105,7 @@ def prune(
         raise ValueError(f"keep_every: found {keep_every}; must be at least 0")
     root = Path(root)
     remove_leftovers(root, journal)
-    complete = _complete(root)
+    complete = [path for path in _complete(root) if series in (None, series_of(path.name))]
     keep = {*complete[:keep_last], latest(root)}
     good = (path for path in complete if not _problems(root, path.name, sums=sums))
     keep.add(next(good, None))
@@ -117,6 +119,11 @@ def prune(
                 remove(path, journal)
                 pruned.append(path)
     return pruned
+
+
+def series_of(name: str) -> str:
+    """A checkpoint's name without the number that ends it."""
+    return name.rstrip("0123456789")
 
 
 def _pointed(root: Path) -> str | None:

@@ -9,6 +9,7 @@ can be repeated for later saves of the same layout. That call is all that traini
 from __future__ import annotations
 
 import ctypes
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from goku_runtime._io import Buffer, FileWriter
     from goku_runtime.checkpoint.plan import Image, Record
 
-__all__ = ["Memory", "Window", "windows", "write_windows"]
+__all__ = ["Extents", "Memory", "Window", "windows", "write_windows"]
 
 
 class Memory:
@@ -159,6 +160,43 @@ def _is_dense(source: Tensor) -> bool:
     kind = type(source) is Tensor or type(source) is torch.nn.Parameter
     plain = kind and source.device.type == "cpu" and source.is_contiguous()
     return plain and not (source.is_conj() or source.is_neg())
+
+
+class Extents:
+    """Where the bytes of an image lie if its tensors are dense and in host memory: nothing is copied.
+
+    Made once for a layout; `of` fills in where the tensors of a save are.
+
+    Args:
+        image: the rank's layout.
+    """
+
+    def __init__(self, image: Image) -> None:
+        places: dict[bytes, int] = {}
+        for record in image.records:
+            for edge in (record.skeleton.before, record.skeleton.after):
+                places.setdefault(edge, 0)
+        at = 0
+        for edge in places:
+            places[edge], at = at, at + len(edge)
+        self._edges = ctypes.create_string_buffer(b"".join(places), at)
+        base = ctypes.addressof(self._edges)
+        self._rows = array("q")
+        for record in image.records:
+            before, after = record.skeleton.before, record.skeleton.after
+            last = record.payload + record.nbytes
+            self._rows.extend((
+                record.offset, len(before), base + places[before],
+                record.payload, record.nbytes, 0,
+                last, len(after), base + places[after],
+            ))  # fmt: skip
+
+    def of(self, sources: Sequence[Tensor]) -> memoryview | None:
+        """Rows for `FileWriter.gather`; None if the bytes of a tensor do not lie as in a record."""
+        if not all(map(_is_dense, sources)):
+            return None
+        self._rows[5::9] = array("q", [source.data_ptr() for source in sources])
+        return memoryview(self._rows)
 
 
 def windows(nbytes: int, size: int) -> Iterator[tuple[int, int]]:

@@ -186,22 +186,17 @@ class Version2(Stored):
             engine: that reads.
             broadcast: read what several ranks hold on one of them, which sends it to the others.
         """
-        mine = {each.name: each.box for each in held(tensors, rank=global_rank())}
-        readers = {
-            name: _first_replicas(tensor, self._ranks) if broadcast else True
-            for name, tensor in tensors.items()
-        }
-        self._ranks.together(
-            lambda: self._load(
-                {
-                    name: tensor
-                    for name, tensor in tensors.items()
-                    if name in mine and readers[name]
-                },
-                mine,
-                engine,
-            )
-        )
+
+        def read() -> None:
+            mine = {each.name: each.box for each in held(tensors, rank=global_rank())}
+            own = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if name in mine and (not broadcast or _first_replicas(tensor, self._ranks))
+            }
+            self._load(own, mine, engine)
+
+        self._ranks.together(read)
         if broadcast:
             for tensor in tensors.values():
                 _send(tensor, self._ranks)
@@ -221,7 +216,7 @@ class Version2(Stored):
             straight = local.device.type == "cpu" and local.is_contiguous()
             lazy = local.is_conj() or local.is_neg()
             if not straight or lazy or local.dtype != stored.dtype:
-                target = torch.empty(mine[name].size, dtype=stored.dtype)
+                target = torch.empty(mine[name].size, dtype=stored.dtype, device="cpu")
                 aside.append((local, target))
                 aside_bytes += target.nbytes
             wanted.append((name, mine[name], target))

@@ -170,7 +170,7 @@ def one_target(rank: int, world: int, root: str) -> None:
 
 
 def one_root(rank: int, world: int, root: str) -> None:
-    """Each has names of its own, moves `latest` and removes what is old, the other's too."""
+    """Each has names of its own in one series, moves `latest` and removes what is old, the other's too."""
     directory = Path(root) / "root"
     directory.mkdir(exist_ok=True)
     alone = MINE[rank]
@@ -178,7 +178,7 @@ def one_root(rank: int, world: int, root: str) -> None:
         for number in range(12):
             step = 100 * rank + number
             handle = saving.async_save(
-                {**values(step), "step": step}, directory / f"writer{rank}-{number}", latest=True,
+                {**values(step), "step": step}, directory / f"step-{2 * number + rank}", latest=True,
                 retention=Retention(3), stage="background" if number % 2 else "now",
             )  # fmt: skip
             handle.result()

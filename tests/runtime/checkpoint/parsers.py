@@ -7,6 +7,7 @@ import math
 import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -59,19 +60,19 @@ class Parser:
 
     def check(self, data: bytes) -> bool:
         """Reads a file: True if it is taken, False if refused. Raises if either is wrong."""
+        taken, found = False, None
         tracemalloc.start()
         try:
-            found = self.read(data)
-            refused = False
-        except CheckpointError:
-            refused = True
-        finally:
+            with suppress(CheckpointError):
+                found = self.read(data)
+                taken = True
             peak = tracemalloc.get_traced_memory()[1]
+        finally:
             tracemalloc.stop()
         assert peak <= MOST_FIRST + MOST_PER_BYTE * len(data), f"{peak} bytes for {len(data)}"
-        if not refused:
+        if taken:
             self.faithful(data, found)
-        return not refused
+        return taken
 
     def mutated(self, data: bytes, random: Random) -> bytes:
         """Another file, which may have the right sum or not."""

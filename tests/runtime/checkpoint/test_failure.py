@@ -56,6 +56,9 @@ def test_a_read_only_file_system(run_ranks: Run, tmp_path: Path) -> None:
     # The scenario's own directory is the mount: what is read-only must not be the test's.
     prefix = (*prefix[:-1], str(directory / "read_only"))
     run_ranks(1, directory, "read_only", prefix=prefix)
+    (directory / "read_only_amid").mkdir()
+    prefix = (*prefix[:-1], str(directory / "read_only_amid"))
+    run_ranks(2, directory, "read_only_amid", prefix=prefix)
 
 
 def test_files_that_may_not_grow(run_ranks: Run, tmp_path: Path) -> None:

@@ -64,17 +64,13 @@ def test_a_device_that_fails_while_writing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str, staging_bytes: int | None
 ) -> None:
     state = {"w": torch.arange(500_000.0), "step": 1}
-    real = CheckpointOptions.engine
+    real = Checkpointer._opened
     options = CheckpointOptions(staging_bytes=staging_bytes, window_bytes=256 * KIB)
     with Checkpointer(options=options) as saving:
         saving.async_save(state, tmp_path / "good").result()
         waits = failing != "wait" or staging_bytes is not None  # all memory at once: no need to
         with monkeypatch.context() as patch:
-            patch.setattr(
-                CheckpointOptions,
-                "engine",
-                lambda self, **given: FailingEngine(real(self, **given), failing),
-            )
+            patch.setattr(Checkpointer, "_opened", lambda self: FailingEngine(real(self), failing))
             handle = saving.async_save(state, tmp_path / "c", stage="background")
             if waits:
                 with pytest.raises(
@@ -92,6 +88,24 @@ def test_a_device_that_fails_while_writing(
         found = {"w": torch.zeros(500_000), "step": 0}
         load(found, tmp_path / name)
         assert torch.equal(found["w"], state["w"])
+
+
+@pytest.mark.parametrize("failing", ["gather", "finish", "chunk_crcs"])
+def test_a_device_that_fails_while_nothing_is_copied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    state = {"w": torch.arange(500_000.0)}
+    real = Checkpointer._opened
+    with Checkpointer() as saving:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpointer, "_opened", lambda self: FailingEngine(real(self), failing))
+            with pytest.raises(OSError, match=r"Input/output error: '.*__0_0\.distcp'"):
+                saving.save(state, tmp_path / "c")
+        assert names(tmp_path) == []
+        saving.save(state, tmp_path / "c")
+    found = {"w": torch.zeros(500_000)}
+    load(found, tmp_path / "c")
+    assert torch.equal(found["w"], state["w"])
 
 
 @pytest.mark.parametrize("sync", ["fsync", "rename", "replace"])

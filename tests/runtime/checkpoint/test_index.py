@@ -443,11 +443,11 @@ def test_faults_of_tilings(
 )
 def test_thousands_of_parts_are_no_matter(shape: tuple[int, ...], boxes: list[Box]) -> None:
     """Pair by pair, 8,000 boxes take a minute; 0.6 s at most was measured."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert fault(shape, boxes) is None
     moved = [*boxes[:77], boxes[78], *boxes[78:]]
     assert fault(shape, moved) is not None
-    assert time.perf_counter() - begin < 6
+    assert time.process_time() - begin < 6
 
 
 # --- runs -------------------------------------------------------------------------------------------
@@ -533,8 +533,8 @@ def test_a_box_among_thousands_of_parts() -> None:
     parts = tuple(StoredPart(i, 64, Box((2 * i, 0), (2, 8))) for i in range(20_000))
     tensor = IndexTensor(torch.int8, (40_000, 8), parts)
     tensor.runs(Box((0, 0), (1, 1)))
-    begin = time.perf_counter()
+    begin = time.process_time()
     for i in range(2000):
         (run,) = tensor.runs(Box((2 * i, 0), (2, 8)))
         assert run == Run(i, 64, 16, 1, 16, 0, 16)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2

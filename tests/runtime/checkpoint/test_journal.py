@@ -58,9 +58,9 @@ def test_a_save(tmp_path: Path) -> None:
 def test_replacing_and_removing(tmp_path: Path) -> None:
     journal = Journal()
     with Checkpointer(journal=journal) as saving:
-        saving.save({"step": 1}, tmp_path / "c")
-        saving.save({"step": 2}, tmp_path / "c", overwrite=True)
-        saving.save({"step": 3}, tmp_path / "d", retention=Retention(1))
+        saving.save({"step": 1}, tmp_path / "c-1")
+        saving.save({"step": 2}, tmp_path / "c-1", overwrite=True)
+        saving.save({"step": 3}, tmp_path / "c-2", retention=Retention(1))
     kinds = [each.kind for each in journal.operations]
     assert kinds.count("exchange") == 1
     assert kinds.count("rmtree") == 2

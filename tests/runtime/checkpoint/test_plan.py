@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from goku_runtime.checkpoint import plan as plan_module
 from goku_runtime.checkpoint.plan import (
     Box,
     Described,
@@ -514,3 +515,38 @@ def test_thousands_of_ranks_take_less_than_seconds(shape: tuple[int, int]) -> No
     plan.local(math.prod(shape) - 1)
     assert time.perf_counter() - begin < 5
     assert sum(1 for _ in plan.entries["layers.0.w"].parts()) == shape[1]
+
+
+# ---- one rank ----
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bool, torch.complex64]),
+            st.lists(st.integers(0, 300), max_size=3),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_one_rank_alone_lays_out_what_several_would(
+    drawn: list[tuple[torch.dtype, list[int]]],
+) -> None:
+    tensors = {f"t{i}": torch.empty(shape, dtype=dtype) for i, (dtype, shape) in enumerate(drawn)}
+    planners = [plan_module._Planner(1, None) for _ in range(2)]
+    for name, tensor in tensors.items():
+        for planner in planners:
+            planner.add(name, tensor.dtype, plan_module.spec_of(name, tensor, planner.known))
+    alone, shared = planners[0]._alone(), planners[1]._shared()
+    assert alone.digest() == shared.digest()
+    assert alone.sizes == shared.sizes
+    assert alone.local(0) == shared.local(0)
+    for name, entry in shared.entries.items():
+        assert list(alone.entries[name].parts()) == list(entry.parts())
+    made = make_plan(tensors, world=1)
+    assert made.local(0) == shared.local(0)
+
+
+def test_one_rank_without_tensors() -> None:
+    assert make_plan({}, world=1).sizes == (0,)

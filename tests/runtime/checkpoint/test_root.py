@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from goku_runtime.checkpoint import CheckpointError, latest, load, prune, save, set_latest
+from goku_runtime.checkpoint import (
+    CheckpointError,
+    Retention,
+    latest,
+    load,
+    prune,
+    save,
+    set_latest,
+)
 from goku_runtime.checkpoint.directory import remove_leftovers
 
 
@@ -188,3 +196,29 @@ def test_prune_leaves_incomplete_ones_alone(tmp_path: Path) -> None:
 def test_prune_wants_to_keep_something(tmp_path: Path, keep: int) -> None:
     with pytest.raises(ValueError, match=f"keep_last: found {keep}; must be at least 1"):
         prune(tmp_path, keep)
+
+
+def test_only_the_series_is_thinned_out(tmp_path: Path) -> None:
+    retention = Retention(2)
+    save({"step": 0}, tmp_path / "best")
+    save({"step": 0}, tmp_path / "other_1")
+    for step in range(1, 5):
+        save({"step": step}, tmp_path / f"step_{step}", latest=True, retention=retention)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"best", "other_1", "step_3", "step_4", "latest"}
+    save({"step": 9}, tmp_path / "best", overwrite=True, retention=retention)
+    assert {path.name for path in tmp_path.iterdir()} == found
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "file:///tmp/x"])
+def test_addresses_are_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="allowed: a directory, no address"):
+        save({"step": 0}, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_retention_of_another_kind_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"retention is 3; allowed: None or Retention"):
+        save({"step": 0}, tmp_path / "c", retention=3)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ class StagingReader(StorageReader):
         """Reads this rank's part. Raises CheckpointError for a record that is not as described."""
         storage = cast("dict[Any, Any]", self._metadata.storage_data)
         items = sorted(plan.items, key=lambda item: _place(storage[item.storage_index]))
-        place, whole = None, torch.empty(0)
+        place, whole = None, torch.empty(0, device="cpu")
         for item in items:
             # Several parts of one record (the checkpoint had fewer ranks): read it once.
             if place != _place(storage[item.storage_index]):

@@ -1,0 +1,93 @@
+"""Two ranks, one of which fails alone: both raise at once, and can save afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from goku_runtime.checkpoint import Checkpointer, load, save, staging
+
+SECONDS = 20.0  # far less than gloo's patience
+
+
+@contextmanager
+def fails_soon(kind: type[BaseException], words: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    except kind as error:
+        if words not in str(error):
+            raise
+    else:
+        raise AssertionError(f"{kind.__name__} was not raised")
+    assert time.monotonic() - began < SECONDS
+
+
+def state(value: float) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {"w": distribute_tensor(torch.full((64, 3), value), mesh, [Shard(0)]), "step": 1}
+
+
+def no_thread(rank: int, world: int, root: str) -> None:
+    real = ThreadPoolExecutor.submit
+
+    def refused(self: ThreadPoolExecutor, *arguments: Any, **options: Any) -> Any:
+        if rank == 1 and self._thread_name_prefix.startswith("saving"):
+            raise RuntimeError("can't start new thread")
+        return real(self, *arguments, **options)
+
+    directory = Path(root)
+    with Checkpointer() as saving:
+        ThreadPoolExecutor.submit = refused  # type: ignore[method-assign]
+        with fails_soon(RuntimeError, "can't start new thread"):
+            saving.async_save(state(1), directory / "c").result()
+        ThreadPoolExecutor.submit = real  # type: ignore[method-assign]
+        dist.barrier()
+        assert not list(directory.glob(".c.*"))
+        saving.async_save(state(2), directory / "c").result()
+    found = state(0)
+    load(found, directory / "c")
+    assert bool((found["w"].to_local() == 2).all())
+
+
+def no_memory_to_warm(rank: int, world: int, root: str) -> None:
+    real = staging.Memory.__init__
+
+    def refused(self: staging.Memory, *arguments: Any, **options: Any) -> None:
+        if rank == 1:
+            raise OSError(12, "Cannot allocate memory")
+        real(self, *arguments, **options)
+
+    with Checkpointer() as saving:
+        staging.Memory.__init__ = refused  # type: ignore[method-assign]
+        with fails_soon(OSError, "Cannot allocate memory"):
+            saving.warm(state(1))
+        staging.Memory.__init__ = real  # type: ignore[method-assign]
+        saving.async_save(state(2), Path(root) / "c").result()
+
+
+def a_placement_on_one_rank(rank: int, world: int, root: str) -> None:
+    save(state(1.0), Path(root) / "c")
+    mesh = init_device_mesh("cpu", (2,))
+    found: Any = torch.zeros(64, 3)
+    if rank == 0:
+        found = DTensor.from_local(found, mesh, [Partial()], run_check=False)
+    with fails_soon(ValueError, "P(sum)"):
+        load({"w": found, "step": 0}, Path(root) / "c")
+    dist.barrier()
+
+
+def other_paths(rank: int, world: int, root: str) -> None:
+    with fails_soon(ValueError, "on rank 0 and"):
+        save(state(1.0), Path(root) / f"c{rank}")
+    dist.barrier()
+    assert not [path for path in Path(root).iterdir() if path.name.startswith((".c", "c"))]
