@@ -32,7 +32,7 @@ class SavingAttention(Attention):
 
     def forward(
         self, x: Tensor, context: Tensor, packing: Packing, context_packing: Packing,
-        shard: TokenShard | None = None,
+        shard: TokenShard | None = None, position_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert shard is None, "the block is measured whole"
         cfg = self.config
@@ -43,7 +43,7 @@ class SavingAttention(Attention):
             self.q_norm.weight if normed else None, self.k_norm.weight if normed else None,
             cu_seqlens=packing.cu_seqlens, grid_sizes=packing.grid_sizes, axes_dim=cfg.rope_axes,
             norm=cfg.qk_norm, rotate_k=self.rotate_k, theta=cfg.rope_theta, eps=cfg.eps,
-            backend=self.kernels.operator_backend,
+            position_scale=position_scale, backend=self.kernels.operator_backend,
         )  # fmt: skip
         v = self.v_proj(context).unflatten(-1, heads)
         places = (packing, context_packing)
