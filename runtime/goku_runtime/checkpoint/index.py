@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,8 +220,8 @@ def parse(data: bytes, sizes: Mapping[str, int], where: str = INDEX_NAME) -> Ind
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise Bad(f"{next(n for n in names if names.count(n) > 1)!r}: twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        raise Bad(f"{next(n for n in counts if counts[n] > 1)!r}: twice in one object")
     return found
 
 

@@ -5,6 +5,7 @@ None of these is collective: in a job of several ranks, rank 0 calls them and te
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -63,7 +64,12 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
     named = _pointed(root)
     if named is not None and not _problems(root, named):
         return root / named
-    remove_leftovers(root)  # a replaced checkpoint may have to be put back first
+    try:
+        remove_leftovers(root)  # a replaced checkpoint may have to be put back first
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        # Nothing can be put back or removed there; what is complete loads all the same.
     complete = _complete(root)
     return complete[0] if complete else None
 

@@ -64,6 +64,7 @@ def test_a_checkpoint_that_cannot_be_read(run: Run) -> None:
         # ext4 after an error of the device: even fsync of a directory is refused.
         pytest.param(f"{CHANGES} fsync", True, id="by-the-kernel"),
         pytest.param(CHANGES, False, id="by-a-remount", marks=pytest.mark.long),
+        pytest.param(f"{CHANGES} fsync", False, id="without-a-pointer", marks=pytest.mark.long),
     ],
 )
 def test_a_file_system_that_becomes_read_only(
