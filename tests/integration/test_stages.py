@@ -1,4 +1,7 @@
-"""A whole recipe: every stage from the one before, killed and resumed to the same bits, refused with its reasons."""
+"""A whole recipe: every stage from the one before, killed and resumed to the same bits, refused with its reasons.
+
+Over 600 lines: all of these tests look at copies of one trained recipe, which takes most of their time.
+"""
 
 from __future__ import annotations
 
