@@ -16,19 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goku.conditioning import ConditioningConfig, choose_given, condition_latent, latent_index
+from goku.conditioning import (
+    ConditioningConfig,
+    choose_given,
+    condition_latent,
+    drops_both,
+    latent_index,
+)
 from goku.data import CachedSample, Dataset, Item
 from goku.flow import FlowConfig, drop_text, sample_times
 from goku.lost import LostItems
 from goku.model import TokenShard, patchify
-from goku.packing import PackingConfig, cut_grid
+from goku.packing import Grid, PackingConfig, cut_grid
 from goku.parallelize import PackSharding
 from goku.random import Purpose, normal, stream_tensor, uniform_each
 from goku.vae import VideoVAE
 from goku_kernels import Packing
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
 
-__all__ = ["Batch", "BatchBuilder"]
+__all__ = ["Batch", "BatchBuilder", "trained_grid"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Batch:
     packing: of the whole pack; text_packing: of text; items: the B samples in order; weights: (B,) loss weights w_i, 0
     for lost ones;
     shard: which rows x holds, None for all; text_lengths: of every sample, wherever its text is;
-    condition: (rows, condition_dim) given frames beside x, None for a model that takes none; lost: which samples could
-    not be read, their latents being zeros, () for none.
+    condition: (rows, condition_dim) given frames beside x, None for a model that takes none; lost: which samples this
+    process could not read, their latents being zeros, () for none.
     """
 
     x: Tensor
@@ -62,6 +68,23 @@ class Batch:
         return (
             self.x, self.t, self.text, self.packing, self.text_packing, self.shard, self.condition,
         )  # fmt: skip
+
+
+def trained_grid(item: Item, packing: PackingConfig, shards: int, last: bool) -> Grid:
+    """The (t, h, w) tokens that an item is trained with, perhaps cut. shards: processes that share a pack; last:
+    whether clips may be given their last frame. Raises ValueError naming the item where it cannot be trained on."""
+    grid = cut_grid(item.grid, packing.tokens_per_pack, item.name, packing.overlong)
+    tokens = grid[0] * grid[1] * grid[2]
+    if tokens < shards:
+        raise ValueError(
+            f"{item.name} has {tokens} tokens; allowed: parallel.sp = {shards} or more"
+        )
+    if last and 1 < grid[0] < item.grid[0]:
+        raise ValueError(
+            f"{item.name} is cut from {item.grid[0]} latent frames to {grid[0]}, so that its last frame cannot "
+            f"be given; allowed: a smaller data.max_frames, or conditioning.last and conditioning.both 0"
+        )
+    return grid
 
 
 class BatchBuilder:
@@ -93,23 +116,10 @@ class BatchBuilder:
         self.conditioning = conditioning
         self.dataset, self.vae, self.flow, self.packing = dataset, vae, flow, packing
         self.seed, self.device = seed, device
-        self.grids = [
-            cut_grid(item.grid, packing.tokens_per_pack, item.name, packing.overlong)
-            for item in dataset.items
-        ]
-        self.tokens = [t * h * w for t, h, w in self.grids]
         shards = 1 if sharding is None else sharding.size
         last = conditioning is not None and -1 in conditioning.frames
-        for item, tokens, grid in zip(dataset.items, self.tokens, self.grids, strict=True):
-            if tokens < shards:
-                raise ValueError(
-                    f"{item.name} has {tokens} tokens; allowed: parallel.sp = {shards} or more"
-                )
-            if last and 1 < grid[0] < item.grid[0]:
-                raise ValueError(
-                    f"{item.name} is cut from {item.grid[0]} latent frames to {grid[0]}, so that its last frame cannot "
-                    f"be given; allowed: a smaller data.max_frames, or conditioning.last and conditioning.both 0"
-                )
+        self.grids = [trained_grid(item, packing, shards, last) for item in dataset.items]
+        self.tokens = [t * h * w for t, h, w in self.grids]
         self._empty_text = dataset.empty_text
 
     def training(self, positions: Sequence[int], indices: Sequence[int]) -> Batch:
@@ -117,14 +127,16 @@ class BatchBuilder:
         times = sample_times(self.flow, self.seed, positions, [self.tokens[i] for i in indices])
         dropped = drop_text(self.flow, self.seed, positions).tolist()
         picked = uniform_each(self.seed, positions, Purpose.CAPTION).tolist()
-        texts = [
-            None if drop else self.dataset.items[i].choose_caption(u)
-            for i, drop, u in zip(indices, dropped, picked, strict=True)
-        ]
         given = None
         if self.conditioning is not None:
             frames = [self._frames(i) for i in indices]
             given = choose_given(self.conditioning, self.seed, positions, frames)
+            both = drops_both(self.conditioning, self.seed, positions, frames)
+            dropped = [a or b for a, b in zip(dropped, both, strict=True)]
+        texts = [
+            None if drop else self.dataset.items[i].choose_caption(u)
+            for i, drop, u in zip(indices, dropped, picked, strict=True)
+        ]
         return self._build(
             indices, positions, times, texts, Purpose.NOISE, given, posterior_positions=positions
         )
@@ -207,16 +219,28 @@ class BatchBuilder:
             packing=packing,
             text_packing=text_packing,
             items=items,
-            weights=torch.tensor(
-                [0.0 if gone else item.weight for item, gone in zip(items, lost, strict=True)],
-                dtype=torch.float64,
-                device=self.device,
-            ),
+            weights=self._weights(items, lost),
             text_lengths=text_lengths,
             shard=shard,
             lost=tuple(lost) if any(lost) else (),
             condition=None if condition is None else condition.to(self.device),
         )
+
+    def _weights(self, items: Sequence[Item], lost: Sequence[bool]) -> Tensor:
+        """(B,) loss weights, 0 for what any process that shares the pack has lost.
+
+        A sample attends to itself alone, so that nothing of one without weight reaches a gradient, whatever the shards
+        hold of it. The exchange stays on the device: the host waits for nothing.
+        """
+        weights = torch.tensor(
+            [item.weight for item in items], dtype=torch.float64, device=self.device
+        )
+        if not any(lost) and (self.sharding is None or self.lost is None):
+            return weights
+        gone = torch.tensor(lost, dtype=torch.int32, device=self.device)
+        if self.sharding is not None and self.lost is not None:
+            gone = self.sharding.any(gone)
+        return weights * (1 - gone)
 
     def _read(self, index: int, caption: int) -> tuple[CachedSample, bool]:
         """The sample, and whether it is what was cached."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class LostItems:
 
     report: called as report(kind, fields) with "repaired" {name, reason} when an item was made again (the same bits on
     the same machine), and "lost" {name, reason} when it could not be; quarantine: called with the Problem of a lost
-    one. Both are called once an item. limit: `count` may reach it; `check` raises beyond it.
+    one. Both are called once an item. limit: so many items may be lost; `check` raises beyond it.
     """
 
     def __init__(
@@ -48,6 +48,11 @@ class LostItems:
     def count(self) -> int:
         """Items of this process that are lost: once each, however often they are drawn."""
         return len(self._lost)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Their names, and why each is lost."""
+        return {loss.name: loss.reason for loss in self._lost.values()}
 
     def read(
         self, dataset: Dataset, index: int, vae: VideoVAE, caption: int = 0
@@ -68,20 +73,25 @@ class LostItems:
                 sample = dataset.read(index, caption)
             except (ValueError, OSError, ArithmeticError) as error:
                 self._lose(dataset, index, f"{reason}; made again: {error}")
+            except RuntimeError as error:
+                # A GPU that holds a step's activations has seldom room for a clip's too: TooManyLost's own place is
+                # `check`, and a fault of the device shows in the next forward.
+                torch.cuda.empty_cache()
+                why = f"{reason}; made again: {str(error).splitlines()[0] if str(error) else repr(error)}"
+                self._lose(
+                    dataset, index, f"{why} (`goku cache latents` mends it ahead of training)"
+                )
             else:
                 self._tell("repaired", dataset.items[index].name, reason)
                 return sample, True
         return _zeros(dataset, index, vae), False
 
-    def check(self, total: int) -> None:
-        """Raise TooManyLost when `total` (summed over the processes, or `count` of one) is beyond the limit."""
-        if total <= self.limit:
+    def check(self, lost: Mapping[str, str]) -> None:
+        """Raise TooManyLost when the items lost by any process (`names`, united) are more than the limit."""
+        if len(lost) <= self.limit:
             return
-        some = "; ".join(f"{loss.name}: {loss.reason}" for loss in list(self._lost.values())[:3])
-        raise TooManyLost(
-            f"{total} items are lost, over data.max_lost = {self.limit}"
-            + (f": {some}" if some else "")
-        )
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(lost.items())[:3])
+        raise TooManyLost(f"{len(lost)} items are lost, over data.max_lost = {self.limit}: {some}")
 
     def _lose(self, dataset: Dataset, index: int, reason: str) -> None:
         item = dataset.items[index]

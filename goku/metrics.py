@@ -24,6 +24,7 @@ __all__ = ["RunLog", "progress_bar", "read_log"]
 
 # Without a terminal (CI, a batch job) a line this often, in seconds, is enough to see that the run lives.
 _PLAIN_INTERVAL = 20.0
+_BLOCK = 1 << 16
 
 
 def progress_bar(console: Console) -> Progress:
@@ -147,10 +148,20 @@ def _drop_torn_line(path: Path) -> None:
     """A kill can leave half a line; what follows must not be glued to it."""
     if not path.exists():
         return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+    with path.open("r+b") as file:
+        end = high = file.seek(0, os.SEEK_END)
+        # Where the last whole line ends, looked for from behind: a log may have gigabytes.
+        whole = 0
+        while high > 0:
+            low = max(0, high - _BLOCK)
+            file.seek(low)
+            newline = file.read(high - low).rfind(b"\n")
+            if newline >= 0:
+                whole = low + newline + 1
+                break
+            high = low
+        if whole < end:
+            file.truncate(whole)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

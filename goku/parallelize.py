@@ -274,6 +274,11 @@ class PackSharding:
         """(T, ...) on every process from their rows of it."""
         return self.sequence_parallel.gather(x, tokens)
 
+    def any(self, flags: Tensor) -> Tensor:
+        """(n,) integers: the largest of each over the group's processes. All of them call this together."""
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.sequence_parallel.group)
+        return flags
+
     @staticmethod
     def text(texts: Sequence[Tensor], shard: TokenShard) -> list[Tensor]:
         """The texts with those of samples that have no row in the shard emptied."""

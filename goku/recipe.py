@@ -117,9 +117,6 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     shared |= {"out": out, "seed": seed}
     data = _section(shared, "data")
     sources = _sources(tree, data)
-    held_out = sources.get(str(shared.get("unseen")))
-    if isinstance(held_out, Mapping):  # `unseen` may name a source
-        shared["unseen"] = held_out.get("path")
     # All stages keep their latents and embeddings in one place, by content.
     shared["data"] = {"cache": str(Path(out) / "cache")} | data
     stages: list[Stage] = []
@@ -175,11 +172,26 @@ def _stage(
     run["seed"] = stage_seed(shared["seed"], name)
     if carry.stream:
         run["seed"] = next(stage for stage in earlier if stage.name == start).config.seed
-    run["data"] = _section(run, "data", where) | _drawn(written, where, sources)
+    held_out = _held_out(run, sources, f"{where}." if "unseen" in own else "")
+    run["data"] = _section(run, "data", where) | _drawn(written, where, sources, held_out)
+    if held_out is not None:
+        run["unseen"] = sources[held_out]["path"]
+    if "schedule_offset" in _section(run, "optimizer", where):
+        raise parser.ConfigError(
+            f"{where}.optimizer.schedule_offset",
+            run["optimizer"]["schedule_offset"],
+            "carry.schedule sets it; leave it out",
+        )
     try:
         config = resolve(run, where)
     except parser.ConfigError as error:
         raise _placed(error, name, own) from error
+    if carry.schedule and config.optimizer.schedule != "constant":
+        raise parser.ConfigError(
+            f"{where}.carry.schedule",
+            True,
+            f"allowed: with optimizer.schedule: constant; a {config.optimizer.schedule} ends with its stage",
+        )
     return Stage(name=name, index=index, config=config, start=start, carry=carry)
 
 
@@ -248,8 +260,26 @@ def _sources(tree: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]
     return sources
 
 
-def _drawn(written: Mapping[str, Any], where: str, sources: Mapping[str, Any]) -> dict[str, Any]:
-    """data.sources and data.mix of a stage: the sources that its mix names, or all of them without one."""
+def _held_out(run: Mapping[str, Any], sources: Mapping[str, Any], where: str) -> str | None:
+    """The source that `unseen` names; None where it is a path, or nothing."""
+    name = run.get("unseen")
+    source = sources.get(name) if isinstance(name, str) else None
+    if not isinstance(source, Mapping) or "path" not in source:
+        return None
+    more = [key for key in source if key != "path"]
+    if more:
+        raise parser.ConfigError(
+            f"{where}unseen",
+            name,
+            f"a source that is held out has a path alone, not {', '.join(more)}",
+        )
+    return str(name)
+
+
+def _drawn(
+    written: Mapping[str, Any], where: str, sources: Mapping[str, Any], held_out: str | None
+) -> dict[str, Any]:
+    """data.sources and data.mix of a stage: the sources that its mix names, or without one all that are trained on."""
     if not sources:
         if "mix" in written:
             raise parser.ConfigError(
@@ -257,7 +287,12 @@ def _drawn(written: Mapping[str, Any], where: str, sources: Mapping[str, Any]) -
             )
         return {}
     if "mix" not in written:
-        return {"sources": dict(sources)}
+        drawn = {name: source for name, source in sources.items() if name != held_out}
+        if not drawn:
+            raise parser.ConfigError(
+                "unseen", held_out, "is the only source: nothing is left to train on"
+            )
+        return {"sources": drawn}
     mix = _section(written, "mix", where)
     if not mix:
         raise parser.ConfigError(f"{where}.mix", mix, "must name a source at least")
@@ -265,6 +300,10 @@ def _drawn(written: Mapping[str, Any], where: str, sources: Mapping[str, Any]) -
         if name not in sources:
             hint = _nearest(name, list(sources))
             raise parser.ConfigError(f"{where}.mix.{name}", value, f"is no source; {hint}")
+        if name == held_out:
+            raise parser.ConfigError(
+                f"{where}.mix.{name}", value, "`unseen` holds this source out; give one of them up"
+            )
     return {"sources": {name: sources[name] for name in mix}, "mix": dict(mix)}
 
 

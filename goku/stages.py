@@ -7,6 +7,7 @@ There is no file that says how far a recipe is. A stage is finished when the lat
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +23,19 @@ from goku.carry import Start, checkpoint_id
 from goku.data import Quarantine
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
-from goku.prepare import prepare_datasets, prepare_text, prepare_vae, prepare_validator
+from goku.prepare import (
+    check_validation,
+    prepare_datasets,
+    prepare_text,
+    prepare_vae,
+    prepare_validator,
+)
 from goku.recipe import Recipe, Stage
 from goku.run_config import RunConfig, model_differences, resume_differences
-from goku.run_folder import locked, write_config
+from goku.run_folder import locked, write_config, write_whole
 from goku.sampler import find_checkpoint
 from goku.text import TextEncoder
-from goku.trainer import StopRequest, Trainer
+from goku.trainer import STAGE_NOTE, StopRequest, Trainer
 from goku.vae import VideoVAE
 from goku_runtime import checkpoint
 
@@ -268,6 +275,8 @@ def run_recipe(
         first = next((s for s in wanted if found[s.index].status != "finished"), None)
         if first is not None:
             _start(recipe, first, found, context)  # before minutes of work on a VAE
+        left = [stage.config for stage in wanted if found[stage.index].status != "finished"]
+        check_validation(left, context)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None
         for stage in wanted:
@@ -350,6 +359,10 @@ def _run_stage(
     )  # fmt: skip
     if start is not None:
         _start(recipe, stage, found, context, trainer.fingerprints)  # now with the data's
+    if start is not None:
+        command = f"goku train {recipe.source or 'RECIPE'} --stage {stage.name}"
+        note = json.dumps({"stage": stage.name, "command": command})
+        context.on_main(lambda: write_whole(Path(config.out) / STAGE_NOTE, f"{note}\n"))
     outcome = trainer.run(stop, profile)
     written = find_checkpoint(trainer.checkpoints.root) if context.is_main else None
     log.event(

@@ -46,10 +46,8 @@ class StepStatistics:
         )
         areas = [item.grid[1] * item.grid[2] for item in batch.items]
         sizes = torch.tensor([_resolution(area) for area in areas], device=losses.device)
-        ones = torch.full_like(losses, float(first))
-        if batch.lost:
-            there = torch.tensor([not lost for lost in batch.lost], device=losses.device)
-            losses, ones = losses * there, ones * there
+        there = batch.weights > 0  # an item's weight is; lost ones have none
+        losses, ones = losses * there, float(first) * there.double()
         begin = _FIRST
         for groups, count in zip((bins, kinds, sizes), _GROUPS, strict=True):
             self.vector[begin : begin + count].index_add_(0, groups, losses)
@@ -58,7 +56,7 @@ class StepStatistics:
             begin += 2 * count
 
     def count_lost(self, items: int) -> None:
-        """Say how many items this process's pack group has lost so far; of a group's processes one says it."""
+        """Say how many items this process has lost so far."""
         self.vector[_LOST] = items
 
     def ask_to_stop(self) -> None:
@@ -72,7 +70,8 @@ class StepStatistics:
 
     @property
     def lost(self) -> int:
-        """After the reduction: items that are lost, counted by every group that drew them."""
+        """After the reduction: items that are lost, counted by every process that drew them: when it grows, some more
+        are."""
         return int(self.vector[_LOST])
 
     @property

@@ -58,7 +58,11 @@ from goku.vae import VideoVAE
 from goku.validation import Validator
 from goku_runtime import checkpoint
 
-__all__ = ["StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
+__all__ = ["STAGE_NOTE", "StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
+
+
+STAGE_NOTE = "stage.json"
+"""Beside a stage's config.yaml, for stages that begin from something: by which command they do."""
 
 
 class TrainingStopped(RuntimeError):
@@ -132,6 +136,7 @@ class Trainer:
         self.lost = self._lost_items()
         self.quarantine = quarantine or Quarantine(self.out / "quarantine.jsonl")
         self.notices: list[_Notice] = []
+        self.told: set[tuple[str, str, int | None]] = set()
         self.builder = self._builder(dataset, self.lost)
         self.unseen = None if unseen is None else self._builder(unseen, self._lost_items())
         self.validator = validator
@@ -149,6 +154,7 @@ class Trainer:
         self.stage, self.start = stage, start
         self.start_record = None if start is None else start.record()
         self.limits = _largest(self.builder.grids)
+        self.area = max(h * w for _, h, w in self.builder.grids)
         self.fingerprints = {
             "data": dataset.fingerprint(),
             "grids": hashlib.sha256(json.dumps(self.builder.grids).encode()).hexdigest(),
@@ -206,6 +212,7 @@ class Trainer:
             if isinstance(stop, StopRequest):
                 stop.graceful = True
             if not resumed:
+                self._check_start()
                 if self.start is not None:
                     carry_over(self, self.start, log)
                 self.evaluate(log)
@@ -232,6 +239,8 @@ class Trainer:
                         self.checkpoints.save(self.state(), self.step, log)
                     if stopping or last:
                         self.checkpoints.finish(log)
+                        if self.validator is not None:
+                            self.validator.close(self.step, log)
                     if stopping and not last:
                         log.event("stop", self.step)
                         log.message(
@@ -241,6 +250,20 @@ class Trainer:
             log.event("finish", self.step)
             log.message(f"finished at step {self.step}; try: goku sample {self.out} --prompt TEXT")
         return "finished"
+
+    def _check_start(self) -> None:
+        """A stage that has yet to begin from something is begun by its recipe alone: here it would begin fresh."""
+
+        def check() -> None:
+            note = self.out / STAGE_NOTE
+            if self.start is None and note.is_file():
+                command = json.loads(note.read_text(encoding="utf-8"))["command"]
+                raise ValueError(
+                    f"{self.out} is a stage that begins from another one, and has no checkpoint yet; begin it by: "
+                    f"{command}"
+                )
+
+        self.context.on_main(check)
 
     def train_step(self, log: RunLog, stop: threading.Event) -> bool:
         """One optimizer step on the global batch; True when any rank was asked to stop."""
@@ -273,8 +296,7 @@ class Trainer:
                 statistics.add(batch, per_sample, weight_sum, work)
         if stop.is_set():
             statistics.ask_to_stop()
-        if self.context.leads_pack:
-            statistics.count_lost(self.lost.count)
+        statistics.count_lost(self.lost.count)
         self.context.all_sum(statistics.vector)
         norm, lr = self._update()
 
@@ -285,12 +307,9 @@ class Trainer:
             self._log_step(log, statistics, norm, lr, seconds, positions, lengths, shares)
         if self.context.world == 1 or statistics.lost > self.known_lost:
             self._tell(log)
+        if statistics.lost > self.known_lost:
+            self._check_lost(log)
         self.known_lost = statistics.lost
-        try:
-            self.lost.check(statistics.lost)
-        except TooManyLost as error:
-            log.event("gave_up", self.step, lost=statistics.lost)
-            raise TrainingStopped(f"{error}; stopped at step {self.step}") from error
         if self.skipped > train.max_skipped_steps:
             log.event("gave_up", self.step, skipped=self.skipped)
             raise TrainingStopped(
@@ -374,7 +393,7 @@ class Trainer:
             loss_by_bin=by_bin,
             loss_by_modality=by_modality,
             loss_by_resolution=statistics.by_resolution(),
-            positions=positions,
+            positions=[positions[0], positions[-1] + 1],
         )
         shown = "" if mfu is None else f"  MFU {mfu:.0%}"
         log.progress(self.step, f"loss {loss:.4f}  {rate:,.0f} tokens/s{shown}")
@@ -392,13 +411,30 @@ class Trainer:
     def validate(self, log: RunLog) -> None:
         """Draw the validation's cases with the averaged weights, if there are any."""
         if self.validator is not None and self.config.validation.every:
-            self.validator.run(self.ema.module, self.step, log)
+            self.validator.run(self.ema.module, self.step, log, self.limits, self.area)
+
+    def _check_lost(self, log: RunLog) -> None:
+        """Stop where too many items are lost, each counted once, whoever drew it. All processes call this together."""
+        lost = {k: v for each in self.context.gather(self.lost.names) for k, v in each.items()}
+        try:
+            self.lost.check(lost)
+        except TooManyLost as error:
+            log.event("gave_up", self.step, lost=len(lost))
+            raise TrainingStopped(f"{error}; stopped at step {self.step}") from error
 
     def _tell(self, log: RunLog) -> None:
-        """Log what any process read anew or lost since the last time. All processes call this together."""
+        """Log what any process read anew or lost since the last time. All processes call this together.
+
+        A lost item is told once, whoever else loses it, and one that was read anew once a step.
+        """
         mine, self.notices = self.notices, []
         for notices in self.context.gather(mine):
             for notice in notices:
+                what = notice.fields.get("name") or str(notice.problem)
+                told = notice.kind, what, self.step if notice.kind == "repaired" else None
+                if told in self.told:
+                    continue
+                self.told.add(told)
                 if notice.problem is not None:
                     if self.context.is_main:
                         self.quarantine.add([notice.problem])
@@ -437,7 +473,7 @@ class Trainer:
                 "schedule_offset": self.config.optimizer.schedule_offset,
                 "stage": self.stage,
                 "start": self.start_record,
-                "limits": {"grid": list(self.limits)},
+                "limits": {"grid": list(self.limits), "area": self.area},
                 "config": self._saved_config(),
             },
         }
@@ -500,7 +536,10 @@ class Trainer:
     def widen_limits(self, run: dict[str, Any]) -> None:
         """Count the sizes that an earlier run was trained on as trained: `run` is that of its checkpoint."""
         if "limits" in run:
-            self.limits = _largest([self.limits, run["limits"]["grid"]])
+            grid = run["limits"]["grid"]
+            self.limits = _largest([self.limits, grid])
+            # Where it is not recorded: the most that it can have been.
+            self.area = max(self.area, run["limits"].get("area", grid[1] * grid[2]))
 
 
 def _largest(grids: Sequence[Sequence[int]]) -> tuple[int, int, int]:

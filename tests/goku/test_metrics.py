@@ -1,9 +1,15 @@
 """The run log: events survive a kill, a torn line does not spoil what follows."""
 
 import json
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from goku import metrics
 from goku.metrics import RunLog, read_log
 
 
@@ -26,6 +32,19 @@ def test_a_torn_last_line_is_dropped_and_never_glued(tmp_path):
     log.event("resume", 1)
     log.close()
     assert [e["event"] for e in read_log(path)] == ["step", "resume"]
+
+
+@given(
+    st.lists(st.text("ab", max_size=9), max_size=6), st.text("ab", max_size=30), st.integers(1, 12)
+)
+def test_the_end_is_looked_for_in_blocks(lines, torn, block):
+    """Against the whole file at once: a log of gigabytes is not to be read to find its last line."""
+    whole = "".join(f"{line}\n" for line in lines)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(metrics, "_BLOCK", block):
+        path = Path(folder, "train.jsonl")
+        path.write_text(whole + torn)
+        RunLog(path, total_steps=3).close()
+        assert path.read_text() == whole
 
 
 def test_damage_in_the_middle_is_an_error(tmp_path):

@@ -156,8 +156,46 @@ def test_one_dataset_may_be_named_as_a_run_names_it() -> None:
 
 
 def test_unseen_may_be_a_source() -> None:
-    assert _recipe("unseen=clips").stages[0].config.unseen == "media/b"
+    held = {"path": "media/c"}
+    tree = copy.deepcopy(BASE)
+    tree["sources"]["held"] = held
+    for stage in load_recipe(tree, ["unseen=held"]).stages:
+        assert stage.config.unseen == "media/c"
+        assert "held" not in stage.config.data.sources  # the third has no mix, and takes all others
+    assert set(load_recipe(tree, ["unseen=held"]).stages[2].config.data.sources) == {
+        "stills",
+        "clips",
+    }
+    assert set(load_recipe(tree).stages[2].config.data.sources) == {"stills", "clips", "held"}
     assert _recipe("unseen=folder").stages[0].config.unseen == "folder"
+    first, second, _ = load_recipe(tree, ["stages.second.unseen=held"]).stages
+    assert (first.config.unseen, second.config.unseen) == (None, "media/c")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["unseen=stills"], r"stages\.first\.mix\.stills: .*`unseen` holds this source out"),
+        (["unseen=clips"], r"^unseen: found 'clips'; .*a path alone, not form"),
+        (["stages.third.unseen=clips"], r"^stages\.third\.unseen: .*a path alone, not form"),
+        (
+            ["stages.second.carry.schedule=true", "stages.second.optimizer.schedule=cosine"],
+            r"^stages\.second\.carry\.schedule: found True; allowed: with optimizer.schedule: constant",
+        ),
+        (["optimizer.schedule_offset=5"], r"schedule_offset: found 5; carry\.schedule sets it"),
+    ],
+)
+def test_what_is_held_out_or_set_by_the_recipe_is_refused(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(copy.deepcopy(BASE), overrides)
+
+
+def test_a_recipe_that_holds_its_only_source_out_has_nothing_to_train_on() -> None:
+    tree = copy.deepcopy(BASE) | {"sources": {"all": {"path": "media"}}, "stages": {"only": {}}}
+    with pytest.raises(ValueError, match=r"^unseen: found 'all'; is the only source"):
+        load_recipe(tree, ["unseen=all"])
 
 
 @pytest.mark.parametrize(
@@ -326,7 +364,7 @@ def test_the_dry_run_is_a_table_and_one_run() -> None:
     assert by_name["t2i"]["from"] == by_name["t2i"]["carry"] == "-"
     assert by_name["joint-480"]["carry"] == "model+ema+optimizer+schedule"
     assert by_name["joint-480"]["video pixels"] == f"{48 * 80:,}"
-    assert by_name["i2v"]["steps"] == "200"
+    assert by_name["i2v"]["steps"] == "400"
     assert by_name["i2v"]["image pixels"] == by_name["t2i"]["video pixels"] == "-"
     assert {row["status"] for row in by_name.values()} == {"fresh"}
     assert run.startswith("t2i\nout: absent/stages/t2i\n")

@@ -84,7 +84,7 @@ def test_shards_add_parts_of_the_losses_and_are_counted_once() -> None:
 def test_lost_samples_are_in_no_mean_and_items_are_summed() -> None:
     statistics, other = StepStatistics(CPU), StepStatistics(CPU)
     batch = _batch([0, 1, 2])
-    batch.lost, batch.weights[1] = (False, True, False), 0.0
+    batch.weights[1] = 0.0
     statistics.add(batch, torch.tensor([0.5, 100.0, 2.0]), 4.0)
     loss, by_bin, by_modality = statistics.means()
     assert loss == (0.5 * 1.0 + 2.0 * 2.0) / 4

@@ -45,23 +45,46 @@ def _open_gates(model: nn.Module) -> None:
         local(parameter).add_(local(noise))
 
 
+def _lose(dataset: Any) -> None:
+    """From now on neither the first item's latent nor its media can be read by this process."""
+    read = dataset.read
+
+    def broken(index: int, caption: int = 0) -> Any:
+        if index == 0:
+            raise OSError("Input/output error")
+        return read(index, caption)
+
+    def gone(index: int, vae: Any) -> Any:
+        raise OSError("Stale file handle")
+
+    dataset.read, dataset.repair = broken, gone
+
+
 def _whole(parameter: Tensor) -> np.ndarray:
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().numpy()
 
 
 def train(
-    rank: int, world: int, config: str, overrides: list[str], port: int, dtypes: bool = False
+    rank: int,
+    world: int,
+    config: str,
+    overrides: list[str],
+    port: int,
+    dtypes: bool = False,
+    losing: list[int] | None = None,
 ) -> None:
     """One run to its end; rank 0 writes the whole weights and averages to out/weights.npz.
 
     Prints how many rounds of packs this rank ran and how many of them idle. dtypes: check those that
-    parameters have when they are used.
+    parameters have when they are used. losing: ranks that can read the first item no more.
     """
     _join(rank, world, port)
     run = load_run_config(Path(config), overrides)
     with parallel_context("cpu", timeout_minutes=1, dims=run.parallel) as context:
         trainer = _trainer(run, context)
+        if rank in (losing or []):
+            _lose(trainer.builder.dataset)
         rounds = trainer._rounds
         seen: list[bool] = []
 

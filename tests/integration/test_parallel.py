@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ def train(
     What the ranks printed is in its output.txt.
     """
 
-    def run(name: str, world: int, *overrides: str, dtypes: bool = False) -> Path:
+    def run(
+        name: str, world: int, *overrides: str, dtypes: bool = False, losing: Sequence[int] = ()
+    ) -> Path:
         config = write_config(tmp_path / name)
         wanted = [f"train.steps={STEPS}", *overrides]
         arguments = {"config": str(config), "overrides": wanted, "port": _free_port()}
-        call = ("train", arguments | {"dtypes": dtypes})
+        call = ("train", arguments | {"dtypes": dtypes, "losing": list(losing)})
         output = run_processes(world, SCRIPT, call, backend="none")
         (tmp_path / name / "output.txt").write_text(output)
         return tmp_path / name
@@ -112,7 +114,7 @@ MESHES = {
 @pytest.mark.slow
 def test_every_mesh_trains_as_one_process(train: Callable[..., Path]) -> None:
     alone = train("alone", 1, *FEW)
-    assert len({len(step["positions"]) for step in _steps(alone).values()}) > 1
+    assert len({len(range(*step["positions"])) for step in _steps(alone).values()}) > 1
     for name, (world, *overrides) in MESHES.items():
         out = train(name, world, *FEW, *overrides)
         assert_same_run(out, alone)
@@ -201,3 +203,21 @@ def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
     run_processes(4, SCRIPT, call, backend="none")
     assert [step["skipped"] for step in _steps(tmp_path / "decided").values()] == [0, 1, 0, 0]
     assert len(list((tmp_path / "decided" / "checkpoints").glob("step_*"))) == 1
+
+
+@pytest.mark.slow
+def test_what_one_process_loses_has_no_weight_on_any_that_shares_its_pack(
+    train: Callable[..., Path],
+) -> None:
+    """Else a shard of the sample would count and the other not: gradients of nothing that was asked for."""
+    alone = train("alone", 1, losing=[0])
+    lost = [e for e in read_log(alone / "train.jsonl") if e["event"] == "lost"]
+    assert len(lost) == 1
+    # The limit is of items, however many processes lose one.
+    for name, losing in (("second", [1]), ("both", [0, 1])):
+        out = train(name, 2, "parallel.sp=2", "data.max_lost=1", losing=losing)
+        assert_same_run(out, alone)
+        assert [e["step"] for e in read_log(out / "train.jsonl") if e["event"] == "lost"] == [
+            lost[0]["step"]
+        ]
+        assert len((out / "quarantine.jsonl").read_text().splitlines()) == 1

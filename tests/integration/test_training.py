@@ -101,7 +101,7 @@ def test_the_run_learns_and_logs_what_it_promises(whole: Trainer) -> None:
     # From a velocity of zero, eight steps bring the loss down by some per cent.
     assert evaluations[8] < 0.99 * evaluations[0]
     # Every position of the stream once and in order.
-    positions = [p for step in sorted(steps) for p in steps[step]["positions"]]
+    positions = [p for step in sorted(steps) for p in range(*steps[step]["positions"])]
     assert positions == list(range(len(positions)))
 
 
