@@ -146,6 +146,14 @@ def test_what_covers_all_stages_for_a_vae() -> None:
     assert vae.data.min_frames == 1
 
 
+def test_what_any_stage_draws_the_vae_is_trained_on() -> None:
+    """Also where a later stage draws less of it, or none."""
+    tree = copy.deepcopy(BASE)
+    del tree["stages"]["third"]
+    vae = load_recipe(tree, ["stages.second.mix.stills.image=0", "stages.second.mix.stills.video=1"]).vae
+    assert vae.data.mix["stills"] == MixConfig(image=1.0, video=1.0)
+
+
 def test_one_dataset_may_be_named_as_a_run_names_it() -> None:
     tree = copy.deepcopy(BASE) | {"data": {"path": "media"}, "stages": {"only": {}}}
     del tree["sources"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 from collections.abc import Callable
@@ -166,8 +165,7 @@ def test_packs_are_balanced_by_the_given_cost(
         seen.append((lengths, costs))
         return partition(lengths, costs, *rest)
 
-    # By name: goku.data.doctor is also the function.
-    monkeypatch.setattr(importlib.import_module("goku.data.doctor"), "partition", recorded)
+    monkeypatch.setattr("goku.data.layout.partition", recorded)
     doctor(config, PACKING)
     assert seen
     assert all(costs == [length**2 for length in lengths] for lengths, costs in seen)
@@ -183,3 +181,32 @@ def test_an_unlisted_file_is_shown(config: DataConfig, folder: Path) -> None:
         "3 media not listed in metadata.jsonl: b.jpg, c.mp4, d.mkv"
         in doctor(config, PACKING).to_text()
     )
+
+
+def test_limits_remarks_and_equal_files(
+    config: DataConfig, folder: Path, tmp_path: Path, vae: Any, text: Any
+) -> None:
+    """As `prepare` sees them, which alone looked for these once."""
+    (folder / "e.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "e.txt").write_text("this is a")
+    (folder / "f.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "f.txt").write_text("and this is f")
+    config = replace(config, min_frames=9, skip_bad=True)
+    report = doctor(config, PACKING)
+    made = prepare(config, vae, text, cache_dir=tmp_path / "cache").report
+    assert (report.unusable, report.dropped, report.remarks) == (
+        made.problems,
+        made.dropped,
+        made.remarks,
+    )
+    assert [problem.name for problem in report.unusable] == ["e.png"]
+    assert [dropped.name for dropped in report.dropped] == ["d.mkv"]
+    assert [remark.name for remark in report.remarks] == ["f.png"]
+    assert report.listed == 6 == len(report.items) + 2
+    assert "1 unusable, 1 dropped by limits" in report.to_text()
+    for part in ("duplicate of a.png", "fewer than min_frames = 9", "same content as a.png"):
+        assert part in report.to_text()
+        assert part in report.to_json()
+    quick = doctor(config, PACKING, quick=True)
+    assert quick.ok
+    assert len(quick.items) == len(report.items) + 1
