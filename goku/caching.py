@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from goku.data import DataConfig, DataError, PrepareReport, Problem, prepare
 from goku.data.sources import sources_of
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
+from goku.prepare import unseen_data
 from goku.run_config import RunConfig
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
+from goku.validation import read_validation
 
 __all__ = ["CacheSummary", "cache_latents", "cache_text"]
 
@@ -48,11 +49,11 @@ class CacheSummary:
 
 
 def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -> CacheSummary:
-    """Embeddings of every caption of the run's datasets and of the empty prompt.
+    """Embeddings of every caption of the run's datasets, of its validation's cases and of the empty prompt.
 
     Rank r takes prompts r, r + world, ... of those that differ. Raises DataError, once everything good
     is cached, when the listing has problems and data.skip_bad is false; OSError when the cache cannot be
-    written; what the encoder raises.
+    written; what `read_validation` and the encoder raise.
     """
 
     def work() -> tuple[CacheSummary, list[Problem]]:
@@ -62,8 +63,9 @@ def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -
         prompts = {"": None} | {
             prompt: None for part in parts for record in part.records for prompt in record.prompts
         }
+        prompts |= dict.fromkeys(read_validation(config).prompts)
         share = list(prompts)[context.rank :: context.world]
-        cache = TextCache(_folder(config) / "text", text)
+        cache = TextCache(config.cache_folder / "text", text)
         nbytes = 0
         with _shown(config, context, "captions") as show:
             for start in range(0, len(share), _WINDOW):
@@ -99,13 +101,14 @@ def cache_latents(config: RunConfig, context: ParallelContext, vae: VideoVAE) ->
                     data,
                     vae,
                     None,
-                    cache_dir=_folder(config),
+                    cache_dir=config.cache_folder,
                     rank=context.rank,
                     world=context.world,
-                    barrier=context.barrier,
+                    gather=context.gather,
                     progress=show,
                     frames=frames,
                     texts=False,
+                    may_be_empty=data is not config.data,  # what is held out
                 )
                 return dataset.report
 
@@ -131,14 +134,8 @@ def _all_ranks(mine: CacheSummary, context: ParallelContext) -> CacheSummary:
 
 def _datasets(config: RunConfig) -> list[DataConfig]:
     """The training data, and the held-out dataset when there is one."""
-    if config.unseen is None:
-        return [config.data]
-    held_out = replace(config.data, path=config.unseen, sources=None, mix=None)
-    return [config.data, held_out]
-
-
-def _folder(config: RunConfig) -> Path:
-    return Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
+    held_out = unseen_data(config)
+    return [config.data] if held_out is None else [config.data, held_out]
 
 
 def _tell(problems: Sequence[Problem], context: ParallelContext) -> None:
@@ -169,7 +166,7 @@ def _shown(config: RunConfig, context: ParallelContext, what: str) -> Iterator[_
         if not context.is_main:
             return
         if log is None:
-            log = RunLog(_folder(config) / f"{what}.jsonl", total_steps=total, what=label)
+            log = RunLog(config.cache_folder / f"{what}.jsonl", total_steps=total, what=label)
         last = (done, total, nbytes or 0)
         log.progress(done, _rate(done, total, nbytes, time.monotonic() - begin))
 

@@ -36,6 +36,7 @@ __all__ = [
 Media = npt.NDArray[np.uint8]
 
 _KEYWORD = "goku"  # of PNG's text chunk
+_ENCODER_THREADS = 4  # the stream depends on how many there are: never on the machine
 
 
 def to_uint8(video: Any) -> Media:
@@ -85,6 +86,8 @@ def mp4_bytes(
     4:2:0 chroma needs even sides; an odd one repeats its last row or column. metadata: as in `png_bytes`.
     """
     check_media(video)
+    if not 1 <= fps < 2**31:
+        raise ValueError(f"fps is {fps}; allowed: 1 to 2**31 - 1")
     height, width = video.shape[1:3]
     padded = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     out = io.BytesIO()
@@ -99,6 +102,8 @@ def mp4_bytes(
             stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
             stream.width, stream.height = padded.shape[2], padded.shape[1]
             stream.pix_fmt = "yuv420p"
+            stream.codec_context.thread_count = _ENCODER_THREADS
+            stream.codec_context.thread_type = "FRAME"  # slices would cost bytes
             for picture in padded:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
                 container.mux(stream.encode(frame))

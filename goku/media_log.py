@@ -1,13 +1,12 @@
 """Pictures and clips to where people watch a run: TensorBoard or Weights & Biases, by option.
 
-Files that are written already are shown, so that whoever made them, one process can show them all. Both packages are
-imported when something is shown.
+Files that are written already are shown, so that whoever made them, one process can show them all. What fails is told
+and ends nothing: these are places to look at, and the files are on the disk.
 """
 
 from __future__ import annotations
 
 import io
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +16,9 @@ from typing import Literal, get_args
 import av
 from PIL import Image
 
-__all__ = ["PLACES", "Place", "Shown", "check_places", "show"]
+from goku.media_wandb import WandbMedia, check_wandb
+
+__all__ = ["PLACES", "MediaLog", "Place", "Shown", "check_places"]
 
 Place = Literal["tensorboard", "wandb"]
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -33,26 +34,43 @@ class Shown:
 
 
 def check_places(places: Sequence[Place]) -> None:
-    """ImportError, naming what to install, when one of the packages is absent."""
+    """ImportError, naming what to install, when one of the packages is absent; ValueError when W&B has no key."""
     for place in places:
         if find_spec(place) is None:
             raise ImportError(f"media in {place} need it: pip install 'goku[{place}]'")
-
-
-def show(
-    places: Sequence[Place], out: Path, project: str, items: Sequence[Shown], step: int
-) -> None:
-    """Shows all items at `step` of the run in the folder `out`.
-
-    TensorBoard: as images in out/tensorboard/media, clips as GIF (it has no video). W&B: in `project`, the run being
-    the one of this folder (its id is kept in out/wandb_id); WANDB_MODE=offline and its other settings are W&B's own.
-
-    Raises OSError or ValueError for a file that cannot be read, and what W&B raises as RuntimeError.
-    """
-    if "tensorboard" in places:
-        _tensorboard(out / "tensorboard" / "media", items, step)
     if "wandb" in places:
-        _wandb(out, project, items, step)
+        check_wandb()
+
+
+class MediaLog:
+    """Shows media of the run in the folder `out` at `places`.
+
+    TensorBoard: as images in out/tensorboard/media, clips as GIF (it has no video). W&B: in `project`, by a process of
+    its own beside the training (`goku.media_wandb`); WANDB_MODE=offline and its other settings are W&B's own.
+    """
+
+    def __init__(self, places: Sequence[Place], out: Path, project: str) -> None:
+        self._tensorboard = out / "tensorboard" / "media" if "tensorboard" in places else None
+        self._wandb = WandbMedia(out, project) if "wandb" in places else None
+
+    def show(self, items: Sequence[Shown], step: int) -> list[str]:
+        """Shows all items at `step`; what has failed, in words: of W&B perhaps what was shown before."""
+        failed = []
+        if self._tensorboard is not None:
+            try:
+                _tensorboard(self._tensorboard, items, step)
+            except (OSError, RuntimeError, ValueError) as error:
+                failed.append(f"TensorBoard: step {step}: {error}")
+        if self._wandb is not None:
+            try:
+                failed += self._wandb.show([(i.tag, i.path, i.caption) for i in items], step)
+            except OSError as error:
+                failed.append(f"W&B: step {step}: {error}")
+        return failed
+
+    def close(self, wait: float = 60.0) -> list[str]:
+        """Waits so many seconds for what is being shown; what has failed, in words."""
+        return [] if self._wandb is None else self._wandb.close(wait)
 
 
 def _tensorboard(folder: Path, items: Sequence[Shown], step: int) -> None:
@@ -80,39 +98,17 @@ def _picture(path: Path) -> tuple[bytes, int, int]:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             return data, image.height, image.width
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate or 12)
-        frames = [frame.to_image() for frame in container.decode(stream)]
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 12)
+            frames = [frame.to_image() for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError) as error:  # some are no OSError, some clips no video
+        raise ValueError(f"{path} cannot be read as MP4: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} cannot be read as MP4: it has no frame")
     out = io.BytesIO()
     frames[0].save(
         out, "GIF", save_all=True, append_images=frames[1:], duration=1000 / rate, loop=0
     )
     return out.getvalue(), frames[0].height, frames[0].width
-
-
-def _wandb(out: Path, project: str, items: Sequence[Shown], step: int) -> None:
-    import wandb
-
-    name = out / "wandb_id"
-    if not name.is_file():
-        name.write_text(secrets.token_hex(8), encoding="utf-8")
-    try:
-        run = wandb.init(
-            project=project, name=out.name, dir=str(out), id=name.read_text(encoding="utf-8"),
-            resume="allow",
-        )  # fmt: skip
-        try:
-            run.log(
-                {
-                    item.tag: wandb.Image(str(item.path), caption=item.caption)
-                    if item.path.suffix == ".png"
-                    else wandb.Video(str(item.path), caption=item.caption, format="mp4")
-                    for item in items
-                },
-                step=step,
-            )
-        finally:
-            run.finish()
-    except wandb.Error as error:
-        raise RuntimeError(f"W&B: {error}") from error

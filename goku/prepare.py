@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from torch import Tensor
 from goku.data import (
     DataConfig,
     Dataset,
+    ItemList,
     MixConfig,
+    Problem,
     Quarantine,
+    Record,
     SourceConfig,
     decode_all,
     list_records,
@@ -23,15 +26,30 @@ from goku.data import (
     quarantine_message,
     read_records,
 )
+from goku.data.filler import FROM_CACHE
+from goku.data.item_list import FILE_NAME, LEFT_OUT
+from goku.data.record import some
+from goku.data.sources import check_listing
+from goku.data.survey import Scans
+from goku.media_log import check_places
 from goku.metrics import RunLog, progress_bar
 from goku.packing import cut_grid
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 from goku.text import LazyTextEncoder, TextCache, TextEncoder, load_text_encoder
 from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae, vae_folder
-from goku.validation import Validator
+from goku.validation import Validator, read_validation
+from goku_runtime import checkpoint
 
-__all__ = ["prepare_datasets", "prepare_text", "prepare_vae", "prepare_validator"]
+__all__ = [
+    "check_sources",
+    "check_validation",
+    "prepare_datasets",
+    "prepare_text",
+    "prepare_vae",
+    "prepare_validator",
+    "unseen_data",
+]
 
 
 def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
@@ -104,7 +122,7 @@ def prepare_text(config: RunConfig, context: ParallelContext) -> LazyTextEncoder
 
     def load() -> LazyTextEncoder:
         # Its weights are read when a prompt is in no cache: not at all at a warm start.
-        known = _cache(config) / "text" / "encoders"
+        known = config.cache_folder / "text" / "encoders"
         text = LazyTextEncoder(config.text, device=context.device, directory=known)
         _check_text(config, text)
         return text
@@ -123,31 +141,78 @@ def prepare_datasets(
 
     text: an encoder that was loaded before; None loads that of config.text. quarantine: where items that cannot be used
     are listed, by default config.out/quarantine.jsonl.
+
+    A run that goes on gets the items that it began with, as far as config.out lists them (`goku.data.ItemList`). Of
+    unseen items that the limits leave none of, it is said so. Raises what `goku.data.prepare` raises, on all ranks, and
+    ValueError when the ranks would train on different items.
     """
     if text is None:
         text = prepare_text(config, context)
     _check_text(config, text)
-    cache = _cache(config)
+    cache = config.cache_folder
     texts = TextCache(cache / "text", text)
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     if quarantine is None:
         quarantine = Quarantine(Path(config.out) / "quarantine.jsonl")
-    unseen, held_out = None, _unseen(config)
-    training = _prepare(config.data, vae, texts, cache, context, frames, "latents", quarantine)
+    unseen, held_out = None, context.together(lambda: unseen_data(config))
+
+    def prepared(data: DataConfig, source: str, items: ItemList | None) -> Dataset:
+        return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items)
+
+    training = prepared(config.data, "", _items_of_run(config, context))
     if held_out is not None:
-        unseen = _prepare(
-            held_out, vae, texts, cache, context, frames, "unseen latents", quarantine
-        )
+        unseen = prepared(held_out, "unseen", None)
+    if unseen is None or not unseen.items:
+        if config.unseen is not None and context.is_main:
+            _say(
+                f"unseen: nothing of {config.unseen} is left by the mix and the limits: no unseen loss"
+            )
+        unseen = None
     if isinstance(text, LazyTextEncoder):
         text.release()
     return training, unseen, text
 
 
+def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> None:
+    """Reads what the validations of these runs need and shows whether it can be used, before hours of other work.
+
+    Raises what `read_validation` and `goku.media_log.check_places` raise, on every process when it fails on one.
+    """
+
+    def look() -> None:
+        for config in configs:
+            read_validation(config)
+
+    context.together(look)
+    places = {p: None for c in configs if c.validation.every for p in c.validation.media}
+    context.on_main(lambda: check_places(tuple(places)))
+
+
+def check_sources(configs: Sequence[RunConfig], context: ParallelContext) -> None:
+    """Lists the datasets of these runs, held-out ones too, before hours of other work; decodes nothing.
+
+    Raises what `goku.data.sources.check_listing` raises, on every process.
+    """
+    scans = Scans()
+
+    def listed(data: DataConfig) -> list[Record]:
+        return list_records(data, scans)
+
+    def look() -> None:
+        for config in configs:
+            check_listing(config.data, scans)
+            held_out = unseen_data(config, listed)
+            if held_out is not None:
+                listed(held_out)
+
+    context.on_main(look)
+
+
 def prepare_validator(
     config: RunConfig, context: ParallelContext, vae: VideoVAE, text: TextEncoder
 ) -> Validator | None:
-    """What draws the cases of config.validation; None where it names no file. Raises what `Validator` raises."""
-    if config.validation.file is None:
+    """What draws the cases of config.validation; None where nothing is to be drawn. Raises what `Validator` raises."""
+    if config.validation.file is None or not config.validation.every:
         return None
     validator = Validator(config.validation, config, context, vae, text)
     if isinstance(text, LazyTextEncoder):
@@ -155,18 +220,17 @@ def prepare_validator(
     return validator
 
 
-def _cache(config: RunConfig) -> Path:
-    return Path(config.data.cache) if config.data.cache else Path(config.out) / "cache"
-
-
-def _unseen(config: RunConfig) -> DataConfig | None:
-    """The held-out dataset as the run's mix would take it: without the modalities that no source of it gives weight."""
+def unseen_data(
+    config: RunConfig, listing: Callable[[DataConfig], list[Record]] = list_records
+) -> DataConfig | None:
+    """The held-out dataset as the run's mix would take it: without the modalities that no source of it gives weight;
+    None where there is none, or nothing is left of it. Raises what `listing` raises."""
     if config.unseen is None:
         return None
     alone = replace(config.data, path=config.unseen, sources=None, mix=None)
     if config.data.mix is None:
         return alone
-    held = {record.is_image for record in list_records(alone)}
+    held = {record.is_image for record in listing(alone)}
     weights = MixConfig(
         image=float(True in held and any(w.image for w in config.data.mix.values())),
         video=float(False in held and any(w.video for w in config.data.mix.values())),
@@ -185,6 +249,27 @@ def _check_text(config: RunConfig, text: TextEncoder) -> None:
         )
 
 
+def _items_of_run(config: RunConfig, context: ParallelContext) -> ItemList | None:
+    """What the run in config.out began with, if it has checkpoints and its list is theirs."""
+
+    def look() -> str | None:
+        # Not `find_checkpoint`, which removes what a crash left: another run may hold the folder.
+        root = Path(config.out) / "checkpoints"
+        for path in sorted(root.glob("step_*"), reverse=True):
+            try:
+                run = checkpoint.read_values(path)["run"]
+            except (checkpoint.CheckpointError, OSError):
+                continue  # the trainer says what is wrong with it
+            return str(run["fingerprints"]["data"])
+        return None
+
+    wanted = context.gather(look() if context.is_main else None)[0]
+    if wanted is None:
+        return None
+    items = context.together(lambda: ItemList.read(Path(config.out) / FILE_NAME))
+    return items if items is not None and items.fingerprint() == wanted else None
+
+
 @torch.no_grad()
 def _prepare(
     data: DataConfig,
@@ -193,15 +278,22 @@ def _prepare(
     cache: Path,
     context: ParallelContext,
     frames: Sequence[int],
-    label: str,
+    source: str,
     quarantine: Quarantine,
+    items: ItemList | None,
 ) -> Dataset:
+    """source: "" for the training data, "unseen", which may be empty."""
+    label = f"{source} latents".lstrip()
     console = RunLog(None, total_steps=0).console
     with progress_bar(console) as bar:
         task = bar.add_task(label, total=None, info="", visible=context.is_main)
+        others = bar.add_task(f"{label} of the other ranks", total=None, info="", visible=False)
 
         def on_item(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
+
+        def on_check(done: int, total: int) -> None:
+            bar.update(others, completed=done, total=total, visible=context.is_main)
 
         dataset = context.together(
             lambda: prepare(
@@ -211,18 +303,49 @@ def _prepare(
                 cache_dir=cache,
                 rank=context.rank,
                 world=context.world,
-                barrier=context.barrier,
+                gather=context.gather,
                 progress=on_item,
+                checking=on_check,
                 frames=frames,
+                items=items,
+                may_be_empty=source == "unseen",
             )
         )
-    problems = dataset.report.problems
-    context.on_main(lambda: _set_aside(dataset, quarantine))
-    if problems and context.is_main:
-        message = quarantine_message(problems, dataset.report.listed, quarantine.path)
-        console.print(f"{label}: {message}", highlight=False, markup=False, soft_wrap=True)
+    _check_equal(dataset, context)
+    report = dataset.report
+    problems = [replace(problem, source=source or problem.source) for problem in report.problems]
+    context.on_main(lambda: _set_aside(problems, quarantine))
+    if context.is_main:
+        cached = [r.name for r in report.remarks if r.text.endswith(FROM_CACHE)]
+        new = [d.name for d in report.dropped if d.reason == LEFT_OUT]
+        lost = [str(problem) for problem in dataset.lost.values()]
+        for line in (
+            quarantine_message(problems, report.listed, quarantine.path),
+            cached and f"{len(cached)} with unusable media {FROM_CACHE}: {some(cached)}",
+            new and f"{len(new)} left out, which the run did not begin with: {some(new)}",
+            lost
+            and f"{len(lost)} of the run's items lost, in its steps with weight 0: {some(lost)}",
+        ):
+            if line:
+                _say(f"{label}: {line}")
     return dataset
 
 
-def _set_aside(dataset: Dataset, quarantine: Quarantine) -> None:
-    quarantine.add(dataset.report.problems)
+def _check_equal(dataset: Dataset, context: ParallelContext) -> None:
+    """Ranks with different items would take different steps and wait for each other for ever."""
+    found = context.gather(dataset.fingerprint())
+    others = [str(rank) for rank, each in enumerate(found) if each != found[0]]
+    if others:
+        raise ValueError(
+            f"rank {', '.join(others)}: the items differ from those of rank 0; allowed: one dataset and one cache that "
+            "all ranks see alike"
+        )
+
+
+def _set_aside(problems: Sequence[Problem], quarantine: Quarantine) -> None:
+    quarantine.add(problems)
+
+
+def _say(line: str) -> None:
+    console = RunLog(None, total_steps=0).console
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

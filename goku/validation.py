@@ -2,7 +2,8 @@
 
 Every case is a pack of its own with a seed of its own: its file has the same bytes whatever the number of processes
 (of fp32 weights, without sequence parallelism). Nothing can hang: what one process may fail at alone is done before
-training on all of them together, or caught and told; and all groups call the model equally often.
+training on all of them together, or caught and told; all groups call the model equally often; and where media are shown
+elsewhere, training does not wait for it.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from goku.conditioning import latent_index
 from goku.flow import Method
-from goku.given import Given, encode_given
+from goku.given import Given, encode_given, read_image
 from goku.media_files import file_stem
-from goku.media_log import PLACES, Place, Shown, check_places, show
+from goku.media_log import PLACES, MediaLog, Place, Shown
 from goku.metrics import RunLog
 from goku.model import GokuTransformer
 from goku.parallelize import ParallelContext
 from goku.precision import autocast_dtype
 from goku.requests import Request, RequestDefaults, read_requests
-from goku.sampler import SampleConfig, decode, describe, integrate_all, save_media
+from goku.sample_config import SampleConfig, describe
+from goku.sampler import decode, integrate_all, save_media
+from goku.sizes import beyond_limits
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
 
 if TYPE_CHECKING:
     from goku.run_config import RunConfig
 
-__all__ = ["ValidationConfig", "Validator", "read_cases"]
+__all__ = ["Cases", "ValidationConfig", "Validator", "read_cases", "read_validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,8 @@ class ValidationConfig:
 
     file: the cases, as `read_cases` reads them; None draws nothing; every: in steps, 0 turns it off; guidance,
     guidance_image, method: as in `goku.sampler.SampleConfig`; steps: of cases that say none; shift: None for the run's
-    flow.shift; fps: of clips that say none; seed: of the first case, the n-th has seed + n unless it says its own;
-    media: where else they are shown; project: the W&B project.
+    flow.shift; fps: of clips that say none, None for data.fps, or 12 where clips keep their own; seed: of the first
+    case, the n-th has seed + n unless it says its own; media: where else they are shown; project: the W&B project.
     """
 
     file: str | None = None
@@ -52,7 +56,7 @@ class ValidationConfig:
     method: Method = "euler"
     steps: int = 30
     shift: float | None = None
-    fps: int = 12
+    fps: int | None = None
     seed: int = 0
     media: tuple[Place, ...] = ()
     project: str = "goku"
@@ -64,19 +68,23 @@ class ValidationConfig:
             raise ValueError(
                 f"validation.every is {self.every} without validation.file; allowed: a file of cases"
             )
-        if self.fps < 1:
-            raise ValueError(f"validation.fps is {self.fps}; allowed: >= 1")
-        if self.seed < 0:
-            raise ValueError(f"validation.seed is {self.seed}; allowed: >= 0")
+        if self.fps is not None and self.fps < 1:
+            raise ValueError(f"validation.fps is {self.fps}; allowed: >= 1, or null")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"validation.seed is {self.seed}; allowed: 0 to 2**64 - 1")
         if not set(self.media) <= set(PLACES) or len(set(self.media)) != len(self.media):
             raise ValueError(
                 f"validation.media is {list(self.media)}; allowed: each of {', '.join(PLACES)} once at most"
             )
         self.settings(1.0)
 
-    def settings(self, shift: float) -> SampleConfig:
-        """How the cases are integrated, `shift` being the run's. Raises ValueError for a value out of range."""
+    def settings(self, shift: float, base_tokens: int | None = None) -> SampleConfig:
+        """How the cases are integrated, with the run's `shift`, and `base_tokens` as in `SampleConfig`.
+
+        A shift of the validation's own is for cases of all sizes. Raises ValueError for a value out of range.
+        """
         return SampleConfig(
+            base_tokens=base_tokens if self.shift is None else None,
             guidance=self.guidance,
             guidance_image=self.guidance_image,
             method=self.method,
@@ -94,6 +102,76 @@ def read_cases(path: Path, defaults: RequestDefaults) -> list[Request]:
     return read_requests(path, replace(defaults, seed_step=1))
 
 
+@dataclass(frozen=True)
+class Cases:
+    """What a run draws of its validation's file: the requests, their places in the file, and what it leaves out of it,
+    as (place, why)."""
+
+    requests: tuple[Request, ...] = ()
+    places: tuple[int, ...] = ()
+    left_out: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every string that is drawn from or guided away from, once, sorted."""
+        return sorted({s for case in self.requests for s in (case.prompt, case.negative)})
+
+
+def read_validation(run: RunConfig) -> Cases:
+    """Reads the run's cases and looks at all that they name; no model is needed. Empty where nothing is to be drawn.
+
+    Left out are cases that this run cannot draw, since stages share one file: those that give an image where the model
+    takes none, and those of more tokens than packing.tokens_per_pack, whose forward might not fit into memory.
+
+    Raises ValueError naming the file and the case for an entry or an image that cannot be used, and for fewer tokens
+    than processes that share them; OSError for a file that is not there.
+    """
+    config = run.validation
+    if config.file is None or not config.every:
+        return Cases()
+    taken, left_out = [], []
+    for place, case in enumerate(read_cases(Path(config.file), _defaults(config, run))):
+        t, h, w = case.grid
+        tokens = t * h * w
+        if case.given and run.model.condition != "frames":
+            left_out.append((place, "it gives an image, which this model does not take"))
+        elif tokens > run.packing.tokens_per_pack:
+            left_out.append(
+                (
+                    place,
+                    f"{case.height} x {case.width}, {case.frames} frames are {tokens} tokens, more than "
+                    f"packing.tokens_per_pack = {run.packing.tokens_per_pack}",
+                )
+            )
+        elif tokens < run.parallel.sp:
+            raise ValueError(
+                f"{config.file}: case {place} has {tokens} tokens; allowed: parallel.sp = "
+                f"{run.parallel.sp} or more"
+            )
+        else:
+            _check_given(case, f"{config.file}: case {place}")
+            taken.append((place, case))
+    return Cases(
+        tuple(case for _, case in taken), tuple(place for place, _ in taken), tuple(left_out)
+    )
+
+
+def _check_given(case: Request, where: str) -> None:
+    """What `encode_given` would refuse, in the place of its images."""
+    latents = [latent_index(frame, case.frames) for frame in case.given]
+    if len(set(latents)) < len(latents):
+        raise ValueError(
+            f"{where}: frames {sorted(case.given)} of {case.frames} share a latent frame; allowed: one given image "
+            "for each"
+        )
+    for image in case.given.values():
+        if isinstance(image, Path):
+            try:
+                read_image(image, case.height, case.width)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+
+
 class Validator:
     """Draws a run's cases. Built on all processes together, and run by all of them together."""
 
@@ -105,63 +183,55 @@ class Validator:
         vae: VideoVAE,
         text: TextEncoder,
     ) -> None:
-        """Reads the cases and all that they name, encodes prompts (through the run's cache) and images.
+        """Reads the cases, encodes their prompts (through the run's cache) and images.
 
-        Cases that give an image are left out of a run whose model takes none: stages share one file.
-
-        Raises ValueError on every process when it fails on one: an entry or an image that cannot be used, a package of
-        `config.media` that is absent (ImportError), more processes sharing a sample than it has tokens.
+        Raises ValueError on every process when it fails on one: what `read_validation` raises.
         """
         self.config, self.context, self.vae = config, context, vae
         self.out = Path(run.out)
         self.device = context.device
         dtype = autocast_dtype(run.train.precision, self.device)
-        self.settings = replace(config.settings(run.flow.shift), precision=dtype)
+        base_tokens = run.flow.base_tokens if run.flow.resolution_shift else None
+        self.settings = replace(config.settings(run.flow.shift, base_tokens), precision=dtype)
+        self.fps = config.fps or run.clip_fps
         self.sharding = context.pack_sharding(run.model.heads)
-        self.cases: list[Request] = []
-        self.places: list[int] = []  # of the cases in their file
-        self.left_out = 0
+        self.media = MediaLog(config.media, self.out, config.project)
+        self.cases: Sequence[Request] = ()
+        self.places: Sequence[int] = ()  # of the cases in their file
+        self.left_out: Sequence[tuple[int, str]] = ()
         self.given: list[Given] = []
         self.prompts: dict[str, Tensor] = {}
+        self._told = False
 
         def ready() -> None:
-            if config.file is None:
-                return
-            check_places(config.media)
-            found = read_cases(Path(config.file), _defaults(config, run))
-            framed = run.model.condition == "frames"
-            self.places = [i for i, case in enumerate(found) if framed or not case.given]
-            takes = self.cases = [found[i] for i in self.places]
-            self.left_out = len(found) - len(takes)
-            self.given = [encode_given(vae, case, self.device) for case in takes]
-            strings = sorted({s for case in takes for s in (case.prompt, case.negative)})
+            found = read_validation(run)
+            self.cases, self.places, self.left_out = found.requests, found.places, found.left_out
+            self.given = [encode_given(vae, case, self.device) for case in self.cases]
             # The cache of the training captions: an encoder of gigabytes need not be read for these alone.
-            cache = Path(run.data.cache) if run.data.cache else self.out / "cache"
-            embeddings = TextCache(cache / "text", text).get(strings)
-            self.prompts = dict(zip(strings, embeddings, strict=True))
-            for place, case in zip(self.places, takes, strict=True):
-                t, h, w = case.grid
-                if t * h * w < context.dims.sp:
-                    raise ValueError(
-                        f"{config.file}: case {place} has {t * h * w} tokens; allowed: parallel.sp = "
-                        f"{context.dims.sp} or more"
-                    )
+            embeddings = TextCache(run.cache_folder / "text", text).get(found.prompts)
+            self.prompts = dict(zip(found.prompts, embeddings, strict=True))
 
         context.together(ready)
 
-    def run(self, model: GokuTransformer, step: int, log: RunLog) -> None:
+    def run(
+        self,
+        model: GokuTransformer,
+        step: int,
+        log: RunLog,
+        limits: tuple[int, int, int] | None = None,
+        area: int | None = None,
+    ) -> None:
         """Draws every case with `model` (the average) into out/validation/step_N; events `validation`.
 
-        Every process calls it at the same step. What fails in decoding, writing or showing becomes an event
-        `validation_failed` and a message, on whichever process it was; what fails in the model is raised.
+        Every process calls it at the same step. limits, area: what was trained on, as in `goku.trained.Trained`; beyond
+        the limits RoPE's positions are scaled. What fails in decoding or writing becomes an event `validation_failed`
+        and a message, on whichever process it was; what fails in showing an event `media_failed`; what fails in the
+        model is raised.
         """
         context = self.context
         folder = self.out / "validation" / f"step_{step:07d}"
-        if self.left_out and step == 0:
-            log.message(
-                f"validation: {self.left_out} of {self.left_out + len(self.cases)} cases give an image, which this "
-                "model does not take, and are left out"
-            )
+        self.settings = replace(self.settings, limits=limits)
+        self._tell_once(step, log, area)
         drawn: list[tuple[int, str, float]] = []
         failures: list[str] = []
         for case_steps, members in _by_steps(self.cases, self.settings.steps):
@@ -172,13 +242,13 @@ class Validator:
                 if idle or not context.leads_pack:
                     continue
                 case = self.cases[index]
-                stem = folder / f"{self.places[index]:04d}_{file_stem(case.prompt[:40])}"
                 try:
+                    stem = folder / f"{self.places[index]:04d}_{file_stem(case.prompt[:40])}"
                     path = save_media(
                         decode(self.vae, latent),
                         stem,
-                        case.fps or self.config.fps,
-                        describe(case, settings, step=step, fps=self.config.fps),
+                        case.fps or self.fps,
+                        describe(case, settings, step=step, fps=self.fps),
                     )
                     shown = str(path.relative_to(self.out))
                     drawn.append((index, shown, time.monotonic() - began))
@@ -190,19 +260,38 @@ class Validator:
             log.event(
                 "validation", step, name=self.cases[index].prompt, path=path_, seconds=seconds
             )
-        told = [failure for _, theirs in results for failure in theirs]
-        if context.is_main and everything and self.config.media:
+        for failure in [failure for _, theirs in results for failure in theirs]:
+            log.event("validation_failed", step, error=failure)
+            log.message(f"validation at step {step} failed: {failure}")
+        if context.is_main and everything:
             items = [
                 Shown(f"validation/{self.places[i]:04d}", self.out / path_, self.cases[i].prompt)
                 for i, path_, _ in everything
             ]
-            try:
-                show(self.config.media, self.out, self.config.project, items, step)
-            except (OSError, RuntimeError, ValueError) as error:
-                told.append(f"showing: {error}")
-        for failure in told:
-            log.event("validation_failed", step, error=failure)
-            log.message(f"validation at step {step} failed: {failure}")
+            self._tell_media(self.media.show(items, step), step, log)
+
+    def close(self, step: int, log: RunLog, wait: float = 60.0) -> None:
+        """Waits at most so many seconds for what is being shown elsewhere. After the last `run`, on every process."""
+        if self.context.is_main:
+            self._tell_media(self.media.close(wait), step, log)
+
+    def _tell_media(self, failures: Sequence[str], step: int, log: RunLog) -> None:
+        for failure in failures:
+            log.event("media_failed", step, error=failure)
+            log.message(f"validation: {failure}")
+
+    def _tell_once(self, step: int, log: RunLog, area: int | None) -> None:
+        """What is left out, and what goes beyond the trained sizes: once a process, and so again after a resume."""
+        if self._told:
+            return
+        self._told = True
+        for place, why in self.left_out:
+            log.event("validation_left_out", step, case=place, reason=why)
+            log.message(f"validation: case {place} is left out: {why}")
+        for case in {case.grid: case for case in self.cases}.values():
+            line = beyond_limits(case, self.settings.limits, area)
+            if line is not None:
+                log.message(f"validation: {line}")
 
     @torch.no_grad()
     def _integrate(self, model: GokuTransformer, index: int, settings: SampleConfig) -> Tensor:
@@ -214,11 +303,12 @@ class Validator:
 
 
 def _defaults(config: ValidationConfig, run: RunConfig) -> RequestDefaults:
-    """A stage's own sizes: clips where it trains any, in its pixels."""
+    """A stage's own sizes: clips where it trains any, in its pixels; images in those of its images."""
     mix = run.data.mix
     clips = run.data.max_frames > 1 and (mix is None or any(w.video for w in mix.values()))
     return RequestDefaults(
-        pixels=run.data.video_pixels if clips else run.data.image_pixels,
+        pixels=run.data.video_pixels,
+        image_pixels=run.data.image_pixels,
         frames=run.data.max_frames if clips else 1,
         seed=config.seed,
     )

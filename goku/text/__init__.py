@@ -2,7 +2,13 @@
 
 from goku.text.byte_tokenizer import ByteTokenizer
 from goku.text.cache import TextCache
-from goku.text.encoder import T5TextEncoder, TextConfig, TextEncoder, load_text_encoder
+from goku.text.encoder import (
+    T5TextEncoder,
+    TextConfig,
+    TextEncoder,
+    load_text_encoder,
+    load_tokenizer,
+)
 from goku.text.lazy import LazyTextEncoder
 
 __all__ = [
@@ -13,4 +19,5 @@ __all__ = [
     "TextConfig",
     "TextEncoder",
     "load_text_encoder",
+    "load_tokenizer",
 ]

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -209,6 +210,18 @@ def load_text_encoder(config: TextConfig, *, device: torch.device | str = "cpu")
     )
 
 
+def load_tokenizer(config: TextConfig) -> Callable[[str], list[int]]:
+    """The token ids that the encoder of `config` makes of a prompt, uncut; its weights are not read.
+
+    Raises ValueError naming the folder and what is wrong with it.
+    """
+    if config.path is None:
+        return ByteTokenizer()
+    if not Path(config.path).is_dir():
+        raise ValueError(f"text encoder path {config.path!r} is not a folder")
+    return partial(_tokenize, _tokenizer(Path(config.path)))
+
+
 def _tiny_model(config: TextConfig) -> T5EncoderModel:
     """A random T5 encoder in fp32 on the CPU, the same bits on every machine.
 
@@ -259,7 +272,7 @@ def _pretrained(
 ) -> tuple[T5EncoderModel, Callable[[str], list[int]], str]:
     """Model, tokenizer and identity of the checkpoint in `folder`."""
     from safetensors import SafetensorError
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
 
     if not folder.is_dir():
         raise ValueError(f"text encoder path {str(folder)!r} is not a folder")
@@ -271,15 +284,7 @@ def _pretrained(
         )
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"text encoder path {str(folder)!r} holds no *.safetensors file")
-    if (
-        (folder / "spiece.model").is_file()
-        and not (folder / "tokenizer.json").is_file()
-        and find_spec("sentencepiece") is None
-    ):
-        raise ValueError(
-            f"text encoder path {str(folder)!r} holds spiece.model, but needs tokenizer.json "
-            f"(convert once with sentencepiece installed: pip install 'goku[text]')"
-        )
+    tokenizer = _tokenizer(folder)
     try:
         loaded: Any = T5EncoderModel.from_pretrained(
             folder,
@@ -288,7 +293,6 @@ def _pretrained(
             dtype=dtype,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"text encoder in {str(folder)!r} cannot be loaded: {error}") from error
     model, loading = loaded
@@ -303,18 +307,35 @@ def _pretrained(
             f"model only {model.config.vocab_size}"
         )
 
-    def tokenize(prompt: str) -> list[int]:
-        ids: list[int] = tokenizer(prompt, padding=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
-        return ids
-
     identity = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("config.json", *_TOKENIZER_FILES)
         if (folder / name).is_file()
     }
-    return model, tokenize, json.dumps(identity)
+    return model, partial(_tokenize, tokenizer), json.dumps(identity)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if (
+        (folder / "spiece.model").is_file()
+        and not (folder / "tokenizer.json").is_file()
+        and find_spec("sentencepiece") is None
+    ):
+        raise ValueError(
+            f"text encoder path {str(folder)!r} holds spiece.model, but needs tokenizer.json "
+            f"(convert once with sentencepiece installed: pip install 'goku[text]')"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"text encoder in {str(folder)!r} cannot be loaded: {error}") from error
+
+
+def _tokenize(tokenizer: Any, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt, padding=False, truncation=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

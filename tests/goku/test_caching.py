@@ -22,7 +22,7 @@ from goku.cli import main
 from goku.data import DataError, prepare
 from goku.metrics import read_log
 from goku.parallelize import ParallelContext
-from goku.prepare import prepare_datasets, prepare_text, prepare_vae
+from goku.prepare import prepare_datasets, prepare_text, prepare_vae, prepare_validator
 from goku.run_config import RunConfig, load_run_config
 from goku.text import TextCache, load_text_encoder
 from goku.vae import GokuVAE, VAEConfig, load_vae
@@ -174,6 +174,28 @@ def test_the_unseen_dataset_is_cached_too(config: Path, tmp_path: Path, media: P
     run = run_of(config, f"unseen={unseen}")
     assert cache_text(run, ALONE, load_text_encoder(run.text)).items == 10
     assert cache_latents(run, ALONE, load_vae(run.vae.path)).items == 10
+
+
+def test_the_captions_of_the_validation_are_cached_too(config: Path, tmp_path: Path) -> None:
+    """Else training would read an encoder of gigabytes for these alone. A case of too many tokens needs none."""
+    size = {"height": 32, "width": 32, "num_frames": 1}
+    cases = [
+        size | {"caption": "a case", "negative": "ugly"},
+        size | {"caption": "number 1"},
+        size | {"caption": "large", "num_frames": 49},
+    ]
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps({"data": cases}))
+    run = run_of(config, f"validation.file={file}", "validation.every=5")
+    encoder = load_text_encoder(run.text)
+    assert cache_text(run, ALONE, encoder).items == 9 + 2
+    _, _, text = prepare_datasets(run, ALONE, load_vae(run.vae.path), Refusing(encoder))
+    validator = prepare_validator(run, ALONE, load_vae(run.vae.path), text)
+    assert validator is not None
+    assert set(validator.prompts) == {"a case", "ugly", "number 1", ""}
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"cases\.json holds no prompt"):
+        cache_text(run, ALONE, encoder)
 
 
 def test_every_caption_is_cached_as_training_reads_it(config: Path, media: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,39 @@ def test_mp4_is_what_browsers_play_and_looks_like_the_clip(size: tuple[int, int]
     assert score.psnr(shown, clip) > 30
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_processors() -> None:
+    """x264 cuts a picture into as many slices as it has threads, by default one a processor."""
+    script = (
+        "import hashlib, os, sys, numpy as np\n"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])\n"
+        "from goku import media_files\n"
+        "y, x = np.mgrid[:288, :512]\n"
+        "clip = np.stack([(6 * t + 2 * y + x) % 200 for t in range(5)]).astype(np.uint8)\n"
+        "data = media_files.mp4_bytes(np.repeat(clip[..., None], 3, axis=-1))\n"
+        "print(len(os.sched_getaffinity(0)), hashlib.sha256(data).hexdigest())\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", script, count], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for count in ("1", "64")
+    ]
+    if told[0][0] == told[1][0]:
+        pytest.skip("this process sees one processor")
+    assert told[0][1] == told[1][1]
+
+
 def test_save_chooses_the_suffix(tmp_path: Path) -> None:
     assert media_files.save(tmp_path / "a.b", _clip(1, 8, 8)).name == "a.b.png"
     path = media_files.save(tmp_path / "clip", _clip(5, 16, 16))
     assert path.name == "clip.mp4"
     assert path.stat().st_size > 100
+
+
+def test_a_rate_that_no_file_can_say_is_refused() -> None:
+    for fps in (0, 2**31, 10**20):
+        with pytest.raises(ValueError, match=f"fps is {fps}"):
+            media_files.mp4_bytes(_clip(2, 16, 16), fps=fps)
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (0, 8, 8, 3), (1, 8, 8, 1)])

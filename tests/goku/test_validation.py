@@ -6,10 +6,8 @@ import hashlib
 import json
 import math
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from goku import media_log
+from goku.cli import main
 from goku.media_files import read_metadata
 from goku.metrics import RunLog, read_log
 from goku.parallelize import ParallelContext
+from goku.prepare import check_validation
 from goku.requests import Request, RequestDefaults
 from goku.run_config import load_run_config
 from goku.sampler import load_for_sampling
@@ -77,11 +76,18 @@ def _validator(config: Path, run: Path) -> tuple[Validator, Any]:
     return Validator(settings.validation, settings, context, loaded.vae, loaded.text), loaded.model
 
 
-def _draw(config: Path, run: Path, step: int = 7) -> tuple[Path, list[dict[str, Any]]]:
+def _draw(
+    config: Path,
+    run: Path,
+    step: int = 7,
+    limits: tuple[int, int, int] | None = None,
+    area: int | None = None,
+) -> tuple[Path, list[dict[str, Any]]]:
     """(folder of the drawn files, events)."""
     validator, model = _validator(config, run)
     log = RunLog(validator.out / "train.jsonl", total_steps=1)
-    validator.run(model, step, log)
+    validator.run(model, step, log, limits, area)
+    validator.close(step, log)
     log.close()
     return validator.out / "validation" / f"step_{step:07d}", read_log(
         validator.out / "train.jsonl"
@@ -125,6 +131,7 @@ def test_cases_in_the_shared_form(tmp_path: Path) -> None:
         ({"every": -1}, "validation.every is -1"),
         ({"fps": 0}, "validation.fps is 0"),
         ({"seed": -1}, "validation.seed is -1"),
+        ({"seed": 2**64}, "validation.seed is 18446744073709551616"),
         ({"media": ("wandb", "wandb")}, "validation.media is"),
         ({"media": ("disk",)}, "allowed: each of tensorboard, wandb"),
         ({"guidance": math.inf}, "guidance is inf"),
@@ -192,13 +199,89 @@ def test_a_model_without_frames_leaves_cases_with_images_out(
 ) -> None:
     config, run = _config(trained_run, tmp_path, condition="none")
     folder, events = _draw(config, run, step=0)
-    assert len(events) == 4
+    assert [event["event"] for event in events] == ["validation_left_out"] + ["validation"] * 4
+    assert events[0]["case"] == 1
     # Each under its place in the file and with its seed: stages that take more can be laid beside.
     drawn = sorted(path.name for path in folder.iterdir())
     assert [name[:10] for name in drawn] == ["0000_a_cat", "0002_a_cow", "0003_a_hen", "0004_a_pig"]
     seeds = [read_metadata(folder / name)["seed"] for name in drawn]
     assert seeds == [0, 2, 99, 4]
-    assert "1 of 5 cases give an image" in capsys.readouterr().err
+    assert "case 1 is left out: it gives an image" in capsys.readouterr().err
+
+
+def test_a_case_larger_than_a_pack_is_left_out(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is another stage's: here its forward might not fit into memory. 48 tokens do."""
+    sizes = [(64, 192, 1), (64, 208, 1), (32, 32, 45), (32, 32, 49)]
+    cases = [
+        {"caption": "x", "height": h, "width": w, "num_frames": t, "num_inference_steps": 1}
+        for h, w, t in sizes
+    ]
+    config, run = _config(trained_run, tmp_path, cases)
+    folder, events = _draw(config, run)
+    told = [event for event in events if event["event"] == "validation_left_out"]
+    assert [event["case"] for event in told] == [1, 3]
+    assert told[1]["reason"] == (
+        "32 x 32, 49 frames are 52 tokens, more than packing.tokens_per_pack = 48"
+    )
+    assert sorted(path.name[:4] for path in folder.iterdir()) == ["0000", "0002"]
+    assert "case 1 is left out: 64 x 208" in capsys.readouterr().err
+
+
+def test_cases_beyond_the_trained_sizes_are_scaled_as_by_sample(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = _config(trained_run, tmp_path, CASES[:1] + CASES[2:])
+    before = _digests(_draw(config, run)[0])
+    assert "beyond" not in capsys.readouterr().err
+    folder, _ = _draw(config, run, limits=(2, 2, 2), area=4)
+    told = capsys.readouterr().err.splitlines()
+    # The cow's and the cat's sizes are within; the others are said once each.
+    assert [line for line in told if "beyond the trained" in line] == [
+        "validation: 16 x 64, 1 frames: beyond the trained 32 x 32, 5; RoPE positions scaled by w 0.33",
+        "validation: 32 x 32, 9 frames: beyond the trained 32 x 32, 5; RoPE positions scaled by t 0.50",
+    ]
+    after = _digests(folder)
+    scales = [read_metadata(path).get("position_scale") for path in sorted(folder.iterdir())]
+    assert scales == [None, None, [1.0, 1.0, pytest.approx(1 / 3)], [0.5, 1.0, 1.0]]
+    assert [before[name] == after[name] for name in sorted(before)] == [True, True, False, False]
+    _draw(config, run, limits=(3, 2, 4), area=3)
+    told = capsys.readouterr().err.splitlines()
+    assert "validation: 32 x 32, 1 frames: 4 tokens in a frame, beyond the trained 3" in told
+
+
+def test_sizes_and_rates_that_a_case_does_not_say_are_the_runs(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    cases = [{"caption": "x", "num_frames": 1}, {"caption": "y"}]
+    config, run = _config(trained_run, tmp_path, cases)
+    tree = json.loads(config.read_text())
+    tree["data"] |= {"image_pixels": 64 * 64, "fps": 23.976}
+    config.write_text(json.dumps(tree))
+    picture, clip = _validator(config, run)[0].cases
+    assert (picture.height, picture.width) == (64, 64)
+    assert (clip.height, clip.width, clip.frames) == (32, 32, 5)
+    assert _validator(config, run)[0].fps == 24
+    tree["validation"]["fps"] = 8
+    config.write_text(json.dumps(tree))
+    assert _validator(config, run)[0].fps == 8
+
+
+def test_the_times_are_shifted_by_resolution_where_they_were_in_training(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, run = _config(trained_run, tmp_path, [CASES[0], CASES[4]])
+    tree = json.loads(config.read_text())
+    tree["flow"] |= {"resolution_shift": True, "base_tokens": 4}
+    config.write_text(json.dumps(tree))
+    folder, _ = _draw(config, run)
+    shifts = [read_metadata(path)["shift"] for path in sorted(folder.iterdir())]
+    assert shifts == [2.0, pytest.approx(2.0 * 3**0.5)]  # 4 and 12 tokens
+    tree["validation"]["shift"] = 5.0
+    config.write_text(json.dumps(tree))
+    folder, _ = _draw(config, run)
+    assert {read_metadata(path)["shift"] for path in folder.iterdir()} == {5.0}
 
 
 def test_a_disk_that_is_full_stops_nothing(
@@ -233,17 +316,55 @@ def test_prompts_are_encoded_once(
     assert _digests(_draw(config, run)[0]) == before
 
 
-def test_what_is_wrong_is_said_before_training(
+def test_what_is_wrong_is_said_before_anything_is_encoded(
     trained_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = {"caption": "a", "image_path": "absent.png", "height": 32, "width": 32}
-    config, run = _config(trained_run, tmp_path, [case])
-    with pytest.raises(ValueError, match=r"absent\.png"):
-        _validator(config, run)
-    config, run = _config(trained_run, tmp_path, media=["wandb"])
+    """`goku train` looks before it prepares: neither a VAE nor an encoder is there."""
+    context = ParallelContext(0, 1, torch.device("cpu"), None)
+
+    def look(cases: Any, **more: Any) -> None:
+        config, _ = _config(trained_run, tmp_path, cases, **more)
+        check_validation([load_run_config(json.loads(config.read_text()))], context)
+
+    absent = {"caption": "a", "image_path": "absent.png", "height": 32, "width": 32}
+    with pytest.raises(ValueError, match=r"cases\.json: case 1: .*absent\.png"):
+        look([CASES[0], absent])
+    twice = {"image": "first.png", "last_image": "first.png", "height": 32, "width": 32}
+    with pytest.raises(ValueError, match=r"case 0: frames .* share a latent frame"):
+        look([{"caption": "a", "num_frames": 1} | twice])
+    with pytest.raises(ValueError, match=f"seed is {2**64}"):
+        look([CASES[0] | {"seed": 2**64}])
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        look(CASES, file=str(tmp_path / "none.json"))
+    look([CASES[0], absent], every=0)
+    look([CASES[0], absent], condition="none")
     monkeypatch.setattr("goku.media_log.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"goku\[wandb\]"):
-        _validator(config, run)
+        look(CASES, media=["wandb"])
+    look(CASES, media=["wandb"], every=0)
+
+
+@pytest.mark.parametrize("command", ["train", "recipe"])
+def test_training_looks_at_it_first(
+    command: str,
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = {"caption": "a", "image_path": "absent.png", "height": 32, "width": 32}
+    config, _ = _config(trained_run, tmp_path, [case])
+    tree = json.loads(config.read_text())
+    tree["data"]["path"] = str(tmp_path / "no such dataset")
+    if command == "recipe":
+        del tree["data"]["path"]
+        tree["sources"] = {"own": {"path": str(tmp_path / "no such dataset")}}
+        tree["stages"] = {
+            "first": {"mix": {"own": {"image": 1}}, "validation": {"every": 0}},
+            "second": {"mix": {"own": {"image": 1}}},
+        }
+    config.write_text(json.dumps(tree))
+    assert main(["train", str(config)]) == 2
+    assert "cases.json: case 0: " in capsys.readouterr().err
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -328,71 +449,31 @@ def test_tensorboard_shows_pictures_and_clips(
     assert picture[0].encoded_image_string == shown[1].read_bytes()
 
 
-class FakeWandb(SimpleNamespace):
-    """What is used of wandb: it notes what it is told."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self) -> None:
-        super().__init__(runs=[], fail=False)
-
-    def init(self, **arguments: Any) -> Any:
-        if self.fail:
-            raise FakeWandb.Error("no network")
-        run = SimpleNamespace(arguments=arguments, logged=[], finished=False)
-        run.log = lambda values, step: run.logged.append((step, values))
-        run.finish = lambda: setattr(run, "finished", True)
-        self.runs.append(run)
-        return run
-
-    def Image(self, path: str, caption: str) -> tuple[str, str, str]:
-        return "image", path, caption
-
-    def Video(self, path: str, caption: str, format: str) -> tuple[str, ...]:
-        return "video", path, caption, format
-
-
-def test_wandb_gets_the_files(
+def test_what_wandb_fails_at_is_told_and_ends_nothing(
     trained_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("goku.media_log.find_spec", lambda name: fake)
-    config, run = _config(
-        trained_run, tmp_path, CASES[2:4], media=["wandb"], project="animals"
-    )  # fmt: skip
-    folder, _ = _draw(config, run)
-    _draw(config, run, step=9)
-    clip, picture = sorted(folder.iterdir())
-    first, second = fake.runs
-    assert first.logged == [
-        (
-            7,
-            {
-                "validation/0000": ("video", str(clip), "a cow", "mp4"),
-                "validation/0001": ("image", str(picture), "a hen"),
-            },
-        )
-    ]
-    assert second.logged[0][0] == 9
-    assert first.finished
-    assert second.finished
-    # One run of W&B, however often the training was resumed.
-    assert first.arguments == second.arguments
-    assert first.arguments["project"] == "animals"
-    assert first.arguments["resume"] == "allow"
-    assert len(first.arguments["id"]) == 16
-    fake.fail = True
-    _, events = _draw(config, run, step=11)
-    assert [e["event"] for e in events if e["step"] == 11] == [
-        "validation", "validation", "validation_failed",
-    ]  # fmt: skip
-    assert "W&B: no network" in events[-1]["error"]
+    """The package is there, but cannot be imported."""
+    broken = tmp_path / "broken" / "wandb"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('no GLIBC of its own')")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    config, run = _config(trained_run, tmp_path, CASES[:1], media=["wandb", "tensorboard"])
+    _, events = _draw(config, run)
+    assert [event["event"] for event in events] == ["validation", "media_failed"]
+    assert "W&B: step 7: ImportError: no GLIBC of its own" in events[1]["error"]
 
 
-def test_every_place_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("goku.media_log.find_spec", lambda name: None)
-    for place in media_log.PLACES:
-        with pytest.raises(ImportError, match=rf"pip install 'goku\[{place}\]'"):
-            media_log.check_places([place])
+def test_a_file_that_tensorboard_cannot_be_shown_is_told(
+    trained_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(video: Any, stem: Path, *rest: Any) -> Path:
+        path = stem.with_suffix(".mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no film")
+        return path
+
+    monkeypatch.setattr("goku.validation.save_media", damaged)
+    config, run = _config(trained_run, tmp_path, CASES[2:3], media=["tensorboard"])
+    _, events = _draw(config, run)
+    assert [event["event"] for event in events] == ["validation", "media_failed"]
+    assert "cannot be read as MP4" in events[1]["error"]
