@@ -3,6 +3,7 @@
     OUT/model_index.json     which library and class each part is of
     OUT/transformer/         config.json, diffusion_pytorch_model*.safetensors
     OUT/scheduler/           scheduler_config.json of diffusers' FlowMatchEulerDiscreteScheduler; its sigma is 1 - our t
+                             (with flow.resolution_shift its shift is that of flow.base_tokens tokens)
     OUT/vae/                 the VAE's own folder
     OUT/text_encoder/        reference.json; with a copied encoder its own files, too, and those of its
     OUT/tokenizer/           tokenizer
@@ -13,10 +14,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +28,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from goku import config as parser
+from goku.conditioning import ConditioningConfig
 from goku.model import ModelConfig
-from goku.text import TextConfig
-from goku.trained import Loaded, Trained, assemble, empty_model, read_checkpoint
-from goku.vae import vae_folder
+from goku.text import LazyTextEncoder, TextConfig
+from goku.trained import (
+    Companions,
+    Loaded,
+    Trained,
+    Weights,
+    assemble,
+    check_fingerprint,
+    empty_model,
+    load_companions,
+    read_checkpoint,
+)
+from goku.vae import load_vae, vae_folder
 from goku_runtime.checkpoint.tools import export
 from goku_runtime.checkpoint.tools.export import MAX_SHARD_SIZE
 
-__all__ = ["export_run", "is_exported", "load_exported", "read_exported"]
+__all__ = ["export_run", "exported_companions", "is_exported", "load_exported", "read_exported"]
 
 _INDEX = "model_index.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,13 +58,23 @@ _TOKENIZER = (
     "spiece.model",
 )
 _RECORD = ("step", "checkpoint_id", "shift", "pixels", "limits", "motion_caption", "fingerprints")
+# What is recorded since: absent from older folders, where it is as read_exported says.
+_LATER = (
+    "base_tokens",
+    "image_pixels",
+    "fps",
+    "area",
+    "conditioning",
+    "weights",
+    "dtype",
+)
 
 
 def export_run(
     run: Path,
     target: Path,
     *,
-    weights: Literal["ema", "model"] = "ema",
+    weights: Weights = "ema",
     dtype: torch.dtype | None = None,
     text_encoder: Literal["reference", "copy"] = "reference",
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -63,7 +86,7 @@ def export_run(
         run: as `goku.trained.read_checkpoint` takes it.
         target: a folder that is made.
         weights: the average, or the weights that were trained.
-        dtype: of the transformer's stored weights, by default as they are (fp32). They are computed with in fp32.
+        dtype: of the transformer's stored weights, float32 (by default) or bfloat16. They are computed with in fp32.
         text_encoder: "reference" records where the encoder lies, "copy" takes its files along. The embedded encoder is
             its settings alone, either way.
         max_shard_size: bytes in one file of the transformer.
@@ -73,11 +96,18 @@ def export_run(
         What was exported.
 
     Raises:
-        ValueError: no checkpoint, a VAE or text encoder that is not where the run had it.
+        ValueError: no checkpoint, another dtype, a VAE or text encoder that is not where the run had it, or another
+            than the run's.
         FileExistsError: something is at `target`.
         CheckpointError, OSError: a damaged checkpoint; what the system says. Nothing stays of the folder.
     """
-    about = read_checkpoint(run)
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16")
+    about = replace(
+        read_checkpoint(run),
+        weights=weights,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+    )
     vae = vae_folder(about.vae)
     if not (vae / "config.json").is_file():
         raise ValueError(f"vae.path of {about.path} is {about.vae}, which holds no VAE any more")
@@ -87,6 +117,9 @@ def export_run(
     target = target.absolute()
     if target.exists():
         raise FileExistsError(f"{target} exists; allowed: a name for a new folder")
+    # The folder would be refused when it is loaded, the run perhaps gone by then.
+    check_fingerprint(about, "vae", load_vae(about.vae, dtype=about.vae_dtype).fingerprint())
+    check_fingerprint(about, "text", LazyTextEncoder(about.text).fingerprint())
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -124,7 +157,12 @@ def export_run(
             },
         )
         _write(partial / _INDEX, _index(about, vae, copied))
+        for folder, _, files in os.walk(partial, topdown=False):
+            for name in files:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
         partial.rename(target)
+        _sync(target.parent)
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(partial)
@@ -147,8 +185,8 @@ def read_exported(folder: Path) -> Trained:
     path = folder / "transformer" / "config.json"
     config = _read(path)
     record = config.pop("_goku", None)
-    if not isinstance(record, Mapping) or set(record) != set(_RECORD):
-        raise ValueError(f"{path}: _goku must hold {', '.join(_RECORD)}")
+    if not isinstance(record, Mapping) or not (set(_RECORD) <= set(record) <= {*_RECORD, *_LATER}):
+        raise ValueError(f"{path}: _goku must hold {', '.join([*_RECORD, *_LATER])}")
     for key in ("_class_name", "time"):
         config.pop(key, None)
     reference = _read(folder / "text_encoder" / "reference.json")
@@ -156,7 +194,15 @@ def read_exported(folder: Path) -> Trained:
     reference.pop("fingerprint", None)
     if kind == "copy":
         reference["path"] = str(folder / "text_encoder")
-    limits = record["limits"]
+    limits, conditioning = record["limits"], record.get("conditioning")
+    if conditioning is not None:
+        where = f"{path}: _goku.conditioning"
+        conditioning = parser.parse(ConditioningConfig, conditioning, where=where)
+    older = dict.fromkeys(_LATER) | {
+        "image_pixels": record["pixels"],
+        "weights": "ema",
+        "dtype": "float32",
+    }
     return Trained(
         path=folder,
         model=parser.parse(ModelConfig, config, where=str(path)),
@@ -164,24 +210,25 @@ def read_exported(folder: Path) -> Trained:
         vae_dtype=vae_dtype,
         text=parser.parse(TextConfig, reference, where="text_encoder/reference.json"),
         **{
-            **{name: record[name] for name in _RECORD},
+            **older,
+            **record,
+            "conditioning": conditioning,
             "limits": None if limits is None else (limits[0], limits[1], limits[2]),
         },
     )
 
 
-def load_exported(folder: Path, device: torch.device) -> Loaded:
+def load_exported(
+    folder: Path, device: torch.device, *, companions: Companions | None = None
+) -> Loaded:
     """The model, VAE and text encoder of an exported folder, on `device`.
 
-    Raises ValueError naming what is missing, damaged, moved, or another than what the model was trained with.
+    Raises ValueError naming what is missing, damaged, moved, or another than what the model was trained with;
+    companions: those of `exported_companions`, if they were loaded before.
     """
     about = read_exported(folder)
-    if about.text.path is not None and not Path(about.text.path).is_dir():
-        raise ValueError(
-            f"the text encoder is not in {about.text.path}, which "
-            f"{folder / 'text_encoder' / 'reference.json'} names: put it back there, write its new "
-            "place into that file, or export with the encoder's files (--text-encoder copy)"
-        )
+    if companions is None:
+        companions = exported_companions(about, device)
     model = empty_model(about.model)
     state = _read_weights(folder / "transformer")
     wanted = model.state_dict()
@@ -192,23 +239,29 @@ def load_exported(folder: Path, device: torch.device) -> Loaded:
             f"{folder / 'transformer'}: missing, unknown or of another shape: {', '.join(wrong)}"
         )
     model.load_state_dict(state)
-    loaded = assemble(about, model, device)
-    for name, part in (("vae", loaded.vae), ("text", loaded.text)):
-        if part.fingerprint() != about.fingerprints[name]:
-            raise ValueError(
-                f"{folder}: {'the VAE' if name == 'vae' else 'the text encoder'} is another than the one that "
-                f"the model was trained with (fingerprint {part.fingerprint()}, trained with "
-                f"{about.fingerprints[name]})"
-            )
-    return loaded
+    return assemble(about, model, device, companions)
+
+
+def exported_companions(about: Trained, device: torch.device) -> Companions:
+    """The VAE and the text encoder of what `read_exported` read, on `device`. ValueError as `load_exported`."""
+    if about.text.path is not None and not Path(about.text.path).is_dir():
+        raise ValueError(
+            f"the text encoder is not in {about.text.path}, which "
+            f"{about.path / 'text_encoder' / 'reference.json'} names: put it back there, write its new "
+            "place into that file, or export with the encoder's files (--text-encoder copy)"
+        )
+    return load_companions(about, device)
 
 
 def _transformer_config(about: Trained) -> dict[str, Any]:
+    record = {name: getattr(about, name) for name in (*_RECORD, *_LATER)}
+    if about.conditioning is not None:
+        record["conditioning"] = asdict(about.conditioning)
     return {
         "_class_name": "GokuTransformer",
         "time": "0 is noise, 1 is data",
         **parser.to_dict(about.model),
-        "_goku": {name: getattr(about, name) for name in _RECORD},
+        "_goku": record,
     }
 
 
@@ -265,6 +318,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """To the device: a file's content, or which names a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ below are ours, taken from Stable Diffusion 3 and from common practice.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -269,6 +269,7 @@ def integrate(
     method: Method = "euler",
     callback: Callable[[int, float, Tensor], None] | None = None,
     project: Callable[[Tensor, float], Tensor] | None = None,
+    piece: Callable[[float], Hashable] | None = None,
 ) -> Tensor:
     """Integrates dx/dt = velocity(x, t) along the times.
 
@@ -286,6 +287,8 @@ def integrate(
         callback: called after each step with (steps done, time reached, state).
         project: replaces the state after each step, (state, time reached) -> state of the same shape
             and dtype: for parts of it that are known. Velocities that "ab2" remembers stay.
+        piece: which continuous piece of the velocity a time is in, for one that jumps: "ab2" begins
+            anew in each, since a line through both sides of a jump leads far beyond either.
 
     Returns:
         The state at times[-1], of x's shape and dtype.
@@ -310,17 +313,18 @@ def integrate(
             )
         return v.to(state.dtype)
 
-    before: tuple[Tensor, float] | None = None  # the last velocity and the length of its step
+    # The last velocity, the length of its step, and the piece that it was in.
+    before: tuple[Tensor, float, Hashable] | None = None
     for done, (t, following) in enumerate(intervals, start=1):
         step = following - t
         v = evaluate(x, t)
         if method == "heun":
             v = (v + evaluate(x + step * v, following)) / 2
         elif method == "ab2":
-            here = v
-            if before is not None:
+            here, place = v, None if piece is None else piece(t)
+            if before is not None and before[2] == place:
                 v = v + (step / (2 * before[1])) * (v - before[0])
-            before = here, step
+            before = here, step, place
         x = x + step * v
         if project is not None:
             x = project(x, following)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from goku.conditioning import latent_index
+from goku.conditioning import ConditioningConfig, latent_index
 from goku.data import images
 from goku.data.transform import Geometry, apply
 from goku.flow import interpolate
@@ -17,10 +17,22 @@ from goku.model import ModelConfig, patchify
 from goku.requests import Request
 from goku.vae import VideoVAE
 
-__all__ = ["Given", "check_given", "encode_given", "holding", "read_image"]
+__all__ = [
+    "Encoded",
+    "Given",
+    "check_given",
+    "encode_given",
+    "first_image",
+    "holding",
+    "read_image",
+    "untrained_given",
+]
 
 Given = Mapping[int, Tensor]
 """Latent frame -> normalised latent (C, 1, H, W) of the image that is given there."""
+
+Encoded = MutableMapping[tuple[Path, int, int], Tensor]
+"""(File, height, width) -> its normalised latent (C, 1, H, W)."""
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
@@ -53,16 +65,24 @@ def _rounded(a: int, b: int) -> int:
 
 
 @torch.no_grad()
-def encode_given(vae: VideoVAE, request: Request, device: torch.device) -> dict[int, Tensor]:
+def encode_given(
+    vae: VideoVAE, request: Request, device: torch.device, known: Encoded | None = None
+) -> dict[int, Tensor]:
     """The given images of a request as latents, each encoded as an image of its own: see `Given`. fp32, on `device`.
 
-    Raises DecodeError for a file that is no image, ValueError for two frames that share a latent frame.
+    known: files that were encoded before, which gains those of this request.
+
+    Raises DecodeError for a file that is no image, ValueError for two frames that share a latent frame, and for frames
+    given to an image, which no training has (`goku.conditioning.choose_given`).
     """
+    if request.given and request.frames == 1:
+        raise ValueError(
+            f"frames is 1 with an image given for frame {min(request.given)}; allowed with given images: 5, 9, ... "
+            "(training gives frames to clips alone)"
+        )
     frames: dict[int, int] = {}
     latents: dict[int, Tensor] = {}
-    dtype = (
-        next(iter(vae.parameters())).dtype if isinstance(vae, torch.nn.Module) else torch.float32
-    )
+    known = {} if known is None else known
     for frame, image in sorted(request.given.items()):
         index = latent_index(frame, request.frames)
         if index in latents:
@@ -71,17 +91,63 @@ def encode_given(vae: VideoVAE, request: Request, device: torch.device) -> dict[
                 "allowed: one given image for each"
             )
         frames[index] = frame
-        pixels = (
-            read_image(image, request.height, request.width) if isinstance(image, Path) else image
-        )
-        if tuple(pixels.shape) != (3, request.height, request.width):
-            raise ValueError(
-                f"given[{frame}] has shape {tuple(pixels.shape)}; "
-                f"allowed: (3, {request.height}, {request.width})"
-            )
-        video = (pixels.to(device).float() / 127.5 - 1)[None, :, None].to(dtype)
-        latents[index] = vae.normalise(vae.encode(video).mean)[0].float()
+        if not isinstance(image, Path):
+            latents[index] = _encode(vae, image, request, frame, device)
+            continue
+        key = image, request.height, request.width
+        if key not in known:
+            pixels = read_image(*key)
+            known[key] = _encode(vae, pixels, request, frame, device)
+        latents[index] = known[key]
     return latents
+
+
+def _encode(
+    vae: VideoVAE, pixels: Tensor, request: Request, frame: int, device: torch.device
+) -> Tensor:
+    if tuple(pixels.shape) != (3, request.height, request.width):
+        raise ValueError(
+            f"given[{frame}] has shape {tuple(pixels.shape)}; "
+            f"allowed: (3, {request.height}, {request.width})"
+        )
+    dtype = (
+        next(iter(vae.parameters())).dtype if isinstance(vae, torch.nn.Module) else torch.float32
+    )
+    video = (pixels.to(device).float() / 127.5 - 1)[None, :, None].to(dtype)
+    # In fp32, as training normalises the means of its cache, whatever the VAE computes in.
+    return vae.normalise(vae.encode(video).mean.float())[0].float()
+
+
+def first_image(request: Request) -> Path | Tensor | None:
+    """What is given for the first frame, whichever way it is counted; None where nothing is."""
+    return next(
+        (image for frame, image in request.given.items() if frame % request.frames == 0), None
+    )
+
+
+def untrained_given(request: Request, conditioning: ConditioningConfig | None) -> str | None:
+    """A line that says in what the given frames of a request are not what training gave; None where they are.
+
+    conditioning: the run's, None where it is not known.
+    """
+    frames = sorted({frame % request.frames for frame in request.given})
+    if not frames:
+        return None
+    named = ", ".join(map(str, frames))
+    parts = []
+    ends = (0, request.frames - 1)
+    kinds = {ends[:1]: "first", ends[1:]: "last", ends: "both"}
+    kind = kinds.get(tuple(frames))
+    if kind is None:
+        parts.append("training gave first and last frames alone")
+    elif conditioning is not None and getattr(conditioning, kind) == 0:
+        weights = [f"{name} {getattr(conditioning, name):g}" for name in ("first", "last", "both")]
+        parts.append(f"training gave none so (conditioning: {', '.join(weights)})")
+    for frame in frames:
+        if frame % 4:
+            begin = 4 * ((frame - 1) // 4) + 1
+            parts.append(f"{frame} stands for all of {begin} to {begin + 3}, one latent frame")
+    return f"given frames {named} of {request.frames}: {'; '.join(parts)}" if parts else None
 
 
 def check_given(model: ModelConfig, vae: VideoVAE, given: Sequence[Given], *, hold: bool) -> None:

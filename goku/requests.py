@@ -58,8 +58,8 @@ class Request:
             raise ValueError(
                 f"frames is {self.frames}; allowed: 4k + 1 (1, 5, 9, ...), 1 being an image"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; allowed: >= 0")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 to 2**64 - 1")
         for name in ("steps", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -80,15 +80,19 @@ class Request:
 class RequestDefaults:
     """What holds where a request does not say it.
 
-    height, width: both or neither; without them a request with an image has the image's own shape within `pixels`
-    (area), another one is square in it. seed_step: what the n-th entry of a file adds to seed, times n. Other fields as
-    in `Request`.
+    height, width: both or neither; without them a request has the largest size of its shape within an area: `pixels`
+    for clips, `image_pixels` (None: the same) for images. A request with an image has the image's shape, another one
+    `shape`, height to width. given_frames: frames of a request that is given some, None for `frames`. seed_step: what
+    the n-th entry of a file adds to seed, times n. Other fields as in `Request`.
     """
 
     height: int | None = None
     width: int | None = None
     pixels: int = 128 * 128
+    image_pixels: int | None = None
+    shape: tuple[int, int] = (1, 1)
     frames: int = 1
+    given_frames: int | None = None
     seed: int = 0
     seed_step: int = 0
     negative: str = ""
@@ -103,20 +107,26 @@ class RequestDefaults:
         if (height is None) != (width is None):
             raise ValueError(f"height is {height} and width {width}; allowed: both or neither")
         given = said.pop("given", {}) or self.given
+        usual = self.frames if not given or self.given_frames is None else self.given_frames
+        frames = said.setdefault("frames", usual)
         if height is None or width is None:
-            height, width = self._own_size(given)
-        for name in ("frames", "seed", "negative"):
+            height, width = self._own_size(given, frames)
+        for name in ("seed", "negative"):
             said.setdefault(name, getattr(self, name))
         return Request(prompt, height, width, given=given, **said)
 
-    def _own_size(self, given: Mapping[int, Path | Tensor]) -> tuple[int, int]:
+    def _own_size(self, given: Mapping[int, Path | Tensor], frames: int) -> tuple[int, int]:
+        pixels = self.pixels
+        if frames == 1 and self.image_pixels is not None:
+            pixels = self.image_pixels
+        height, width = self.shape
         for image in given.values():
             if isinstance(image, Path):
                 width, height = images.read_rgb(str(image)).size
             else:
                 height, width = image.shape[1:]
-            return snapped_size(height, width, self.pixels, upscale=True)
-        return snapped_size(1, 1, self.pixels, upscale=True)
+            break
+        return snapped_size(height, width, pixels, upscale=True)
 
 
 @dataclass(frozen=True, kw_only=True)

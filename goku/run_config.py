@@ -124,6 +124,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
+    @property
+    def cache_folder(self) -> Path:
+        """Where the latents ("latents", ...) and text embeddings ("text") of the run's data are kept."""
+        return Path(self.data.cache) if self.data.cache else Path(self.out) / "cache"
+
+    @property
+    def clip_fps(self) -> int:
+        """Frames a second of clips that are drawn while it trains: data.fps, or 12 where clips keep their own."""
+        return max(1, round(self.data.fps or 12))
+
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; allowed: 0 to 2**64 - 1")
@@ -197,6 +207,7 @@ _FREE = (
     "data.cache",
     "data.verify",
     "data.max_lost",
+    "data.skip_bad",  # what it leaves out, the fingerprint has
     "vae.path",
     "vae.dtype",  # the VAE's fingerprint is compared
     "vae.train",
@@ -225,6 +236,7 @@ _ADDED: dict[str, Any] = {
     "data.max_source_pixels": 178_956_970,
     "model.condition": "none",
     "conditioning": {"first": 1.0, "last": 0.0, "both": 0.0, "drop": 0.1},
+    "conditioning.drop_both": 0.0,
     "optimizer.schedule_offset": 0,
 }
 
@@ -232,11 +244,15 @@ _ADDED: dict[str, Any] = {
 def resume_differences(saved: Mapping[str, Any], current: RunConfig) -> list[str]:
     """Lines "key: saved -> current" for every difference that makes resuming a different run; [] when compatible."""
     now = parser.to_dict(current)
+    before = _with_added(saved)
+    conditions = (before.get("model", {}).get("condition"), current.model.condition)
     steps = (saved.get("train", {}).get("steps"), current.train.steps)
     lines = [
         line
-        for line in parser.difference(_with_added(saved), now)
+        for line in parser.difference(before, now)
         if not _is_free(line.split(":", 1)[0])
+        # It decides nothing of a model that takes no frames.
+        and not (conditions == ("none", "none") and line.startswith("conditioning."))
     ]
     if current.optimizer.schedule != "constant" and steps[0] != steps[1]:
         lines.append(

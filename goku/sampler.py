@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from goku import media_files
 from goku.conditioning import condition_latent, guided_pair
-from goku.export import is_exported, load_exported, read_exported
-from goku.flow import METHODS, Method, guided, integrate, time_grid
+from goku.export import exported_companions, is_exported, load_exported, read_exported
+from goku.flow import guided, integrate, time_grid
 from goku.given import Given, check_given, encode_given, holding
 from goku.model import GokuTransformer, patchify, unpatchify
 from goku.packing import partition
@@ -27,12 +27,16 @@ from goku.parallelize import PackSharding, ParallelContext
 from goku.precision import autocast
 from goku.random import Purpose, normal
 from goku.requests import Request
+from goku.sample_config import SampleConfig, describe
+from goku.sizes import position_scale
 from goku.trained import (
+    Companions,
     Loaded,
     Trained,
+    Weights,
     find_checkpoint,
     load_checkpoint,
-    position_scale,
+    load_companions,
     read_checkpoint,
 )
 from goku.vae import VideoVAE, decode_pieces
@@ -49,64 +53,14 @@ __all__ = [
     "generate_share",
     "integrate_all",
     "load_for_sampling",
+    "load_parts",
     "load_trained",
     "read_trained",
     "save_media",
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """How to integrate.
-
-    steps, method: of `goku.flow.integrate`; a request's own steps come first. guidance: scale of classifier-free
-    guidance over the text, 1 being none; guidance_image: over given frames, None for the same scale;
-    guidance_interval: times between which there is guidance, outside the conditional velocity alone is taken
-    (Kynkaanniemi et al., arXiv 2404.07724; here t = 1 is data). shift: as in FlowConfig. hold: after every step the
-    first latent frame of a request with a given first frame is set onto the straight path to it, so that the result
-    shows exactly what the VAE makes of that image; for VAEs whose first latent frame depends on the first frame alone.
-    limits: the largest grid (t, h, w) trained on; beyond it RoPE's positions are scaled (`position_scale`).
-    tokens_per_pack: bounds the tokens that one forward holds (requests beyond it go into further packs).
-    """
-
-    steps: int = 30
-    method: Method = "euler"
-    guidance: float = 1.0
-    guidance_image: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    shift: float = 1.0
-    hold: bool = False
-    limits: tuple[int, int, int] | None = None
-    tokens_per_pack: int = 16384
-    precision: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens_per_pack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: >= 1")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; allowed: {', '.join(map(repr, METHODS))}")
-        for name in ("guidance", "guidance_image"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; allowed: a finite number, 1 being none")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"guidance_interval is {self.guidance_interval}; allowed: 0 <= begin < end <= 1"
-            )
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift is {self.shift}; allowed: a finite number > 0, 1 being none")
-
-    @property
-    def image_scale(self) -> float:
-        """Scale of the guidance over given frames."""
-        return self.guidance if self.guidance_image is None else self.guidance_image
-
-
-def load_for_sampling(
-    run: Path, device: torch.device, *, weights: Literal["ema", "model"] = "ema"
-) -> Loaded:
+def load_for_sampling(run: Path, device: torch.device, *, weights: Weights = "ema") -> Loaded:
     """The model of a run's latest checkpoint, of one checkpoint, or of a folder of `goku export`, on `device`.
 
     weights: the average (what an exported folder holds is what it holds). Raises ValueError when there is none, it is
@@ -120,13 +74,25 @@ def read_trained(run: Path) -> Trained:
     return read_exported(run) if is_exported(run) else read_checkpoint(run)
 
 
+def load_parts(about: Trained, device: torch.device) -> Companions:
+    """The VAE and the text encoder of what `read_trained` read, before its weights. Raises ValueError."""
+    return (exported_companions if is_exported(about.path) else load_companions)(about, device)
+
+
 def load_trained(
-    about: Trained, device: torch.device, *, weights: Literal["ema", "model"] = "ema"
+    about: Trained,
+    device: torch.device,
+    *,
+    weights: Weights = "ema",
+    companions: Companions | None = None,
 ) -> Loaded:
-    """The weights of what `read_trained` read, even if a later checkpoint was written since."""
+    """The weights of what `read_trained` read, even if a later checkpoint was written since.
+
+    companions: what `load_parts` loaded, if it was called.
+    """
     if is_exported(about.path):
-        return load_exported(about.path, device)
-    return load_checkpoint(about, device, weights=weights)
+        return load_exported(about.path, device, companions=companions)
+    return load_checkpoint(about, device, weights=weights, companions=companions)
 
 
 @torch.no_grad()
@@ -184,16 +150,18 @@ def integrate_all(
     group, groups = share
     work: list[tuple[list[int], list[int], SampleConfig]] = []  # (mine, with idle ones, settings)
     budget = max([config.tokens_per_pack, *(_tokens(request) for request in requests)])
-    for steps in sorted({request.steps or config.steps for request in requests}):
-        # What a pack integrates together takes the same steps.
-        members = [i for i, r in enumerate(requests) if (r.steps or config.steps) == steps]
+    times = [(request.steps or config.steps, config.shift_of(request)) for request in requests]
+    for steps, shift in sorted(set(times)):
+        # What a pack integrates together takes the same steps at the same times.
+        members = [i for i, each in enumerate(times) if each == (steps, shift)]
         lengths = [_tokens(requests[i]) for i in members]
         shares = partition(lengths, [float(n) for n in lengths], groups, budget)
         rounds = max(len(packs) for packs in shares)
         shortest = min(members, key=lambda i: _tokens(requests[i]))
         for pack in [*shares[group], *[[]] * (rounds - len(shares[group]))]:
             mine = [members[k] for k in pack]
-            work.append((mine, mine or [shortest], replace(config, steps=steps)))
+            own = replace(config, steps=steps, shift=shift, base_tokens=None)
+            work.append((mine, mine or [shortest], own))
     done, total = 0, sum(settings.steps for _, _, settings in work)
 
     def on_step(_step: int, _t: float, _x: Tensor) -> None:
@@ -305,8 +273,10 @@ def _integrate_pack(
     hold = None
     if config.hold and any(0 in each for each in given):
         hold = holding(given, grids, noise, vae.channels, rows)
-    times = time_grid(config.steps, config.shift)
-    tokens = integrate(velocity, rows(noise), times, config.method, on_step, hold)
+    tokens = integrate(
+        velocity, rows(noise), time_grid(config.steps, config.shift), config.method, on_step, hold,
+        piece=lambda t: len(names) > 1 and low <= t <= high,
+    )  # fmt: skip
     return tokens if sharding is None else sharding.gather(tokens, packing.total)
 
 
@@ -339,14 +309,17 @@ def generate_share(
     progress: Callable[[int, int], None] | None = None,
     *,
     given: Sequence[Given] | None = None,
+    prompts: Callable[[Sequence[str]], list[Tensor]] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """This group's share of the requests (every packs-th one) as (index, video), each as soon as it is done.
 
     Each request is a pack of its own: the bits of a matrix product depend on the number of its rows, and a sample must
     not depend on the number of groups. No group waits for another. With context.dims.sp > 1 the processes of a group
     share its tokens, and the first of them decodes and yields. progress(done, total) counts integration steps.
-    given: the given frames of each request, by default encoded here.
+    given: the given frames of each request, by default encoded here; prompts: turns strings into embeddings, by default
+    the loaded encoder.
     """
+    prompts = loaded.text.encode if prompts is None else prompts
     mine = range(context.pack_rank, len(requests), context.packs)
     sharding = context.pack_sharding(loaded.model.config.heads)
     total = sum(requests[i].steps or config.steps for i in mine)
@@ -358,46 +331,12 @@ def generate_share(
                 progress(before + done, total)
 
         latents = integrate_all(
-            loaded.model, loaded.vae, loaded.text.encode, [requests[index]], config, context.device,
+            loaded.model, loaded.vae, prompts, [requests[index]], config, context.device,
             progress=on_step, sharding=sharding, given=None if given is None else [given[index]],
         )  # fmt: skip
         before += requests[index].steps or config.steps
         if context.leads_pack:
             yield index, decode(loaded.vae, latents[0])
-
-
-def describe(
-    request: Request, config: SampleConfig, *, step: int, fps: int, checkpoint: str | None = None
-) -> dict[str, Any]:
-    """How a sample is made, for the metadata of its file: nothing that depends on when, where or by how many."""
-    said: dict[str, Any] = {
-        "prompt": request.prompt,
-        "negative": request.negative,
-        "seed": request.seed,
-        "height": request.height,
-        "width": request.width,
-        "frames": request.frames,
-        "fps": request.fps or fps,
-        "steps": request.steps or config.steps,
-        "method": config.method,
-        "guidance": config.guidance,
-        "guidance_interval": list(config.guidance_interval),
-        "shift": config.shift,
-        "model_step": step,
-    }
-    if checkpoint is not None:
-        said["checkpoint"] = checkpoint
-    if request.given:
-        said["given"] = {
-            str(frame): image.name if isinstance(image, Path) else "pixels"
-            for frame, image in sorted(request.given.items())
-        }
-        said["guidance_image"] = config.image_scale
-        said["hold"] = config.hold
-    scale = position_scale(request.grid, config.limits)
-    if scale != (1.0, 1.0, 1.0):
-        said["position_scale"] = list(scale)
-    return said
 
 
 def save_media(

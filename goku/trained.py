@@ -1,37 +1,42 @@
 """A trained model on disk: which checkpoint a run's folder means, what it says of itself, and loading it.
 
-`Trained` is read without a tensor, from a checkpoint here or from an exported folder in `goku.export`; `Loaded` has the
-weights too. Beyond the sizes that it was trained on, RoPE's positions are scaled.
+`Trained` is read without a tensor, from a checkpoint here or from an exported folder in `goku.export`; `Companions` are
+the VAE and the text encoder that belong to it; `Loaded` has the weights too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from goku import config as parser
+from goku.conditioning import ConditioningConfig
 from goku.model import GokuTransformer, ModelConfig
-from goku.requests import Request
-from goku.text import TextConfig, TextEncoder, load_text_encoder
+from goku.text import LazyTextEncoder, TextConfig
 from goku.vae import VAEDtype, VideoVAE, load_vae
 from goku_runtime import checkpoint
 
 __all__ = [
+    "Companions",
     "Loaded",
     "Trained",
+    "Weights",
     "assemble",
-    "beyond_limits",
+    "check_fingerprint",
     "empty_model",
     "find_checkpoint",
     "load_checkpoint",
-    "position_scale",
+    "load_companions",
     "read_checkpoint",
 ]
+
+Weights = Literal["ema", "model"]
+"""The averaged weights, or those that were trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +44,12 @@ class Trained:
     """What a checkpoint or an exported folder says without its weights.
 
     path: the checkpoint's folder, or the exported one; step: training steps done; checkpoint_id: SHA-256 of the
-    checkpoint's manifest, which names its content; shift: the run's flow.shift; pixels: its area of a clip's frame;
-    limits: the largest grid (t, h, w) of tokens trained on, axis by axis, None where it is not recorded;
-    motion_caption: the template that training appended motion scores with; fingerprints: of "vae" and "text".
+    checkpoint's manifest, which names its content; shift: the run's flow.shift; base_tokens: its flow.base_tokens where
+    flow.resolution_shift is on, else None; pixels, image_pixels: its areas of a clip's frame and of an image; fps: of
+    its clips, None where they kept their own; limits: the largest grid (t, h, w) of tokens trained on, axis by axis;
+    area: the most tokens (h * w) of one frame, both None where they are not recorded; motion_caption: the template that
+    training appended motion scores with; conditioning: which frames clips were given, None for a model that takes none
+    (or where it is not recorded); fingerprints: of "vae" and "text"; weights, dtype: which weights, stored as what.
     """
 
     path: Path
@@ -49,13 +57,28 @@ class Trained:
     checkpoint_id: str
     model: ModelConfig
     shift: float
+    base_tokens: int | None
     pixels: int
+    image_pixels: int
+    fps: float | None
     limits: tuple[int, int, int] | None
+    area: int | None
     motion_caption: str | None
+    conditioning: ConditioningConfig | None
     fingerprints: Mapping[str, str]
     vae: Path
     vae_dtype: VAEDtype
     text: TextConfig
+    weights: Weights = "ema"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The VAE and the text encoder that a model was trained with."""
+
+    vae: VideoVAE
+    text: LazyTextEncoder
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Loaded:
 
     model: GokuTransformer
     vae: VideoVAE
-    text: TextEncoder
+    text: LazyTextEncoder
     step: int
     about: Trained
 
@@ -105,16 +128,28 @@ def read_checkpoint(run: Path) -> Trained:
         )
     values = checkpoint.read_values(path)["run"]
     config: Mapping[str, Any] = values["config"]
-    grid = (values.get("limits") or {}).get("grid")
+    flow, data = config["flow"], config["data"]
+    limits = values.get("limits") or {}
+    grid = limits.get("grid")
+    model = parser.parse(ModelConfig, config["model"], where="model")
+    conditioning = None
+    if model.condition == "frames":
+        given = config.get("conditioning", {})
+        conditioning = parser.parse(ConditioningConfig, given, where="conditioning")
     return Trained(
         path=path,
         step=values["step"],
         checkpoint_id=hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest(),
-        model=parser.parse(ModelConfig, config["model"], where="model"),
-        shift=config["flow"]["shift"],
-        pixels=config["data"]["video_pixels"],
+        model=model,
+        shift=flow["shift"],
+        base_tokens=flow["base_tokens"] if flow.get("resolution_shift") else None,
+        pixels=data["video_pixels"],
+        image_pixels=data["image_pixels"],
+        fps=data.get("fps"),
         limits=None if grid is None else (grid[0], grid[1], grid[2]),
-        motion_caption=_motion_caption(config["data"]),
+        area=limits.get("area"),
+        motion_caption=_motion_caption(data),
+        conditioning=conditioning,
         fingerprints={name: values["fingerprints"][name] for name in ("vae", "text")},
         vae=Path(config["vae"]["path"]),
         vae_dtype=config["vae"].get("dtype", "auto"),
@@ -140,16 +175,20 @@ def _last_stage(out: Path) -> Path | None:
 
 
 def load_checkpoint(
-    about: Trained, device: torch.device, *, weights: Literal["ema", "model"] = "ema"
+    about: Trained,
+    device: torch.device,
+    *,
+    weights: Weights = "ema",
+    companions: Companions | None = None,
 ) -> Loaded:
     """The weights of a checkpoint, verified as they are read, on `device`, with its VAE and text encoder.
 
-    Raises CheckpointError when it is damaged, ValueError when the VAE or the text encoder does not fit the model.
+    Raises CheckpointError when it is damaged, ValueError as `load_companions`, whose answer may be given.
     """
     model = empty_model(about.model)
     state: dict[str, Any] = {weights: dict(model.state_dict())}
     checkpoint.load(state, about.path, partial=True)
-    return assemble(about, model, device)
+    return assemble(replace(about, weights=weights), model, device, companions)
 
 
 def empty_model(config: ModelConfig) -> GokuTransformer:
@@ -159,52 +198,43 @@ def empty_model(config: ModelConfig) -> GokuTransformer:
     return model.to_empty(device="cpu")
 
 
-def assemble(about: Trained, model: GokuTransformer, device: torch.device) -> Loaded:
-    """The loaded model with its VAE and text encoder; ValueError where they do not fit it."""
+def assemble(
+    about: Trained,
+    model: GokuTransformer,
+    device: torch.device,
+    companions: Companions | None = None,
+) -> Loaded:
+    """The loaded model with its VAE and text encoder. ValueError as `load_companions`, whose answer may be given."""
+    if companions is None:
+        companions = load_companions(about, device)
+    vae, text = companions.vae, companions.text
+    return Loaded(model.to(device).eval(), vae, text, about.step, about)
+
+
+def load_companions(about: Trained, device: torch.device) -> Companions:
+    """The VAE and the text encoder on `device`; `text.release()` lets go of the encoder's weights.
+
+    Raises ValueError where one of them cannot be loaded, does not fit the model, or is another than the model was
+    trained with.
+    """
     vae = load_vae(about.vae, dtype=about.vae_dtype)
     if vae.channels != about.model.latent_channels:
         raise ValueError(
             f"the VAE has {vae.channels} channels, the model {about.model.latent_channels}"
         )
-    encoder = load_text_encoder(about.text)
-    return Loaded(model.to(device).eval(), vae.to(device), encoder, about.step, about)
+    check_fingerprint(about, "vae", vae.fingerprint())
+    text = LazyTextEncoder(about.text, device=device)
+    check_fingerprint(about, "text", text.fingerprint())
+    return Companions(vae.to(device), text)
 
 
-def position_scale(
-    grid: tuple[int, int, int], limits: tuple[int, int, int] | None
-) -> tuple[float, float, float]:
-    """Factors of RoPE's positions (t, h, w) that put a grid's last position where the largest trained one was.
-
-    1 on an axis within the limits, and where training saw a single position and so no scale; (limit - 1) / (size - 1)
-    beyond. The rule is position interpolation (Chen et al., arXiv 2306.15595); using it on axes of video is ours.
-    """
-    if limits is None:
-        return (1.0, 1.0, 1.0)
-    scales = [
-        (limit - 1) / (size - 1) if size > limit > 1 else 1.0
-        for size, limit in zip(grid, limits, strict=True)
-    ]
-    return (scales[0], scales[1], scales[2])
-
-
-def beyond_limits(
-    request: Request, limits: tuple[int, int, int] | None, *, scaled: bool = True
-) -> str | None:
-    """A line that says how a request exceeds the trained sizes and what RoPE makes of it; None when it does not."""
-    if limits is None or all(size <= most for size, most in zip(request.grid, limits, strict=True)):
-        return None
-    t, h, w = limits
-    line = (
-        f"{request.height} x {request.width}, {request.frames} frames: beyond the trained "
-        f"{16 * h} x {16 * w}, {4 * (t - 1) + 1}"
-    )
-    if not scaled:
-        return f"{line}; RoPE positions as they are"
-    scale = position_scale(request.grid, limits)
-    named = list(zip("thw", scale, request.grid, limits, strict=True))
-    parts = [f"{name} {factor:.2f}" for name, factor, *_ in named if factor != 1]
-    line += f"; RoPE positions scaled by {', '.join(parts)}" if parts else ""
-    single = [name for name, _, size, most in named if size > most == 1]
-    if single:
-        line += f"; not along {', '.join(single)}, where training had one position"
-    return line
+def check_fingerprint(about: Trained, name: Literal["vae", "text"], found: str) -> None:
+    """ValueError where the VAE or the text encoder, of fingerprint `found`, is another than was trained with."""
+    if found != about.fingerprints[name]:
+        part = "VAE" if name == "vae" else "text encoder"
+        path = about.vae if name == "vae" else about.text.path
+        place = "the embedded one" if path is None else path
+        raise ValueError(
+            f"{about.path}: the {part} is another than the one that the model was trained with: {place} has "
+            f"fingerprint {found}, that of training {about.fingerprints[name]}"
+        )

@@ -30,7 +30,8 @@ from goku import config as parser
 from goku import flops
 from goku.batch import Batch, BatchBuilder
 from goku.carry import Start, carry_over
-from goku.data import Dataset, Problem, Quarantine
+from goku.data import Dataset, ItemList, Problem, Quarantine
+from goku.data.item_list import FILE_NAME
 from goku.evaluation import evaluate, sample
 from goku.flow import per_sample_mse, weighted_loss
 from goku.lost import LostItems, TooManyLost
@@ -204,6 +205,9 @@ class Trainer:
         with run_log(self.config, self.context) as log, self.checkpoints:
             resumed = self.resume(log)
             self.context.on_main(lambda: write_config(self.out / "config.yaml", self.config))
+            self.context.on_main(
+                lambda: self.builder.dataset.item_list().write(self.out / FILE_NAME)
+            )
             event, word = ("resume", "resumed") if resumed else ("start", "starting")
             world, dims = self.context.world, self.context.dims
             degrees = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "sp": dims.sp}
@@ -240,7 +244,8 @@ class Trainer:
                     if stopping or last:
                         self.checkpoints.finish(log)
                         if self.validator is not None:
-                            self.validator.close(self.step, log)
+                            # Who sent a signal may not wait long.
+                            self.validator.close(self.step, log, wait=60.0 if last else 5.0)
                     if stopping and not last:
                         log.event("stop", self.step)
                         log.message(
@@ -510,6 +515,10 @@ class Trainer:
         for name, value in self.fingerprints.items():
             if run["fingerprints"].get(name) != value:
                 lines.append(_FINGERPRINTS[name])
+                before = ItemList.read(self.out / FILE_NAME) if name == "data" else None
+                if before is not None:
+                    now = self.builder.dataset.item_list()
+                    lines += [f"  {line}" for line in before.differences(now)]
         if lines:
             raise ValueError(
                 f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "

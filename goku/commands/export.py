@@ -56,4 +56,10 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: step {about.step} of {about.path}, {size / 1e6:.1f} MB")
+    if about.base_tokens is not None:
+        print(
+            "flow.resolution_shift: scheduler_config.json cannot say that the shift grows with a sample's tokens; it "
+            f"says {about.shift}, that of {about.base_tokens} tokens, which `goku sample` multiplies by "
+            f"sqrt(tokens / {about.base_tokens})"
+        )
     return 0

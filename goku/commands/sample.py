@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from goku.given import Encoded
     from goku.requests import Request
+    from goku.sampler import SampleConfig
+    from goku.text import TextEncoder
     from goku.trained import Loaded, Trained
 
 __all__ = ["HELP", "add", "run"]
@@ -55,10 +59,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     asked.add_argument("--negative", default="", help="what to guide away from (default: nothing)")
     asked.add_argument(
-        "--height", type=int, help="default: the trained area in the image's shape, or a square"
+        "--height",
+        type=int,
+        help="default: the trained area, in the image's shape or that of the largest trained size",
     )
     asked.add_argument("--width", type=int, help="the same; both or neither")
-    asked.add_argument("--frames", type=int, default=1, help="4k + 1; 1 is an image (default)")
+    asked.add_argument(
+        "--frames",
+        type=int,
+        help="4k + 1; 1 is an image (default: 1, or the trained length where images are given)",
+    )
     asked.add_argument(
         "--count", type=int, default=1, help="samples per prompt, with seeds seed, seed + 1, ..."
     )
@@ -66,7 +76,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     asked.add_argument("--image", type=Path, help="the first frame of the clip")
     asked.add_argument("--last-image", type=Path, help="its last frame")
     asked.add_argument(
-        "--given", action="append", default=[], metavar="FRAME:FILE", help="any frame of it"
+        "--given",
+        action="append",
+        default=[],
+        metavar="FRAME:FILE",
+        help="any frame of it, counted from 0; one counted from the end as --given=-5:FILE",
     )
     asked.add_argument(
         "--motion", type=float, help="motion score, for models whose training captions had one"
@@ -100,7 +114,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default="scaled",
         help="beyond the trained size: positions scaled into it (default), or as they are",
     )
-    how.add_argument("--fps", type=int, default=12)
+    how.add_argument("--fps", type=int, help="of clips (default: the run's data.fps, or 12)")
     how.add_argument(
         "--sp",
         type=int,
@@ -129,12 +143,13 @@ def run(args: argparse.Namespace) -> int:
         SampleConfig,
         describe,
         generate_share,
+        load_parts,
         load_trained,
         read_trained,
         save_media,
     )
 
-    if args.fps < 1:
+    if args.fps is not None and args.fps < 1:
         raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; allowed: >= 1")
@@ -152,8 +167,10 @@ def run(args: argparse.Namespace) -> int:
     settings = replace(
         settings,
         shift=about.shift if args.shift is None else args.shift,
+        base_tokens=about.base_tokens if args.shift is None else None,
         limits=about.limits if args.rope == "scaled" else None,
     )
+    usual_fps = args.fps or max(1, round(about.fps or 12))
     cases = [
         (row, replace(request, seed=request.seed + k))
         for row, request in enumerate(asked)
@@ -178,13 +195,19 @@ def run(args: argparse.Namespace) -> int:
         chosen = context.gather(about.path)[0]
         if chosen != about.path:
             about = read_trained(chosen)
-        loaded: Loaded = load_trained(about, context.device)
-        for request in {request.grid: request for request in requests}.values():
-            if context.is_main:
-                _warn(request, about, args.rope)
-        # Before hours of work: files that are no images, frames that this model or VAE cannot use.
-        given = [encode_given(loaded.vae, request, context.device) for request in requests]
-        check_given(about.model, loaded.vae, given, hold=settings.hold)
+        if context.is_main:
+            for line in _warnings(requests, about, args.rope):
+                print(f"warning: {line}", file=sys.stderr, flush=True)
+        # Before the weights, and hours of work: what is given is encoded and what is asked for is embedded, once each,
+        # so that the text encoder need not lie beside the model.
+        parts = load_parts(about, context.device)
+        known: Encoded = {}
+        given = [encode_given(parts.vae, request, context.device, known) for request in requests]
+        check_given(about.model, parts.vae, given, hold=settings.hold)
+        mine = requests[context.pack_rank :: context.packs]
+        prompts = _embedded(parts.text, mine, settings)
+        parts.text.release()
+        loaded: Loaded = load_trained(about, context.device, companions=parts)
         with progress_bar(RunLog(None, total_steps=0).console) as bar:
             task = bar.add_task("sample", total=None, info="", visible=context.is_main)
 
@@ -192,15 +215,16 @@ def run(args: argparse.Namespace) -> int:
                 bar.update(task, completed=done, total=total)
 
             for index, video in generate_share(
-                loaded, requests, settings, context, on_step, given=given
-            ):
+                loaded, requests, settings, context, on_step, given=given,
+                prompts=lambda strings: [prompts[string] for string in strings],
+            ):  # fmt: skip
                 row, shown = cases[index]
                 stem = f"{row:04d}_{file_stem(shown.prompt[:40])}_seed{shown.seed}"
                 metadata = describe(
-                    requests[index], settings, step=about.step, fps=args.fps,
-                    checkpoint=about.checkpoint_id,
+                    requests[index], settings, step=about.step, fps=usual_fps,
+                    checkpoint=about.checkpoint_id, weights=about.weights, dtype=about.dtype,
                 )  # fmt: skip
-                fps = shown.fps or args.fps
+                fps = shown.fps or usual_fps
                 path = save_media(video, args.out / stem, fps, metadata)
                 print(f"{path}  {shown.prompt}", flush=True)
                 if 0 in given[index]:
@@ -209,7 +233,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
-    from goku.requests import RequestDefaults, read_requests
+    from goku.given import first_image
+    from goku.requests import read_requests
+    from goku.sizes import request_defaults
 
     given: dict[int, Path | Tensor] = {}
     for option in args.given:
@@ -220,10 +246,10 @@ def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
     for frame, path in ((0, args.image), (-1, args.last_image)):
         if path is not None:
             given[frame] = path
-    defaults = RequestDefaults(
+    defaults = request_defaults(
+        about,
         height=args.height,
         width=args.width,
-        pixels=about.pixels,
         frames=args.frames,
         seed=args.seed,
         negative=args.negative,
@@ -239,7 +265,26 @@ def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
             f"{args.run} was trained without frames (model.condition none); "
             "allowed: a run of a stage with condition: frames"
         )
+    if args.guidance_image is not None and not any(request.given for request in found):
+        raise ValueError(
+            "--guidance-image is given, but no image; allowed: --image, --last-image, --given, or "
+            "a file of prompts that names one"
+        )
+    if args.hold and all(first_image(request) is None for request in found):
+        raise ValueError(
+            "--hold is given, but no first frame; allowed: --image, or a file of prompts that names one"
+        )
     return found
+
+
+def _embedded(
+    text: TextEncoder, requests: Sequence[Request], settings: SampleConfig
+) -> dict[str, Tensor]:
+    """The embedding of each string that these requests need, encoded by itself: its bits depend on nothing else."""
+    strings = [request.prompt for request in requests]
+    if settings.guidance != 1 or settings.image_scale != 1:
+        strings += [request.negative for request in requests]
+    return {string: text.encode([string])[0] for string in dict.fromkeys(strings)}
 
 
 def _with_motion(prompt: str, motion: float | None, about: Trained) -> str:
@@ -253,21 +298,25 @@ def _with_motion(prompt: str, motion: float | None, about: Trained) -> str:
     return about.motion_caption.format(caption=prompt, motion=motion)
 
 
-def _warn(request: Request, about: Trained, rope: str) -> None:
-    """One line when a request goes beyond what the model was trained on."""
-    from goku.trained import beyond_limits
+def _warnings(requests: Sequence[Request], about: Trained, rope: str) -> list[str]:
+    """Lines on what goes beyond what the model was trained on, each once."""
+    from goku.given import untrained_given
+    from goku.sizes import beyond_limits
 
-    line = beyond_limits(request, about.limits, scaled=rope == "scaled")
-    if line is not None:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    lines: list[str | None] = []
+    for request in requests:
+        lines.append(beyond_limits(request, about.limits, about.area, scaled=rope == "scaled"))
+        lines.append(untrained_given(request, about.conditioning))
+    return [line for line in dict.fromkeys(lines) if line is not None]
 
 
 def _first_frame(loaded: Loaded, request: Request, latent: Tensor, video: Tensor) -> str:
     """How close the first frame is to the given image, and how close the VAE alone comes."""
-    from goku.given import read_image
+    from goku.given import first_image, read_image
     from goku.sampler import decode
 
-    image = request.given[0]
+    image = first_image(request)
+    assert image is not None
     wanted = read_image(image, request.height, request.width) if isinstance(image, Path) else image
     alone = decode(loaded.vae, latent)[:, 0]
     return (

@@ -51,6 +51,7 @@ class DiffusersVAE(nn.Module):
     def __init__(self, inner: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.inner = inner
+        self._fingerprint: tuple[object, str] | None = None
         self.register_buffer("latent_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("latent_std", torch.tensor(std, dtype=torch.float32))
         self.eval().requires_grad_(False)
@@ -123,9 +124,18 @@ class DiffusersVAE(nn.Module):
         return latent.float() * std + mean
 
     def fingerprint(self) -> str:
-        """SHA-256 of class, configuration, cutting in time, weights and their dtype, as hex."""
-        config = {k: v for k, v in self.inner.config.items() if not k.startswith("_")}
+        """SHA-256 of class, configuration, cutting in time, weights and their dtype, as hex.
+
+        Computed once for each dtype and cutting: the weights are not trained.
+        """
         cutting = {name: getattr(self.inner, name) for name in self._cutting}
+        key = (self.dtype, cutting)
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            self._fingerprint = key, self._digest(cutting)
+        return self._fingerprint[1]
+
+    def _digest(self, cutting: Mapping[str, Any]) -> str:
+        config = {k: v for k, v in self.inner.config.items() if not k.startswith("_")}
         facts = [_VERSION, self.name, config, cutting]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, value in sorted(self.inner.state_dict().items()):

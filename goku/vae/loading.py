@@ -58,6 +58,20 @@ def load_vae(
     return load_diffusers_vae(_PUBLIC[name], folder, dtype)
 
 
+def is_causal(directory: str | os.PathLike[str]) -> bool:
+    """Whether the VAE in `directory` is exactly causal (`VideoVAE.causal`), by its configuration alone.
+
+    Raises ValueError where that cannot be read, or names a class that `load_vae` refuses.
+    """
+    folder = vae_folder(directory)
+    name = read_config(folder).get("_class_name")
+    if name is None:
+        return GokuVAE.causal
+    if name not in _PUBLIC:
+        raise ValueError(f"{folder / CONFIG}: {reason(name, _PUBLIC)}")
+    return _PUBLIC[name].causal
+
+
 def _load_goku_vae(directory: Path) -> GokuVAE:
     written, state = read_folder(directory)
     config, path = directory / CONFIG, directory / WEIGHTS

@@ -116,7 +116,7 @@ def a_shared_batch(rank: int, world: int) -> None:
     )
     vae = GokuVAE(VAEConfig(channels=2, stem_width=8, width=8, encoder_depth=1, decoder_depth=1))
     packing = PackingConfig(tokens_per_step=40, tokens_per_pack=40)
-    conditioning = ConditioningConfig(both=1.0, drop=0.0)
+    conditioning = ConditioningConfig(both=1.0, drop=0.0, drop_both=0.0)
     sharding = PackSharding(SequenceParallel(dist.group.WORLD, CONFIG.heads))
     alone, shared = (
         BatchBuilder(

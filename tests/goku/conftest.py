@@ -31,7 +31,7 @@ def _random(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """trained_run(condition="none", vae=None, text=None, limits=None, shift=1.5, data=None) -> a run's folder."""
+    """trained_run(condition="none", vae=None, text=None, limits=None, area=None, shift=1.5, ...) -> a run's folder."""
     root = tmp_path_factory.mktemp("runs")
     vae_folder = root / "vae"
     tiny = VAEConfig(stem_width=8, width=8, encoder_depth=1, decoder_depth=1)
@@ -44,10 +44,14 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         vae: Path = vae_folder,
         text: dict[str, Any] | None = None,
         limits: list[int] | None = None,
+        area: int | None = None,
         shift: float = 1.5,
+        flow: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
+        conditioning: dict[str, Any] | None = None,
     ) -> Path:
-        key = json.dumps([condition, str(vae), text, limits, shift, data])
+        own = [condition, str(vae), text, limits, area, shift, flow, data, conditioning]
+        key = json.dumps(own)
         if key in made:
             return made[key]
         config = ModelConfig(**MODEL, condition=condition)  # type: ignore[arg-type]
@@ -60,14 +64,16 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
             },
             "config": {
                 "model": MODEL | {"condition": condition},
-                "flow": {"shift": shift},
+                "flow": {"shift": shift} | (flow or {}),
                 "data": {"video_pixels": 1536, "image_pixels": 1024} | (data or {}),
                 "vae": {"path": str(vae)},
                 "text": encoder,
             },
         }
+        if conditioning is not None:
+            run["config"]["conditioning"] = conditioning
         if limits is not None:
-            run["limits"] = {"grid": limits}
+            run["limits"] = {"grid": limits} | ({} if area is None else {"area": area})
         out = root / f"run{len(made)}"
         state = {"model": _random(config, 1), "ema": _random(config, 2), "run": run}
         checkpoint.save(state, out / "checkpoints" / "step_0000007", latest=True)

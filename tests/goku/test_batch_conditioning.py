@@ -125,7 +125,7 @@ def _assert_given(rows: Tensor, wanted: Tensor) -> None:
 
 def test_the_first_frame_of_a_causal_vae_is_the_posteriors_mean() -> None:
     dataset = _dataset()
-    batch = _builder(dataset, ConditioningConfig(drop=0)).training(POSITIONS, range(5))
+    batch = _builder(dataset, ConditioningConfig(drop=0, drop_both=0)).training(POSITIONS, range(5))
     for i, rows in enumerate(_conditions(batch)):
         if i not in CLIPS:  # an image is never given itself
             assert torch.equal(rows, torch.zeros(math.prod(GRIDS[i]), 4 * CHANNELS + 4))
@@ -136,9 +136,9 @@ def test_the_first_frame_of_a_causal_vae_is_the_posteriors_mean() -> None:
 @pytest.mark.parametrize(
     ("config", "given"),
     [
-        (ConditioningConfig(drop=0), (0,)),
-        (ConditioningConfig(first=0, last=1, drop=0), (-1,)),
-        (ConditioningConfig(first=0, both=1, drop=0), (0, -1)),
+        (ConditioningConfig(drop=0, drop_both=0), (0,)),
+        (ConditioningConfig(first=0, last=1, drop=0, drop_both=0), (-1,)),
+        (ConditioningConfig(first=0, both=1, drop=0, drop_both=0), (0, -1)),
     ],
 )
 def test_frames_encoded_alone_by_hand(config: ConditioningConfig, given: tuple[int, ...]) -> None:
@@ -179,7 +179,9 @@ def test_the_draw_is_choose_given_and_a_sample_is_the_same_bits_in_any_pack() ->
 
 def test_nothing_else_of_a_batch_changes() -> None:
     dataset = _dataset(0, -1)
-    with_frames = _builder(dataset, ConditioningConfig(both=1, drop=0.5), text_drop=0.5)
+    with_frames = _builder(
+        dataset, ConditioningConfig(both=1, drop=0.5, drop_both=0), text_drop=0.5
+    )
     without = _builder(dataset, None, text_drop=0.5)
     for ours, theirs in (
         (with_frames.training(POSITIONS, range(5)), without.training(POSITIONS, range(5))),
@@ -193,19 +195,27 @@ def test_nothing_else_of_a_batch_changes() -> None:
         assert len(ours.inputs) == len(theirs.inputs) == 7
 
 
-def test_frames_and_text_are_dropped_at_their_rates_and_independently() -> None:
+@pytest.mark.parametrize("drop_both", [0.0, 0.25])
+def test_frames_and_text_are_dropped_at_their_rates(drop_both: float) -> None:
+    """Both together by a draw of its own, and else independently."""
     dataset = _dataset(0)
     count = 700
-    config = ConditioningConfig(drop=0.2)
+    config = ConditioningConfig(drop=0.2, drop_both=drop_both)
     builder = _builder(dataset, config, text_drop=0.3)
     batch = builder.training(range(count), [3] * count)
     texts = batch.text.split(list(batch.text_lengths))
     without_text = [torch.equal(text, dataset.empty_text) for text in texts]
     without_frame = [not rows.any() for rows in _conditions(batch)]
     both = [a and b for a, b in zip(without_text, without_frame, strict=True)]
-    for dropped, rate in ((without_text, 0.3), (without_frame, 0.2), (both, 0.06)):
+    for dropped, alone in ((without_text, 0.3), (without_frame, 0.2), (both, 0.06)):
+        rate = drop_both + (1 - drop_both) * alone
         # Five standard deviations of a binomial.
         assert abs(sum(dropped) - rate * count) <= 5 * math.sqrt(count * rate * (1 - rate))
+    # An image is given nothing, and keeps its text.
+    images = builder.training(range(count), [0] * count)
+    texts = images.text.split(list(images.text_lengths))
+    dropped = sum(torch.equal(text, dataset.empty_text) for text in texts)
+    assert abs(dropped - 0.3 * count) <= 5 * math.sqrt(count * 0.3 * 0.7)
 
 
 def test_fixed_batches_give_what_is_usual_whatever_the_rate() -> None:
@@ -225,11 +235,11 @@ def test_fixed_batches_give_what_is_usual_whatever_the_rate() -> None:
 
 def test_a_frame_that_was_not_encoded_is_named() -> None:
     not_causal = _vae(NotCausal)
-    builder = _builder(_dataset(), ConditioningConfig(drop=0), vae=not_causal)
+    builder = _builder(_dataset(), ConditioningConfig(drop=0, drop_both=0), vae=not_causal)
     with pytest.raises(ValueError, match=r"item1: its frame 0 was not encoded.*frames=\(0,\)"):
         builder.training([5], [1])
     assert not builder.training([5], [0]).condition.any()  # an image needs none
-    builder = _builder(_dataset(0), ConditioningConfig(both=1, first=0, drop=0))
+    builder = _builder(_dataset(0), ConditioningConfig(both=1, first=0, drop=0, drop_both=0))
     with pytest.raises(ValueError, match=r"item2: its frame -1 was not .*frames=\(-1,\)"):
         builder.fixed([2], [0.5])
 
@@ -237,7 +247,7 @@ def test_a_frame_that_was_not_encoded_is_named() -> None:
 def test_a_clip_that_is_cut_shows_its_first_frame_alone() -> None:
     dataset = _dataset(0, -1)
     tight = PackingConfig(tokens_per_step=100, tokens_per_pack=6, overlong="cut")
-    builder = _builder(dataset, ConditioningConfig(drop=0), packing=tight)
+    builder = _builder(dataset, ConditioningConfig(drop=0, drop_both=0), packing=tight)
     assert [grid[0] for grid in builder.grids] == [1, 1, 3, 1, 1]
     rows = _conditions(builder.training(POSITIONS, range(5)))
     wanted = _by_hand(GRIDS[2], {0: dataset.samples[2].frames[0]}, kept=3)

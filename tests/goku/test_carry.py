@@ -43,6 +43,7 @@ def _trainer(config: ModelConfig, seed: int) -> Any:
         stage=None,
         start_record=None,
         limits=(1, 2, 3),
+        area=6,
         fingerprints={},
         config=SimpleNamespace(optimizer=OptimizerConfig(), train=SimpleNamespace(steps=1)),
         _saved_config=lambda: {"model": {}},
@@ -61,7 +62,7 @@ def source(tmp_path: Path) -> tuple[Any, Path]:
             parameter.grad = torch.randn_like(parameter)
         trainer.optimizer.step()
     trainer.step, trainer.position, trainer.ema.updates = 3, 17, 5
-    trainer.stage, trainer.limits = "before", (4, 1, 3)
+    trainer.stage, trainer.limits, trainer.area = "before", (4, 4, 3), 8
     path = tmp_path / "step_0000003"
     checkpoint.save(trainer.state(), path)
     return trainer, path
@@ -127,7 +128,7 @@ def test_each_part_is_carried_when_asked_and_only_then(
     assert any(entry["exp_avg"].abs().sum() > 0 for entry in theirs.values())
     assert trainer.position == (17 if stream else 0)
     assert trainer.step == trainer.skipped == 0
-    assert trainer.limits == (4, 2, 3)
+    assert (trainer.limits, trainer.area) == ((4, 4, 3), 8)
     assert (event["event"], event["step"], event["from_step"]) == ("carry", 0, 3)
     assert event["from_stage"] == "before"
     assert event["new"] == sorted(new)
@@ -165,7 +166,12 @@ def test_a_checkpoint_from_before_recipes_is_a_start(
     checkpoint.save(state, path)
     trainer = _trainer(SMALL, 2)
     _carry(path, trainer, CarryConfig(), tmp_path / "log.jsonl")
-    assert trainer.limits == (1, 2, 3)
+    assert (trainer.limits, trainer.area) == ((1, 2, 3), 6)
+    # Nor, when it has limits, the area of a frame, which can have been all that they span.
+    trainer.widen_limits({"limits": {"grid": [1, 5, 3]}})
+    assert (trainer.limits, trainer.area) == ((1, 5, 3), 15)
+    trainer.widen_limits({"limits": {"grid": [1, 5, 9], "area": 20}})
+    assert (trainer.limits, trainer.area) == ((1, 5, 9), 20)
     ours, theirs = _tensors(trainer.model), _tensors(before.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

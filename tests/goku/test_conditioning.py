@@ -15,6 +15,7 @@ from goku.conditioning import (
     ConditioningConfig,
     choose_given,
     condition_latent,
+    drops_both,
     guided_pair,
     latent_index,
 )
@@ -154,6 +155,8 @@ def test_frames_that_are_not_there(frame: int, frames: int, message: str) -> Non
         {"first": 3, "last": 1, "both": 2, "drop": 0.35},
         {"first": 0, "last": 1, "drop": 0.0},
         {"drop": 1.0},
+        {"first": 0.8, "both": 0.2, "drop": 0.1, "drop_both": 0.0},
+        {"drop": 0.2, "drop_both": 0.3},
     ],
 )
 def test_rates_over_twenty_thousand_positions(weights: dict[str, float]) -> None:
@@ -161,11 +164,12 @@ def test_rates_over_twenty_thousand_positions(weights: dict[str, float]) -> None
     count = 20_000
     chosen = choose_given(config, 7, range(count), [5] * count)
     total = config.first + config.last + config.both
+    given = (1 - config.drop_both) * (1 - config.drop)
     expected = {
-        (): config.drop,
-        (0,): (1 - config.drop) * config.first / total,
-        (-1,): (1 - config.drop) * config.last / total,
-        (0, -1): (1 - config.drop) * config.both / total,
+        (): 1 - given,
+        (0,): given * config.first / total,
+        (-1,): given * config.last / total,
+        (0, -1): given * config.both / total,
     }
     assert set(chosen) <= set(expected)
     for which, rate in expected.items():
@@ -175,7 +179,7 @@ def test_rates_over_twenty_thousand_positions(weights: dict[str, float]) -> None
 
 
 def test_the_choice_is_independent_of_the_drop_and_of_other_positions() -> None:
-    weights = {"first": 1.0, "last": 1.0, "both": 1.0}
+    weights = {"first": 1.0, "last": 1.0, "both": 1.0, "drop_both": 0.0}
     positions = list(range(300))
     frames = [5, 9, 1] * 100
     free = choose_given(ConditioningConfig(**weights, drop=0.0), 3, positions, frames)
@@ -192,18 +196,37 @@ def test_the_choice_is_independent_of_the_drop_and_of_other_positions() -> None:
     assert choose_given(config, 3, [], []) == []
 
 
-def test_elements_zero_and_one_of_their_purpose() -> None:
+def test_elements_zero_to_two_of_their_purpose() -> None:
     """By hand, so that no later change moves what a run of today was given."""
-    config = ConditioningConfig(first=1.0, last=2.0, both=1.0, drop=0.25)
+    config = ConditioningConfig(first=1.0, last=2.0, both=1.0, drop=0.25, drop_both=0.25)
+    # What runs were given before there was drop_both.
+    before = ConditioningConfig(first=1.0, last=2.0, both=1.0, drop=0.25, drop_both=0.0)
+    seen = set()
     for position in range(50):
-        pick, drop = uniform(11, position, 2, Purpose.CONDITION).tolist()
+        pick, drop, both = uniform(11, position, 3, Purpose.CONDITION).tolist()
         wanted: tuple[int, ...] = (0,) if pick < 0.25 else (-1,) if pick < 0.75 else (0, -1)
-        assert choose_given(config, 11, [position], [5]) == [() if drop < 0.25 else wanted]
+        wanted = () if drop < 0.25 else wanted
+        assert choose_given(before, 11, [position], [5]) == [wanted]
+        assert drops_both(before, 11, [position], [5]) == [False]
+        assert choose_given(config, 11, [position], [5]) == [() if both < 0.25 else wanted]
+        assert drops_both(config, 11, [position], [5]) == [both < 0.25]
+        assert drops_both(config, 11, [position], [1]) == [False]  # an image keeps its text
+        seen.add((wanted == (), both < 0.25))
+    assert len(seen) == 4
+
+
+def test_both_are_dropped_often_enough_to_be_learned() -> None:
+    """The velocity that guidance starts from, at the rate of its source, not at 0.1 * 0.1."""
+    count = 20_000
+    dropped = drops_both(ConditioningConfig(), 7, range(count), [5] * count)
+    assert abs(sum(dropped) - 0.05 * count) <= 5 * math.sqrt(count * 0.05 * 0.95)
 
 
 def test_unequal_lists_are_refused() -> None:
     with pytest.raises(ValueError, match="frames has 1 entries; allowed is one per position, here"):
         choose_given(ConditioningConfig(), 0, [1, 2], [5])
+    with pytest.raises(ValueError, match="frames has 3 entries"):
+        drops_both(ConditioningConfig(), 0, [1, 2], [5, 5, 5])
 
 
 # ---- the config
@@ -236,6 +259,7 @@ def test_frames_and_the_usual_choice(
         ({"first": 0}, "first, last and both are all 0; allowed: at least one above 0"),
         ({"drop": 1.01}, r"drop is 1.01; allowed: \[0, 1\]"),
         ({"drop": float("nan")}, "drop is nan"),
+        ({"drop_both": -0.1}, r"drop_both is -0.1; allowed: \[0, 1\]"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, float], message: str) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from goku.cli import main
-from goku.export import export_run, load_exported, read_exported
+from goku.conditioning import ConditioningConfig
+from goku.export import _RECORD, export_run, load_exported, read_exported
 from goku.flow import time_grid
+from goku.media_files import read_metadata
 from goku.sampler import Request, SampleConfig, generate, load_for_sampling
 from goku.text import TextConfig, load_text_encoder
 from goku.trained import Loaded, read_checkpoint
-from goku.vae import load_vae
+from goku.vae import GokuVAE, load_vae
 
 CPU = torch.device("cpu")
 REQUESTS = [Request("a cat", 32, 32, seed=1), Request("a dog", 32, 48, frames=5, seed=2)]
@@ -60,7 +65,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_loaded_is_what_was_exported(
     trained_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run, out = trained_run(limits=[2, 2, 3]), tmp_path / "deep" / "out"
+    run, out = trained_run(limits=[2, 2, 3], area=5), tmp_path / "deep" / "out"
     told: list[tuple[int, int]] = []
     export_run(run, out, progress=lambda done, total: told.append((done, total)))
     first, second = load_for_sampling(run, CPU), load_for_sampling(out, CPU)
@@ -69,8 +74,10 @@ def test_what_is_loaded_is_what_was_exported(
     assert all(torch.equal(a, b) for a, b in zip(_videos(first), _videos(second), strict=True))
     assert second.step == 7
     about = read_exported(out)
-    assert (about.limits, about.shift, about.pixels) == ((2, 2, 3), 1.5, 1536)
-    assert about.checkpoint_id == read_checkpoint(run).checkpoint_id
+    assert (about.limits, about.area, about.shift, about.pixels) == ((2, 2, 3), 5, 1.5, 1536)
+    # All that a run says but for where its parts lie.
+    there = {"path": out, "vae": out / "vae", "vae_dtype": about.vae_dtype, "text": about.text}
+    assert about == replace(read_checkpoint(run), **there)
     assert told[-1][0] == told[-1][1] > 0
     # Nothing but the folder, and nothing of where it came from but the text encoder's place.
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -157,6 +164,103 @@ def test_vae_and_text_encoder_load_with_their_own_libraries(
         assert str(encoder) in str(caught.value)
 
 
+def test_what_a_run_records_of_its_training_is_recorded(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = {"first": 0.5, "last": 0.0, "both": 0.5, "drop": 0.1, "drop_both": 0.0}
+    run = trained_run(
+        condition="frames", conditioning=given, limits=[3, 2, 3], area=6, data={"fps": 24.0},
+        flow={"resolution_shift": True, "base_tokens": 64},
+    )  # fmt: skip
+    export_run(run, tmp_path / "out")
+    for about in (read_checkpoint(run), read_exported(tmp_path / "out")):
+        assert about.conditioning == ConditioningConfig(**given)
+        assert (about.fps, about.base_tokens, about.image_pixels) == (24.0, 64, 1024)
+        assert (about.weights, about.dtype) == ("ema", "float32")
+    # A run whose shift does not grow has no base.
+    assert (
+        read_checkpoint(
+            trained_run(flow={"resolution_shift": False, "base_tokens": 64})
+        ).base_tokens
+        is None
+    )
+
+
+def test_a_folder_of_before_says_what_it_knew(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its record ends where it ended then; anything else is no record of ours."""
+    out, config = tmp_path / "out", tmp_path / "out" / "transformer" / "config.json"
+    export_run(trained_run(limits=[1, 2, 2], area=4), out)
+    content = json.loads(config.read_text())
+    old = {name: content["_goku"][name] for name in _RECORD}
+    config.write_text(json.dumps(content | {"_goku": old}))
+    about = load_exported(out, CPU).about
+    assert (about.limits, about.area, about.image_pixels, about.fps) == (
+        (1, 2, 2),
+        None,
+        1536,
+        None,
+    )
+    assert (about.weights, about.dtype, about.conditioning) == ("ema", "float32", None)
+    config.write_text(json.dumps(content | {"_goku": old | {"else": 1}}))
+    with pytest.raises(ValueError, match="_goku must hold step"):
+        read_exported(out)
+
+
+def test_other_weights_and_dtypes_are_said(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not the fp32 average does not bear its name alone."""
+    run = trained_run()
+    size = ["--prompt", "p", "--height", "16", "--width", "16", "--steps", "1", "--device", "cpu"]
+    found = []
+    for options in ([], ["--weights", "model"], ["--dtype", "bfloat16"]):
+        out = tmp_path / f"out{len(found)}"
+        assert main(["export", str(run), str(out), *options]) == 0
+        assert main(["sample", str(out), *size, "--out", str(out / "samples")]) == 0
+        shown = read_metadata(out / "samples" / "0000_p_seed0.png")
+        assert shown["checkpoint"] == read_checkpoint(run).checkpoint_id
+        found.append((shown.get("weights"), shown.get("dtype")))
+    assert found == [(None, None), ("model", None), (None, "bfloat16")]
+    assert load_for_sampling(run, CPU, weights="model").about.weights == "model"
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16; allowed: torch\.float32"):
+        export_run(run, tmp_path / "half", dtype=torch.float16)
+
+
+def test_a_shift_that_grows_with_the_tokens_is_said_at_export(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained_run(shift=2.0, flow={"resolution_shift": True, "base_tokens": 4})
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "scheduler_config.json cannot say" in printed
+    assert (
+        "it says 2.0, that of 4 tokens, which `goku sample` multiplies by sqrt(tokens / 4)"
+        in printed
+    )
+    assert main(["export", str(trained_run()), str(tmp_path / "plain")]) == 0
+    assert "scheduler_config.json" not in capsys.readouterr().out
+
+
+def test_every_file_is_on_the_device_before_the_folder_appears(
+    trained_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced, honest = tmp_path / "out", set(), os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.add((Path(os.readlink(f"/proc/self/fd/{descriptor}")), out.exists()))
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    export_run(trained_run(), out)
+    partial = tmp_path / ".partial-out"
+    inside = {partial / path.relative_to(out) for path in out.rglob("*")}
+    assert len([path for path in inside if path.suffix]) >= 6
+    assert {(path, False) for path in (partial, *inside)} <= synced
+    assert (tmp_path, True) in synced  # and then its name
+
+
 def _damage(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -209,14 +313,49 @@ def test_a_folder_that_is_not_whole_or_was_changed(
 
 
 def test_another_vae_is_refused(trained_run: Callable[..., Path], tmp_path: Path) -> None:
-    from goku.vae import GokuVAE
-
     out = tmp_path / "out"
     run = trained_run()
     export_run(run, out)
     GokuVAE(load_vae(out / "vae").config, seed=4).save(out / "vae")
-    with pytest.raises(ValueError, match="the VAE is another than the one"):
+    with pytest.raises(ValueError, match="the VAE is another than the one") as caught:
         load_exported(out, CPU)
+    assert f"{out}: " in str(caught.value)
+    load_for_sampling(run, CPU)
+
+
+@pytest.mark.parametrize("part", ["vae", "text"])
+def test_a_run_whose_vae_or_encoder_was_replaced_is_refused(
+    part: str,
+    trained_run: Callable[..., Path],
+    t5_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By sampling, which would show noise, and by exporting, whose folder nothing could load."""
+    vae, encoder = tmp_path / "vae", tmp_path / "t5"
+    tiny = load_vae(trained_run().parent / "vae").config
+    GokuVAE(tiny, seed=3).save(vae)
+    shutil.copytree(t5_folder, encoder)
+    run = trained_run(vae=vae, text={"path": str(encoder), "max_tokens": 9})
+    path = read_checkpoint(run).path
+    load_for_sampling(run, CPU)
+    if part == "vae":
+        GokuVAE(tiny, seed=4).save(vae)
+    else:
+        file = encoder / "model.safetensors"
+        save_file(
+            {name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"}
+        )
+    named, place = {"vae": ("VAE", vae), "text": ("text encoder", encoder)}[part]
+    words = f"{path}: the {named} is another than the one that the model was trained with: {place} has fingerprint"
+    assert (
+        main(["sample", str(run), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "s")])
+        == 2
+    )
+    assert words in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert {each.name for each in tmp_path.iterdir()} == {"vae", "t5"}
 
 
 def test_nothing_stays_of_an_export_that_failed(
@@ -274,9 +413,17 @@ def test_the_commands(
     assert "exists" in capsys.readouterr().err
 
 
-def test_transformers_is_not_needed_to_name_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """goku --help names the verb without loading anything."""
-    monkeypatch.setitem(sys.modules, "goku.export", None)
-    with pytest.raises(SystemExit) as left:
-        main(["export", "--help"])
-    assert left.value.code == 0
+def test_naming_the_verb_loads_nothing() -> None:
+    """goku --help and goku export --help answer without torch, and whatever export needs."""
+    code = (
+        "import sys\n"
+        "from goku.cli import main\n"
+        "try:\n"
+        "    main(['export', '--help'])\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 0\n"
+        "print([name for name in ('torch', 'transformers', 'goku.export') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: goku export" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -116,6 +117,46 @@ def test_ab2_extends_the_line_through_two_velocities() -> None:
         for method in ("euler", "ab2")
     )
     assert torch.equal(euler, ab2)
+
+
+def test_ab2_does_not_extend_a_line_across_a_jump() -> None:
+    """Of a velocity 1 that is 5 between two times, as guidance in an interval is, every step takes 1 or 5."""
+    times = time_grid(10)
+
+    def within(t: float) -> bool:
+        return 0.25 <= t <= 0.65
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return torch.full_like(x, 5.0 if within(t) else 1.0)
+
+    def taken(piece: Callable[[float], bool] | None) -> list[float]:
+        states = [torch.zeros(1, dtype=torch.float64)]
+        integrate(
+            velocity, states[0], times, "ab2", lambda done, t, x: states.append(x), piece=piece
+        )
+        return [(10 * (b - a)).item() for a, b in itertools.pairwise(states)]
+
+    assert taken(within) == pytest.approx([1.0] * 3 + [5.0] * 4 + [1.0] * 3)
+    # Unaware of the jumps it takes velocities far beyond either.
+    assert (min(taken(None)), max(taken(None))) == pytest.approx((-1.0, 7.0))
+    # Within a piece the line is extended as ever: one Euler step at the start of each, then exact.
+    line = [
+        (b - a).item()
+        for a, b in itertools.pairwise(_line_states(times, lambda t: t >= 0.5 - 1e-9))
+    ]
+    exact = [(b**2 - a**2) / 2 for a, b in itertools.pairwise(times.tolist())]
+    begins = (0, 5)
+    for k, (ours, theirs) in enumerate(zip(line, exact, strict=True)):
+        assert (ours == pytest.approx(theirs, rel=1e-12)) == (k not in begins)
+
+
+def _line_states(times: Tensor, piece: Callable[[float], bool]) -> list[Tensor]:
+    states = [torch.zeros(1, dtype=torch.float64)]
+    integrate(
+        lambda x, t: torch.full_like(x, t), states[0], times, "ab2",
+        lambda done, t, x: states.append(x), piece=piece,
+    )  # fmt: skip
+    return states
 
 
 @pytest.mark.parametrize("method", METHODS)

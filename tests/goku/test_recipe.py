@@ -372,7 +372,7 @@ def test_the_dry_run_is_a_table_and_one_run() -> None:
     assert by_name["t2i"]["from"] == by_name["t2i"]["carry"] == "-"
     assert by_name["joint-480"]["carry"] == "model+ema+optimizer+schedule"
     assert by_name["joint-480"]["video pixels"] == f"{48 * 80:,}"
-    assert by_name["i2v"]["steps"] == "400"
+    assert by_name["i2v"]["steps"] == "300"
     assert by_name["i2v"]["image pixels"] == by_name["t2i"]["video pixels"] == "-"
     assert {row["status"] for row in by_name.values()} == {"fresh"}
     assert run.startswith("t2i\nout: absent/stages/t2i\n")

@@ -127,6 +127,7 @@ FREE = [
     "data.cache=cache",
     "data.verify=size",
     "data.max_lost=5",
+    "data.skip_bad=true",
     "vae.path=moved/vae",
     "vae.train.steps=9",
     "text.path=t5",
@@ -159,7 +160,6 @@ BOUND = [
     "data.max_frames=5",
     "data.fps=12",
     "data.upscale=true",
-    "data.skip_bad=true",
     "data.max_seconds=3.0",
     "data.min_image_pixels=100",
     "data.min_video_pixels=100",
@@ -177,6 +177,7 @@ BOUND = [
     "conditioning.last=0.5",
     "conditioning.both=0.5",
     "conditioning.drop=0.5",
+    "conditioning.drop_both=0.5",
     "flow.text_drop=0.2",
     "flow.shift=3.0",
     "packing.tokens_per_step=128",
@@ -201,12 +202,20 @@ def test_free_on_resume(override: str) -> None:
 
 @pytest.mark.parametrize("override", BOUND)
 def test_bound_on_resume(override: str) -> None:
-    before, after = _config(), _config(override)
+    framed = ["model.condition=frames"] if override.startswith("conditioning.") else []
+    before, after = _config(*framed), _config(*framed, override)
     key = override.split("=")[0]
     for saved, current in ((before, after), (after, before)):
         (line,) = resume_differences(to_dict(saved), current)
         assert line in difference(to_dict(saved), to_dict(current))
         assert line.startswith(f"{key}: ")
+
+
+def test_which_frames_are_given_is_free_where_a_model_takes_none() -> None:
+    before, after = _config(), _config("conditioning.drop=0.5", "conditioning.both=1.0")
+    assert resume_differences(to_dict(before), after) == []
+    (line,) = resume_differences(to_dict(after), _config("model.condition=frames"))[:1]
+    assert line == "model.condition: none -> frames"
 
 
 def test_every_key_is_free_or_bound() -> None:
@@ -284,20 +293,37 @@ def test_a_checkpoint_that_lacks_a_key_is_told() -> None:
 def test_a_checkpoint_from_before_a_key_came_means_its_old_behaviour() -> None:
     """For every key of the table: absent is its old meaning, which resumes, and nothing else does."""
     assert _ADDED
+    # The one whose default is not what runs did before.
+    old_runs = _config("conditioning.drop_both=0")
     for key, old in _ADDED.items():
-        saved = to_dict(_config())
+        saved = to_dict(old_runs)
         *sections, name = key.split(".")
         place = saved
         for section in sections:
             place = place[section]
-        assert place.pop(name) == old, key  # the default is what runs did before
+        found = place.pop(name)
+        if key == "conditioning":
+            assert found.pop("drop_both") == 0
+        assert found == old, key
         before = dump(saved)
-        assert resume_differences(saved, _config()) == []
+        assert resume_differences(saved, old_runs) == []
         assert dump(saved) == before  # what was read from a checkpoint is not changed
     saved = to_dict(_config())
     del saved["optimizer"]["schedule_offset"]
     (line,) = resume_differences(saved, _config("optimizer.schedule_offset=7"))
     assert line == "optimizer.schedule_offset: 0 -> 7"
+
+
+def test_a_checkpoint_from_before_drop_both_resumes_without_it_alone() -> None:
+    framed = "model.condition=frames"
+    saved = to_dict(_config(framed))
+    del saved["conditioning"]["drop_both"]
+    assert resume_differences(saved, _config(framed, "conditioning.drop_both=0")) == []
+    (line,) = resume_differences(saved, _config(framed))
+    assert line == "conditioning.drop_both: 0.0 -> 0.05"
+    # A model that takes no frames never drew it.
+    saved["model"]["condition"] = "none"
+    assert resume_differences(saved, _config()) == []
 
 
 def test_a_checkpoint_from_before_image_to_video_resumes_without_it_alone() -> None:
@@ -307,6 +333,7 @@ def test_a_checkpoint_from_before_image_to_video_resumes_without_it_alone() -> N
     assert resume_differences(saved, _config("model.condition=frames", "conditioning.drop=0")) == [
         "model.condition: none -> frames",
         "conditioning.drop: 0.1 -> 0.0",
+        "conditioning.drop_both: 0.0 -> 0.05",
     ]
     assert model_differences(saved, _config("model.condition=frames")) == []
     # The other way the weights would not fit.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import re
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from goku.cli import main
 from goku.conditioning import condition_latent
+from goku.flow import time_grid
 from goku.given import encode_given
-from goku.media_files import file_stem, read_metadata
 from goku.model import GokuTransformer, patchify
 from goku.random import Purpose, normal
 from goku.sampler import (
@@ -29,10 +28,11 @@ from goku.sampler import (
     Request,
     SampleConfig,
     decode,
+    describe,
     integrate_all,
     load_for_sampling,
 )
-from goku.trained import beyond_limits, position_scale
+from goku.sizes import position_scale
 from goku_kernels import Packing
 
 CPU = torch.device("cpu")
@@ -368,20 +368,64 @@ def test_positions_are_scaled_beyond_the_limits_alone(
     assert torch.equal(within[0], _latents(plain, [small])[0])
 
 
-def test_the_warning_says_what_is_done() -> None:
-    request = Request("a", 192, 448, frames=33)
-    assert beyond_limits(request, None) is None
-    assert beyond_limits(request, (9, 12, 28)) is None
-    assert beyond_limits(request, (5, 8, 8)) == (
-        "192 x 448, 33 frames: beyond the trained 128 x 128, 17; "
-        "RoPE positions scaled by t 0.50, h 0.64, w 0.26"
-    )
-    assert beyond_limits(request, (1, 12, 28)) == (
-        "192 x 448, 33 frames: beyond the trained 192 x 448, 1; not along t, where training had one position"
-    )
-    assert beyond_limits(request, (5, 8, 8), scaled=False) == (
-        "192 x 448, 33 frames: beyond the trained 128 x 128, 17; RoPE positions as they are"
-    )
+def test_the_shift_grows_with_the_tokens_where_training_had_it_so(plain: Loaded) -> None:
+    """sqrt(tokens / base) for each request, though they are asked for together."""
+    requests = [Request("a", 32, 32, seed=1), Request("b", 64, 64, frames=5, seed=2), CLIP]
+    requests[2] = replace(CLIP, given={}, steps=2)
+    growing = {"shift": 1.5, "base_tokens": 8}
+    shifts = [1.5 * (tokens / 8) ** 0.5 for tokens in (4, 32, 18)]
+    found = _latents(plain, requests, **growing)
+    for request, shift, latent in zip(requests, shifts, found, strict=True):
+        config = SampleConfig(**growing)
+        assert config.shift_of(request) == pytest.approx(shift, rel=1e-12)
+        assert SampleConfig(shift=1.5).shift_of(request) == 1.5
+        (alone,) = _latents(plain, [request], shift=shift)
+        torch.testing.assert_close(latent, alone, **FP32)
+        (constant,) = _latents(plain, [request], shift=1.5)
+        assert (constant - latent).abs().max() > 1e-3
+        said = describe(request, config, step=0, fps=12)
+        assert said["shift"] == config.shift_of(request)
+    # Groups of processes call the model equally often, whatever their times.
+    again: dict[int, Tensor] = {}
+    for group in range(2):
+        again |= integrate_all(
+            plain.model, plain.vae, plain.text.encode, requests, SampleConfig(steps=3, **growing),
+            CPU, share=(group, 2),
+        )  # fmt: skip
+    assert sorted(again) == [0, 1, 2]
+    with pytest.raises(ValueError, match="base_tokens is 0"):
+        SampleConfig(base_tokens=0)
+
+
+def test_a_guided_interval_begins_and_ends_without_a_leap(
+    plain: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two-step integration does not go on from a guided velocity to one without, nor back."""
+    request = replace(CLIP, given={})
+    size = math.prod(request.grid)
+
+    def velocity(_: Any, x: Tensor, *rest: Any) -> Tensor:
+        # Every prompt 1, no prompt 0: guided by 5 it is 5.
+        return torch.full_like(x, float(len(rest[1]) > 1))
+
+    monkeypatch.setattr(GokuTransformer, "forward", velocity)
+    width = plain.model.config.patch_dim
+    noise = normal(request.seed, 0, size * width, Purpose.SAMPLE).view(-1, width)
+
+    def moved(**settings: Any) -> Tensor:
+        latents = integrate_all(
+            plain.model, plain.vae,
+            lambda strings: [torch.zeros(1 + (s == request.prompt), 32) for s in strings],
+            [request], SampleConfig(steps=10, method="ab2", guidance=5.0, **settings), CPU,
+        )  # fmt: skip
+        return patchify(latents[0]) - noise
+
+    # Every step takes 1 or 5. They are of unequal lengths, so that two leaps would not make up for each other.
+    times = time_grid(10, 3.0).tolist()
+    expected = sum((b - a) * (5 if 0.25 <= a <= 0.65 else 1) for a, b in itertools.pairwise(times))
+    found = moved(guidance_interval=(0.25, 0.65), shift=3.0)
+    torch.testing.assert_close(found, torch.full((size, width), expected), **FP32)
+    torch.testing.assert_close(moved(), torch.full((size, width), 5.0), **FP32)
 
 
 @pytest.mark.parametrize(
@@ -399,106 +443,3 @@ def test_the_warning_says_what_is_done() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         SampleConfig(**settings)
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def test_the_command_with_an_image(
-    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = trained_run(condition="frames")
-    Image.fromarray(np.moveaxis(_picture(0, 64, 96).numpy(), 0, -1)).save(tmp_path / "a.png")
-    common = [str(run), "--frames", "5", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
-    command = ["sample", *common, "--prompt", "p", "--image", str(tmp_path / "a.png")]
-    assert main([*command, "--guidance", "2", "--guidance-image", "1.5"]) == 0
-    path, line = capsys.readouterr().out.splitlines()
-    # The image's own shape within the trained area of 1536 pixels.
-    assert path == f"{tmp_path}/0000_p_seed0.mp4  p"
-    found = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", line)
-    assert found is not None
-    assert found[1] != found[2]
-    assert main([*command, "--hold"]) == 0
-    held = capsys.readouterr().out.splitlines()[1]
-    again = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", held)
-    assert again is not None
-    assert again[1] == again[2] == found[2]
-    shown = read_metadata(tmp_path / "0000_p_seed0.mp4")
-    assert (shown["height"], shown["width"], shown["given"], shown["hold"]) == (
-        32, 48, {"0": "a.png"}, True,
-    )  # fmt: skip
-    given = ["--given", f"0:{tmp_path / 'a.png'}", "--last-image", str(tmp_path / "a.png")]
-    assert main(["sample", *common, "--prompt", "q", *given]) == 0
-    assert read_metadata(tmp_path / "0000_q_seed0.mp4")["given"] == {"-1": "a.png", "0": "a.png"}
-
-
-@pytest.mark.parametrize(
-    ("condition", "arguments", "words"),
-    [
-        ("none", ["--image", "IMAGE"], ["was trained without frames (model.condition none)"]),
-        ("frames", ["--image", "absent.png"], ["absent.png"]),
-        ("frames", ["--given", "first.png"], ["--given is 'first.png'", "FRAME:FILE"]),
-        ("frames", ["--given", "9:IMAGE"], ["frame 9", "-5 to 4"]),
-        ("frames", ["--width", "32"], ["both or neither"]),
-        ("frames", ["--motion", "5"], ["--motion", "no motion score"]),
-        ("frames", ["--guidance-interval", "1", "0"], ["guidance_interval is (1.0, 0.0)"]),
-        ("frames", ["--count", "0"], ["--count is 0"]),
-        ("frames", ["--sp", "100000"], ["--sp is 100000"]),
-    ],
-)
-def test_calls_that_cannot_work(
-    condition: str,
-    arguments: list[str],
-    words: list[str],
-    trained_run: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    image = tmp_path / "image.png"
-    Image.fromarray(np.moveaxis(_picture(0).numpy(), 0, -1)).save(image)
-    arguments = [argument.replace("IMAGE", str(image)) for argument in arguments]
-    command = ["sample", str(trained_run(condition=condition)), "--prompt", "p", "--frames", "5"]
-    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out"), *arguments]) == 2
-    printed = capsys.readouterr()
-    assert all(word in printed.err for word in words), printed.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_recipe_s_folder_means_its_last_stage_with_a_checkpoint(
-    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stages = tmp_path / "out" / "stages"
-    # In the recipe's order, which is not that of the names.
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "recipe.yaml").write_text("stages: {z: {}, b: {}, a: {}, last: {}}\n")
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        load_for_sampling(tmp_path / "out", CPU)
-    for name, shift in (("z", 1.0), ("a", 3.0), ("b", 2.0)):
-        shutil.copytree(trained_run(shift=shift), stages / name)
-    (stages / "last" / "checkpoints").mkdir(parents=True)
-    command = ["sample", str(tmp_path / "out"), "--prompt", "p", "--steps", "1", "--device", "cpu"]
-    assert main([*command, "--height", "16", "--width", "16", "--out", str(tmp_path)]) == 0
-    chosen = stages / "a" / "checkpoints" / "step_0000007"
-    assert f"{tmp_path / 'out'}: sampling from {chosen}" in capsys.readouterr().err
-    assert read_metadata(tmp_path / "0000_p_seed0.png")["shift"] == 3.0
-    assert main([*command[:1], str(stages / "b"), *command[2:], "--out", str(tmp_path)]) == 0
-    assert "sampling from" not in capsys.readouterr().err
-
-
-def test_a_motion_score_is_appended_as_in_training(
-    trained_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    template = "{caption} motion score: {motion:.1f}"
-    size = ["--height", "16", "--width", "16", "--steps", "1", "--device", "cpu", "--out"]
-    for data in (
-        {"motion_caption": template},
-        {"motion_caption": None, "sources": {"a": {}, "b": {"motion_caption": template}}},
-    ):
-        run = trained_run(data=data)
-        command = ["sample", str(run), "--prompt", "a cat", *size, str(tmp_path)]
-        assert main([*command, "--motion", "5"]) == 0
-        shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
-        assert shown["prompt"] == "a cat motion score: 5.0"
-        assert main(command) == 0
-        shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
-        assert shown["prompt"] == "a cat"

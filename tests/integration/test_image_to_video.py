@@ -16,7 +16,7 @@ from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
 from goku.trainer import Trainer
 
-GIVEN = {"model": {"condition": "frames"}, "conditioning": {"drop": 0.25}}
+GIVEN = {"model": {"condition": "frames"}, "conditioning": {"drop": 0.25, "drop_both": 0.0}}
 OWN = ("condition_embed.fc1.weight", "condition_embed.fc2.weight")
 
 

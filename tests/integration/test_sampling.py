@@ -367,7 +367,13 @@ def test_training_draws_its_cases(run: Path) -> None:
 def test_what_the_run_recorded_is_known(run: Path, loaded: Loaded) -> None:
     """The largest trained grid, the area, the shift: what the command takes its defaults from."""
     assert loaded.about.limits == (3, 3, 3)  # 9 frames; 48 x 32 and 32 x 48
-    assert (loaded.about.pixels, loaded.about.shift) == (1536, 1.0)
+    assert loaded.about.area == 6
+    assert (loaded.about.pixels, loaded.about.image_pixels, loaded.about.shift) == (1536, 1536, 1.0)
+    assert (loaded.about.fps, loaded.about.base_tokens, loaded.about.conditioning) == (
+        None,
+        None,
+        None,
+    )
     assert loaded.about.path == run / "checkpoints" / "step_0000008"
 
 

@@ -1,0 +1,280 @@
+"""`goku sample`: what it asks for by itself, refuses, warns of, and does before the weights are read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from goku import trained
+from goku.cli import main
+from goku.media_files import file_stem, read_metadata
+from goku.sampler import load_for_sampling
+from goku.text import LazyTextEncoder
+from goku.vae import GokuVAE
+
+CPU = torch.device("cpu")
+Capture = pytest.CaptureFixture[str]
+
+
+def _picture(seed: int, height: int = 32, width: int = 48) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.moveaxis(_picture(0).numpy(), 0, -1)).save(path)
+    return path
+
+
+def _sample(run: Path, out: Path, *arguments: object) -> int:
+    command = ["sample", run, "--prompt", "p", "--steps", "1", "--device", "cpu", "--out", out]
+    return main([str(each) for each in (*command, *arguments)])
+
+
+def test_an_image_makes_a_clip_as_long_as_those_of_training(
+    trained_run: Callable[..., Path], tmp_path: Path, image: Path, capsys: Capture
+) -> None:
+    run = trained_run(condition="frames", limits=[3, 2, 3], area=6, data={"fps": 24.0})
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('[{"prompt": "q", "image": "a.png"}]')
+    assert _sample(run, tmp_path, "--image", image) == 0
+    assert _sample(run, tmp_path, "--prompts", prompts) == 0
+    assert "warning" not in capsys.readouterr().err
+    sizes = {"0000_p_seed0.mp4": (9, 32, 48), "0001_q_seed0.mp4": (9, 32, 48)}
+    # What is given nothing is an image, in the area of images.
+    sizes |= {"0000_p_seed0.png": (1, 32, 32)}
+    for name, size in sizes.items():
+        shown = read_metadata(tmp_path / name)
+        assert (shown["frames"], shown["height"], shown["width"]) == size, name
+        assert shown["fps"] == 24  # the rate that its clips had
+    with av.open(str(tmp_path / "0000_p_seed0.mp4")) as container:
+        assert container.streams.video[0].average_rate == 24
+        assert len(list(container.decode(video=0))) == 9
+    assert _sample(run, tmp_path / "said", "--image", image, "--frames", 5, "--fps", 7) == 0
+    shown = read_metadata(tmp_path / "said" / "0000_p_seed0.mp4")
+    assert (shown["frames"], shown["fps"]) == (5, 7)
+    # Clips that kept their own rate leave 12.
+    assert _sample(trained_run(condition="frames"), tmp_path / "plain") == 0
+    assert read_metadata(tmp_path / "plain" / "0000_p_seed0.png")["fps"] == 12
+
+
+@pytest.mark.parametrize("given", ["--last-image=IMAGE", "--given=-5:IMAGE", "--given=-1:IMAGE"])
+def test_frames_counted_from_the_end(
+    given: str,
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    image: Path,
+    capsys: Capture,
+) -> None:
+    run = trained_run(condition="frames", limits=[2, 2, 3], area=6)
+    assert (
+        _sample(
+            run,
+            tmp_path,
+            given.replace("IMAGE", str(image)),
+            "--hold" if "-5" in given else "--seed=0",
+        )
+        == 0
+    )
+    printed = capsys.readouterr()
+    # The first of five is told as such, however it was counted, and the last is not.
+    assert ("first frame: " in printed.out) == ("-5" in given)
+    assert ("training gave none so" in printed.err) == ("-5" not in given)
+    assert read_metadata(tmp_path / "0000_p_seed0.mp4")["frames"] == 5
+
+
+def test_what_training_did_not_have_is_warned_of_once(
+    trained_run: Callable[..., Path], tmp_path: Path, image: Path, capsys: Capture
+) -> None:
+    weights = {"first": 0.8, "last": 0.0, "both": 0.2, "drop": 0.1, "drop_both": 0.05}
+    run = trained_run(condition="frames", conditioning=weights, limits=[2, 3, 3], area=6)
+    common = ["--image", image, "--frames", 5, "--count", 2]
+    assert _sample(run, tmp_path, *common, "--last-image", image) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (
+        _sample(run, tmp_path, *common, "--given", f"2:{image}", "--height", 48, "--width", 48) == 0
+    )
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert warnings == [
+        "warning: 48 x 48, 5 frames: 9 tokens in a frame, beyond the trained 6",
+        "warning: given frames 0, 2 of 5: training gave first and last frames alone; "
+        "2 stands for all of 1 to 4, one latent frame",
+    ]
+
+
+def test_everything_is_encoded_once_and_the_encoder_gone_before_the_weights(
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The encoder of gigabytes does not lie beside the model; --count repeats neither prompts nor images."""
+    told: list[Any] = []
+    encoders: list[LazyTextEncoder] = []
+    encode, load, encode_video = LazyTextEncoder.encode, trained.checkpoint.load, GokuVAE.encode
+
+    def encoded(self: LazyTextEncoder, prompts: list[str]) -> list[Tensor]:
+        encoders.append(self)
+        told.extend(prompts)
+        return encode(self, prompts)
+
+    def image_encoded(self: GokuVAE, video: Tensor) -> Any:
+        told.append(tuple(video.shape))
+        return encode_video(self, video)
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        told.append(("weights", [each.loaded for each in encoders[-1:]]))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(LazyTextEncoder, "encode", encoded)
+    monkeypatch.setattr(GokuVAE, "encode", image_encoded)
+    monkeypatch.setattr(trained.checkpoint, "load", loaded)
+    run = trained_run(condition="frames")
+    prompts = ["--prompt", "q", "--prompt", "p", "--negative", "n", "--count", 3]
+    arguments = [*prompts, "--image", image, "--frames", 5, "--guidance", 2]
+    assert _sample(run, tmp_path / "once", *arguments) == 0
+    assert told == [(1, 3, 1, 32, 48), "p", "q", "n", ("weights", [False])]
+    assert len(list((tmp_path / "once").iterdir())) == 9
+    told.clear()
+    assert _sample(run, tmp_path / "plain", "--negative", "n") == 0
+    assert told == ["p", ("weights", [False])]  # no guidance, no negative prompt
+
+
+def test_the_shift_is_that_of_training_or_the_one_that_is_said(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of 4 tokens, where 16 have the run's shift of 2, half of it; what is said holds for every size."""
+    run = trained_run(shift=2.0, flow={"resolution_shift": True, "base_tokens": 16})
+    size = ["--height", 32, "--width", 32]
+    for name, arguments, shift in (("run", [], 1.0), ("said", ["--shift", 3.0], 3.0)):
+        assert _sample(run, tmp_path / name, *size, *arguments) == 0
+        assert read_metadata(tmp_path / name / "0000_p_seed0.png")["shift"] == shift
+
+
+def test_the_encoder_is_the_run_s(trained_run: Callable[..., Path]) -> None:
+    """Loaded to be compared with the run's; it can be let go of, and comes back when it is needed."""
+    text = load_for_sampling(trained_run(), CPU).text
+    before = text.encode(["a cat"])[0]
+    text.release()
+    assert not text.loaded
+    assert torch.equal(text.encode(["a cat"])[0], before)
+
+
+def test_the_command_with_an_image(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained_run(condition="frames")
+    Image.fromarray(np.moveaxis(_picture(0, 64, 96).numpy(), 0, -1)).save(tmp_path / "a.png")
+    common = [str(run), "--frames", "5", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
+    command = ["sample", *common, "--prompt", "p", "--image", str(tmp_path / "a.png")]
+    assert main([*command, "--guidance", "2", "--guidance-image", "1.5"]) == 0
+    path, line = capsys.readouterr().out.splitlines()
+    # The image's own shape within the trained area of 1536 pixels.
+    assert path == f"{tmp_path}/0000_p_seed0.mp4  p"
+    found = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", line)
+    assert found is not None
+    assert found[1] != found[2]
+    assert main([*command, "--hold"]) == 0
+    held = capsys.readouterr().out.splitlines()[1]
+    again = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", held)
+    assert again is not None
+    assert again[1] == again[2] == found[2]
+    shown = read_metadata(tmp_path / "0000_p_seed0.mp4")
+    assert (shown["height"], shown["width"], shown["given"], shown["hold"]) == (
+        32, 48, {"0": "a.png"}, True,
+    )  # fmt: skip
+    given = ["--given", f"0:{tmp_path / 'a.png'}", "--last-image", str(tmp_path / "a.png")]
+    assert main(["sample", *common, "--prompt", "q", *given]) == 0
+    assert read_metadata(tmp_path / "0000_q_seed0.mp4")["given"] == {"-1": "a.png", "0": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("condition", "arguments", "words"),
+    [
+        ("none", ["--image", "IMAGE"], ["was trained without frames (model.condition none)"]),
+        ("frames", ["--image", "absent.png"], ["absent.png"]),
+        ("frames", ["--given", "first.png"], ["--given is 'first.png'", "FRAME:FILE"]),
+        ("frames", ["--given", "9:IMAGE"], ["frame 9", "-5 to 4"]),
+        ("frames", ["--width", "32"], ["both or neither"]),
+        ("frames", ["--motion", "5"], ["--motion", "no motion score"]),
+        ("frames", ["--guidance-interval", "1", "0"], ["guidance_interval is (1.0, 0.0)"]),
+        ("frames", ["--count", "0"], ["--count is 0"]),
+        ("frames", ["--sp", "100000"], ["--sp is 100000"]),
+        ("frames", ["--hold"], ["--hold is given, but no first frame"]),
+        ("frames", ["--hold", "--last-image", "IMAGE"], ["--hold is given, but no first frame"]),
+        ("frames", ["--guidance-image", "2"], ["--guidance-image is given, but no image"]),
+        (
+            "frames",
+            ["--image", "IMAGE", "--frames", "1"],
+            ["frames is 1 with an image given for frame 0"],
+        ),
+    ],
+)
+def test_calls_that_cannot_work(
+    condition: str,
+    arguments: list[str],
+    words: list[str],
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = tmp_path / "image.png"
+    Image.fromarray(np.moveaxis(_picture(0).numpy(), 0, -1)).save(image)
+    arguments = [argument.replace("IMAGE", str(image)) for argument in arguments]
+    command = ["sample", str(trained_run(condition=condition)), "--prompt", "p", "--frames", "5"]
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "out"), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert all(word in printed.err for word in words), printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_s_folder_means_its_last_stage_with_a_checkpoint(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = tmp_path / "out" / "stages"
+    # In the recipe's order, which is not that of the names.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text("stages: {z: {}, b: {}, a: {}, last: {}}\n")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        load_for_sampling(tmp_path / "out", CPU)
+    for name, shift in (("z", 1.0), ("a", 3.0), ("b", 2.0)):
+        shutil.copytree(trained_run(shift=shift), stages / name)
+    (stages / "last" / "checkpoints").mkdir(parents=True)
+    command = ["sample", str(tmp_path / "out"), "--prompt", "p", "--steps", "1", "--device", "cpu"]
+    assert main([*command, "--height", "16", "--width", "16", "--out", str(tmp_path)]) == 0
+    chosen = stages / "a" / "checkpoints" / "step_0000007"
+    assert f"{tmp_path / 'out'}: sampling from {chosen}" in capsys.readouterr().err
+    assert read_metadata(tmp_path / "0000_p_seed0.png")["shift"] == 3.0
+    assert main([*command[:1], str(stages / "b"), *command[2:], "--out", str(tmp_path)]) == 0
+    assert "sampling from" not in capsys.readouterr().err
+
+
+def test_a_motion_score_is_appended_as_in_training(
+    trained_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = "{caption} motion score: {motion:.1f}"
+    size = ["--height", "16", "--width", "16", "--steps", "1", "--device", "cpu", "--out"]
+    for data in (
+        {"motion_caption": template},
+        {"motion_caption": None, "sources": {"a": {}, "b": {"motion_caption": template}}},
+    ):
+        run = trained_run(data=data)
+        command = ["sample", str(run), "--prompt", "a cat", *size, str(tmp_path)]
+        assert main([*command, "--motion", "5"]) == 0
+        shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
+        assert shown["prompt"] == "a cat motion score: 5.0"
+        assert main(command) == 0
+        shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
+        assert shown["prompt"] == "a cat"
