@@ -55,7 +55,7 @@ help:  ## what there is (this list)
 # ---- the two commands ----------------------------------------------------------------------------
 
 .PHONY: demo
-demo: $(GOKU)  ## train, kill, resume and sample a small Goku; the result is demo-out/report.html
+demo: $(GOKU)  ## train, kill, resume and sample a small Goku; the results are demo-out/report.html and recipe.html
 	@$(BIN)/goku demo $(ARGS)
 
 .PHONY: test

@@ -24,6 +24,7 @@ from goku.data import Quarantine
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.prepare import (
+    check_sources,
     check_validation,
     prepare_datasets,
     prepare_text,
@@ -276,6 +277,7 @@ def run_recipe(
         if first is not None:
             _start(recipe, first, found, context)  # before minutes of work on a VAE
         left = [stage.config for stage in wanted if found[stage.index].status != "finished"]
+        check_sources(left, context)
         check_validation(left, context)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None

@@ -6,6 +6,7 @@ from goku.data.dataset import decode_all, prepare
 from goku.data.decode import decode
 from goku.data.doctor import DoctorReport, doctor
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
+from goku.data.item_list import ItemList
 from goku.data.items import CachedSample, Dataset, Item, PrepareReport, SampleStream
 from goku.data.manifest import read_records, scan
 from goku.data.mixing import Group, MixedStream
@@ -27,6 +28,7 @@ __all__ = [
     "Geometry",
     "Group",
     "Item",
+    "ItemList",
     "MixConfig",
     "MixedDataset",
     "MixedStream",

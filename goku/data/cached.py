@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from goku.data.config import DataConfig
 from goku.data.decode import decode
-from goku.data.errors import DataError, Problem
+from goku.data.errors import DataError, DecodeError, Problem
 from goku.data.filler import Entry, Filler
+from goku.data.item_list import ItemList, SourceItems
 from goku.data.items import CachedSample, Item, PrepareReport, SampleStream, item_of
 from goku.data.mixing import Group, MixedStream
 from goku.data.stream import ShuffledStream
@@ -20,7 +19,11 @@ from goku.vae import VideoVAE
 
 
 class CachedDataset:
-    """Items whose latents are all cached. `skipped` lists what skip_bad left out; `report` has it all."""
+    """Items whose latents are all cached. `skipped` lists what skip_bad left out; `report` has it all.
+
+    lost: by their place, items of a run that goes on which cannot be had now: they keep their place, and reading one
+    raises DecodeError.
+    """
 
     def __init__(
         self,
@@ -31,8 +34,10 @@ class CachedDataset:
         report: PrepareReport,
         source: str = "",
         prefix: str = "",
+        lost: Mapping[int, Problem] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.source = config, source
+        self.lost = dict(lost or {})
         self.items: list[Item] = [
             item_of(entry.record, entry.geometry, source, prefix) for entry in entries
         ]
@@ -45,9 +50,15 @@ class CachedDataset:
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """What stands behind each item."""
+        return self._entries
+
     def read(self, index: int, caption: int = 0) -> CachedSample:
         """The cached sample `index` with its caption number `caption` (0: the heaviest). ValueError naming the file
         when it was damaged since `prepare` (which makes it anew), FileNotFoundError when it was removed."""
+        self._check_there(index)
         entry = self._entries[index]
         assert self._filler is not None
         return self._filler.sample(entry, self._embedding(entry.record.prompts[caption]))
@@ -66,7 +77,10 @@ class CachedDataset:
             tuple(self._filler.frames),
             self._filler.source,
         )
+        if not entry.record.path:
+            self._check_there(index)
         own.repair(entry)
+        self.lost.pop(index, None)
         return self.read(index)
 
     def text(self, index: int, caption: int = 0) -> Tensor:
@@ -87,19 +101,22 @@ class CachedDataset:
         """Every item once an epoch, shuffled."""
         return ShuffledStream(len(self.items), seed)
 
+    def item_list(self) -> ItemList:
+        """What a run that goes on is held to."""
+        return ItemList([SourceItems.of(self.source, self._entries)])
+
     def fingerprint(self) -> str:
-        """Hash of all that training sees: names, captions, weights, and latents by their content
-        (VAE, geometry and media file). The same wherever the dataset lies."""
-        rows: list[list[object]] = []  # in order: the stream counts on it
-        for e in self._entries:
-            rows.append([e.record.name, e.record.text, e.record.weight, e.key])
-            if e.record.captions:
-                rows[-1].append(e.record.captions)
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """`ItemList.fingerprint`: the same wherever the dataset lies."""
+        return self.item_list().fingerprint()
 
     def pixels(self, index: int) -> Tensor:
         """(3, T, H, W) uint8: what the latent was encoded from, decoded anew."""
+        self._check_there(index)
         return decode(self._entries[index].record, self.config)
+
+    def _check_there(self, index: int) -> None:
+        if index in self.lost:
+            raise DecodeError(self.items[index].name, self.lost[index].reason)
 
 
 class MixedDataset:
@@ -146,6 +163,15 @@ class MixedDataset:
         """(length, dim) embedding of the empty prompt."""
         return self.parts[0][1].empty_text
 
+    @property
+    def lost(self) -> Mapping[int, Problem]:
+        """As `CachedDataset.lost`."""
+        return {
+            index: part.lost[own]
+            for index, (part, own) in enumerate(self._places)
+            if own in part.lost
+        }
+
     def groups(self) -> list[Group]:
         """The mix's groups, (source, modality) each, in the sources' order; [] without a mix. DataError for a group
         with a weight and without an item, which names what the limits dropped."""
@@ -175,12 +201,15 @@ class MixedDataset:
         groups = self.groups()
         return MixedStream(groups, seed) if groups else ShuffledStream(len(self.items), seed)
 
+    def item_list(self) -> ItemList:
+        """As `CachedDataset.item_list`."""
+        mix = {name: [w.image, w.video] for name, w in (self.config.mix or {}).items()}
+        sources = [SourceItems.of(name, part.entries) for name, part in self.parts]
+        return ItemList(sources, mixed=True, mix=None if self.config.mix is None else mix)
+
     def fingerprint(self) -> str:
         """Hash of the sources by name and content, and of the mix."""
-        parts = [[name, part.fingerprint()] for name, part in self.parts]
-        mix = {name: [w.image, w.video] for name, w in (self.config.mix or {}).items()}
-        content = [parts, None if self.config.mix is None else mix]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return self.item_list().fingerprint()
 
     def pixels(self, index: int) -> Tensor:
         """As `CachedDataset.pixels`."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,13 @@ from goku.data.cached import CachedDataset, MixedDataset
 from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
-from goku.data.filler import Entry, Filler, Progress, record_name
+from goku.data.filler import Entry, Filler, Found, Progress, record_name
+from goku.data.item_list import ItemList, SourceItems, hold
 from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache
 from goku.data.media import Decoded
 from goku.data.record import Record
+from goku.data.shares import Share, Told, check_alike
 from goku.data.sources import Source, sources_of
 from goku.data.transform import VAE_STRIDES
 from goku.data.workers import ordered_map
@@ -28,6 +32,9 @@ from goku.vae import VideoVAE
 
 # Embeddings held in memory at once while captions are encoded.
 _CAPTIONS_AT_ONCE = 256
+
+Outcome = Entry | Problem | Dropped
+"""What became of a record: used, unusable, or left out by the limits."""
 
 
 def prepare(
@@ -38,39 +45,49 @@ def prepare(
     cache_dir: str | os.PathLike[str],
     rank: int = 0,
     world: int = 1,
-    barrier: Callable[[], None] | None = None,
+    gather: Callable[[Any], list[Any]] | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    checking: Progress | None = None,
     frames: Sequence[int] = (),
     latents: bool = True,
     texts: bool = True,
+    items: ItemList | None = None,
+    may_be_empty: bool = False,
 ) -> Dataset:
     """Decode and encode what the cache lacks, and return the whole dataset.
 
-    With `world` > 1 every rank fills its share (items rank, rank + world, ... of each source), calls `barrier`,
-    and then takes the rest from the cache, which the ranks share. Every rank returns the same
-    dataset or raises the same DataError: its bad items do not keep a rank from the barrier.
+    With `world` > 1 every rank fills its share (items rank, rank + world, ... of each source), tells the others by
+    `gather` what became of it, and takes what they tell for the rest: nothing is tried twice, and of the others'
+    latents the sizes alone are looked at. Every rank returns the same dataset, or every rank raises.
 
     Args:
         vae: None only with latents=False.
         text: a TextCache, or an encoder for which one is made under cache_dir/text. Captions and
             the empty prompt are encoded here. None only with texts=False.
+        gather: the picklable value of every rank, by rank, on every rank; called once, however long the ranks work.
         device: where `vae` encodes; default the device of its first parameter, else the CPU.
+        progress, checking: called after every item of this rank's share, and of the other ranks' shares.
         frames: of 0 (first) and -1 (last): which single frames of every clip are wanted as the VAE encodes them alone
             (`CachedSample.frames`). They are stored beside the clip, but for the first of an exactly causal VAE, which
             is the clip's own first latent.
         latents, texts: False leaves that cache as it is. Without latents the result has no items, and its report counts
             captions; without texts it has no text to read.
 
+        items: those of a run that goes on: the dataset is to have these and no others (`goku.data.item_list.hold`).
+            Where they have become others it is returned as it is, and its fingerprint differs from theirs.
+        may_be_empty: what the limits leave nothing of is no error.
+
     Raises DataError listing every unusable item (config.skip_bad: only when none is left; what was
-    left out is in `.skipped`), or when the limits or the mix leave a source or a group empty; ValueError when the
-    VAE's geometry is not (4, 8, 8) or its latents have other shapes than it says; OSError when the cache cannot be
-    written. Nothing half-written stays behind; finished items stay cached.
+    left out is in `.skipped`), when the limits or the mix leave a source or a group empty, or when more than
+    config.max_lost of `items` cannot be had; ValueError when the VAE's geometry is not (4, 8, 8) or its latents have
+    other shapes than it says, when the ranks list different items, or naming another rank's failure; OSError when the
+    cache cannot be written. Nothing half-written stays behind; finished items stay cached.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} must be in 0 .. world - 1 = {world - 1}")
-    if world > 1 and barrier is None:
-        raise ValueError(f"world {world}: give `barrier`, called when this rank's share is cached")
+    if world > 1 and gather is None:
+        raise ValueError(f"world {world}: give `gather`, by which the ranks tell each other")
     if (latents and vae is None) or (texts and text is None):
         raise ValueError("vae, text: None only where latents=False, texts=False leave it out")
     if latents and vae is not None and tuple(vae.strides) != VAE_STRIDES:
@@ -78,39 +95,86 @@ def prepare(
             f"VAE geometry mismatch: strides (t, h, w) {tuple(vae.strides)}; "
             f"the data is cut for {VAE_STRIDES}"
         )
-    cache = None
-    if texts and text is not None:
-        cache = text if isinstance(text, TextCache) else TextCache(Path(cache_dir) / "text", text)
-    parts = [
-        _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
-        for source in sources_of(config)
-    ]
-    shown = _Shown(progress, sum(len(part.share(rank, world)) for part in parts))
+    parts: list[_Part] = []
+    failure: ValueError | OSError | ImportError | ArithmeticError | None = None
     try:
+        cache = None
+        if texts and text is not None:
+            own = Path(cache_dir) / "text"
+            cache = text if isinstance(text, TextCache) else TextCache(own, text)
+        parts = [
+            _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
+            for source in sources_of(config)
+        ]
+        shown = _Shown(progress, sum(len(part.share(rank, world)) for part in parts))
         for part in parts:
             part.fill(rank, world, shown)
-    finally:
-        # Also when this rank failed (disk full): the others must not wait for it for ever.
-        if barrier is not None:
-            barrier()
-    datasets = [part.dataset(world) for part in parts]
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        failure = error
+        if world > 1 and parts:  # the others may work for hours before it is raised
+            message = f"rank {rank} has failed and waits for the other ranks: {error}"
+            print(message, file=sys.stderr, flush=True)
+    shares: list[Share] = []
+    if world > 1 and gather is not None:
+        told = [part.told() for part in parts]
+        mine = Share.of([part.source for part in parts], told)
+        shares = gather(mine if failure is None else Share(str(failure)))
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame: a cycle
+    check_alike(shares)
+    if shares and latents:
+        listed = sum(len(part.source.records) for part in parts)
+        shown = _Shown(checking, listed - shown.total)
+        for number, part in enumerate(parts):
+            part.join(rank, [share.told[number] for share in shares], shown)
+    built = [(part.source, part.dataset(items)) for part in parts]
+    return joined(config, built, latents=latents, may_be_empty=may_be_empty)
+
+
+def joined(
+    config: DataConfig,
+    built: Sequence[tuple[Source, CachedDataset]],
+    *,
+    latents: bool = True,
+    may_be_empty: bool = False,
+) -> Dataset:
+    """The dataset of all sources. DataError where `prepare` gives one: unusable items that may not be left out, too
+    many that a run going on misses, or a source or a group of the mix without any item. latents: False where datasets
+    have none and hence no items."""
+    datasets = [dataset for _, dataset in built]
     problems = [problem for dataset in datasets for problem in dataset.report.problems]
-    empty = [
-        part for part, dataset in zip(parts, datasets, strict=True) if latents and not dataset.items
-    ]
-    if problems and (not config.skip_bad or (empty and len(empty) == len(parts))):
+    empty = [each for each in built if latents and not each[1].report.used]
+    where = config.path or "data.sources"
+    if problems and (not config.skip_bad or (empty and len(empty) == len(built))):
         listed = sum(dataset.report.listed for dataset in datasets)
-        where = config.path or "data.sources"
         raise DataError(f"{where}: {len(problems)} of {listed} items cannot be used", problems)
-    for part in empty:
-        raise part.nothing_left()
+    lost = [problem for dataset in datasets for problem in dataset.lost.values()]
+    if len(lost) > config.max_lost:
+        limit = f"over data.max_lost = {config.max_lost}"
+        raise DataError(f"{where}: {len(lost)} items of the run are lost, {limit}", lost)
+    for source, dataset in empty:
+        if not may_be_empty:
+            raise nothing_left(source, dataset.report)
     if config.sources is None:
         return datasets[0]
-    named = [(part.source.name, dataset) for part, dataset in zip(parts, datasets, strict=True)]
-    mixed = MixedDataset(config, named)
-    if latents:
+    mixed = MixedDataset(config, [(source.name, dataset) for source, dataset in built])
+    if latents and not may_be_empty:
         mixed.groups()  # refuses an empty one now, not at the first step
     return mixed
+
+
+def nothing_left(source: Source, report: PrepareReport) -> DataError:
+    """What to raise of a source without any item to train on."""
+    reasons = "; ".join(str(entry).removeprefix(source.prefix) for entry in report.dropped[:3])
+    return DataError(
+        f"{source.path}: nothing is left to train on; the limits dropped {len(report.dropped)} of "
+        f"{source.listed} items: {reasons}"
+        if report.dropped
+        else f"{source.path}: none of {source.listed} items can be used"
+    )
 
 
 class _Shown:
@@ -141,7 +205,7 @@ class _Part:
         self.filler = None
         if vae is not None:
             self.filler = Filler(source.config, vae, cache, device, frames, source.name)
-        self.outcomes: list[Entry | Problem | Dropped] = []
+        self.outcomes: list[Outcome] = []
         self.counts = (0, 0, 0)
 
     def share(self, rank: int, world: int) -> Sequence[Record]:
@@ -169,44 +233,80 @@ class _Part:
                     progress(0, 0)
         self.counts = made, present, nbytes
 
-    def dataset(self, world: int) -> CachedDataset:
-        """Every rank's part together."""
-        source = self.source
-        if self.filler is not None and world > 1:
-            self.outcomes = list(self.filler.fill(source.records, None))
-        entries, duplicates, remarks = _by_content(self.outcomes, source.prefix)
-        bad = [*source.problems, *(o for o in self.outcomes if isinstance(o, Problem)), *duplicates]
-        dropped = [*source.dropped, *(o for o in self.outcomes if isinstance(o, Dropped))]
-        made, present, nbytes = self.counts
-        prefix, name = source.prefix, source.name
-        report = PrepareReport(
-            listed=source.listed,
-            used=len(entries) if self.filler is not None else len(source.records),
-            problems=tuple(replace(p, name=prefix + p.name, source=name) for p in bad),
-            remarks=tuple(remarks),
-            dropped=tuple(replace(d, name=prefix + d.name) for d in dropped),
-            made=made,
-            present=present,
-            nbytes=nbytes,
-        )
-        return CachedDataset(
-            source.config, self.filler, self.texts, entries, report, source.name, prefix
-        )
+    def told(self) -> list[Told]:
+        """What the other ranks are to know of this rank's share."""
+        return [
+            Found(o.plan, o.identity, o.remarks) if isinstance(o, Entry) else o
+            for o in self.outcomes
+        ]
 
-    def nothing_left(self) -> DataError:
-        where = self.source.path
-        dropped = [*self.source.dropped, *(o for o in self.outcomes if isinstance(o, Dropped))]
-        reasons = "; ".join(str(entry) for entry in dropped[:3])
-        return DataError(
-            f"{where}: nothing is left to train on; the limits dropped {len(dropped)} of "
-            f"{self.source.listed} items: {reasons}"
-            if dropped
-            else f"{where}: none of {self.source.listed} items can be used"
-        )
+    def join(self, rank: int, told: Sequence[Sequence[Told]], progress: Progress) -> None:
+        """Every rank's outcomes in the records' order. told: by rank."""
+        assert self.filler is not None
+        world = len(told)
+        words = [(r, told[i % world][i // world]) for i, r in enumerate(self.source.records)]
+        usable = [
+            (record, word)
+            for i, (record, word) in enumerate(words)
+            if i % world != rank and isinstance(word, Found)
+        ]
+        records, found = [record for record, _ in usable], [word for _, word in usable]
+        taken = iter(self.filler.take(records, found, progress))
+        own = iter(self.outcomes)
+        outcomes: list[Outcome] = []
+        for i, (_, word) in enumerate(words):
+            if i % world == rank:
+                outcomes.append(next(own))
+            else:
+                outcomes.append(next(taken) if isinstance(word, Found) else word)
+        self.outcomes = outcomes
+
+    def dataset(self, items: ItemList | None) -> CachedDataset:
+        """Every rank's part together. items: those of a run that goes on."""
+        kept = None if items is None else items.source(self.source.name)
+        return dataset_of(self.source, self.outcomes, self.filler, self.texts, self.counts, kept)
 
 
-def _by_content(
-    outcomes: Sequence[Entry | Problem | Dropped], prefix: str
+def dataset_of(
+    source: Source,
+    outcomes: Sequence[Outcome],
+    filler: Filler | None = None,
+    texts: TextCache | None = None,
+    counts: tuple[int, int, int] = (0, 0, 0),
+    kept: SourceItems | None = None,
+) -> CachedDataset:
+    """The dataset of one source. outcomes: one per record, in order; none where only captions were cached.
+    counts: files made and present, and their bytes. filler, texts: what its items are read by, None: they are not.
+    kept: the items that it is to have, as far as they are what they were."""
+    held = None if kept is None or filler is None else hold(kept, source, outcomes, filler)
+    missing = {} if held is None else held.lost
+    outcomes = outcomes if held is None else held.outcomes
+    entries, duplicates, remarks = by_content(outcomes, source.prefix)
+    bad = [*source.problems, *(o for o in outcomes if isinstance(o, Problem)), *duplicates]
+    dropped = [*source.dropped, *(o for o in outcomes if isinstance(o, Dropped))]
+    made, present, nbytes = counts
+    prefix, name = source.prefix, source.name
+    lost = {
+        place: replace(missing[entry.record.name], name=prefix + entry.record.name, source=name)
+        for place, entry in enumerate(entries)
+        if entry.record.name in missing
+    }
+    usable = len(entries) - len(lost)
+    report = PrepareReport(
+        listed=source.listed if held is None else usable + len(bad) + len(dropped),
+        used=usable if outcomes or not source.records else len(source.records),
+        problems=tuple(replace(p, name=prefix + p.name, source=name) for p in bad),
+        remarks=tuple(remarks),
+        dropped=tuple(replace(d, name=prefix + d.name) for d in dropped),
+        made=made,
+        present=present,
+        nbytes=nbytes,
+    )
+    return CachedDataset(source.config, filler, texts, entries, report, name, prefix, lost)
+
+
+def by_content(
+    outcomes: Sequence[Outcome], prefix: str
 ) -> tuple[list[Entry], list[Problem], list[Remark]]:
     """The entries without those whose content, range and captions an earlier one has; those; every remark."""
     entries: list[Entry] = []
@@ -224,7 +324,7 @@ def _by_content(
             duplicates.append(Problem(record.name, reason, "duplicate"))
             continue
         others = [o.record.name for o in same if o.record.path != record.path]
-        notes = [*record.remarks, *entry.plan.remarks]
+        notes = [*record.remarks, *entry.plan.remarks, *entry.remarks]
         if others:
             notes.append(f"same content as {others[0]}, with another caption")
         remarks += [Remark(prefix + record.name, note) for note in notes]

@@ -13,6 +13,7 @@ Rules, the same for training and for the doctor:
 - Damage that the decoders can see is an error (H.264 is decoded with err_detect=explode, never
   concealed): a truncated file, broken entropy coding, bad PNG checksums. A flipped bit that still
   decodes, as JPEG and VP9 allow, cannot be seen.
+- Words in a container that are not UTF-8 (a title in Latin-1) are no damage.
 - What was changed on the way (colour model, depth, rotation, timing) is said in `Media.remarks`.
 """
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from goku.data.config import DataConfig
+from goku.data.errors import decoding
 from goku.data.images import decode_image, probe_image
 from goku.data.media import Decoded, Media
 from goku.data.media_source import check_file
@@ -44,16 +46,18 @@ def as_tensor(decoded: Decoded) -> Tensor:
 
 def decode_record(record: Record, config: DataConfig) -> Decoded:
     """As `decode`, with the pixels as an array and what was learnt about the file."""
-    check_file(record)
-    if record.is_image:
-        return decode_image(record, config)
-    return decode_video(record, config)
+    with decoding(record.path):
+        check_file(record)
+        if record.is_image:
+            return decode_image(record, config)
+        return decode_video(record, config)
 
 
 def probe(record: Record, config: DataConfig) -> Media:
     """What `decode_record` would make of the file, from its headers and first frame only; frame
     counts and damage further in are not seen. Raises DecodeError."""
-    check_file(record)
-    if record.is_image:
-        return probe_image(record, config)
-    return probe_video(record, config)
+    with decoding(record.path):
+        check_file(record)
+        if record.is_image:
+            return probe_image(record, config)
+        return probe_video(record, config)

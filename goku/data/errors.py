@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,3 +77,18 @@ class DecodeError(ValueError):
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str, Kind]]:
         return type(self), (self.path, self.reason, self.kind)
+
+
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Around a decoder at work on the media file `path`: whatever it raises becomes a DecodeError with the type's name
+    and the first line. Damage reaches places in libraries that nobody wrote an error for; no file may end a run by it.
+    """
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        reason = ": ".join(part for part in (type(error).__name__, line) if part)
+        raise DecodeError(path, f"cannot be decoded: {reason}") from error

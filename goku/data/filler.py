@@ -26,22 +26,36 @@ from goku.vae import VideoVAE
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after every item of this rank's share."""
 
+FROM_CACHE = "trained from its cached latent"
+"""How the remark on an item ends whose media cannot be used, and whose latent can."""
+
 FRAMES = (0, -1)
 """The single frames that can be asked for: the first and the last."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record, what it decodes to, the key of its latent, and the content it was made from."""
+    """A record, what it decodes to, the key of its latent, and the content it was made from. remarks: on how it was
+    found, beside those of the record and the plan."""
 
     record: Record
     plan: Plan
     key: str
     identity: FileIdentity
+    remarks: tuple[str, ...] = ()
 
     @property
     def geometry(self) -> Geometry:
         return self.plan.geometry
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the other ranks are told of a usable record: all of its entry that they do not know."""
+
+    plan: Plan
+    identity: FileIdentity
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,25 +121,67 @@ class Filler:
         self, records: Sequence[Record], progress: Progress | None
     ) -> Iterator[Entry | Problem | Dropped]:
         """One outcome per record, in order. Only what the cache lacks is sent to the workers."""
-        cached = [self._cached(record) for record in records]
-        missing = [record for record, entry in zip(records, cached, strict=True) if entry is None]
-        work = partial(identify_and_decode, self.config, str(self.cache.directory))
-        made = ordered_map(work, missing, name=record_name, workers=self.config.workers)
-        for done, (record, entry) in enumerate(zip(records, cached, strict=True), start=1):
-            outcome: Entry | Problem | Dropped
-            if entry is not None:
-                outcome = entry
-            else:
-                result = next(made)
-                if isinstance(result, _Read):
-                    outcome = self._encode(record, result)
-                elif isinstance(result, DecodeError):
-                    outcome = Problem(record.name, result.reason, result.kind)
-                else:
-                    outcome = Problem(record.name, result.reason)
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
             if progress is not None:
                 progress(done, len(records))
-            yield outcome
+
+        cached = []
+        for record in records:
+            cached.append(self._cached(record))
+            if cached[-1] is not None:
+                count()  # now: looking through a large cache takes minutes
+        missing = [record for record, entry in zip(records, cached, strict=True) if entry is None]
+        made = self._made(missing)
+        for entry in cached:
+            if entry is not None:
+                yield entry
+            else:
+                outcome = next(made)
+                count()
+                yield outcome
+
+    def _made(self, records: Sequence[Record]) -> Iterator[Entry | Problem | Dropped]:
+        """Every record decoded and encoded."""
+        work = partial(identify_and_decode, self.config, str(self.cache.directory))
+        results = ordered_map(work, records, name=record_name, workers=self.config.workers)
+        for record, result in zip(records, results, strict=True):
+            if isinstance(result, _Read):
+                yield self._encode(record, result)
+            elif isinstance(result, DecodeError):
+                yield Problem(record.name, result.reason, result.kind)
+            else:
+                yield Problem(record.name, result.reason)
+
+    def take(
+        self, records: Sequence[Record], found: Sequence[Found], progress: Progress | None
+    ) -> list[Entry]:
+        """The entries of records that other ranks have cached, of whose files the sizes alone are looked at.
+
+        A latent that is not there (a cache that the ranks do not share) is made here as well; ValueError when that
+        fails, since ranks with other items would wait for each other for ever.
+        """
+        entries: list[Entry] = []
+        lacking: list[int] = []
+        for record, told in zip(records, found, strict=True):
+            geometry = told.plan.geometry
+            key = latent_key(self.fingerprint, told.identity, record, self.config, geometry)
+            entries.append(Entry(record, told.plan, key, told.identity, told.remarks))
+            if self.lacking(entries[-1], size_only=True):
+                lacking.append(len(entries) - 1)
+            if progress is not None:
+                progress(len(entries), len(records))
+        for index, made in zip(lacking, self._made([records[i] for i in lacking]), strict=True):
+            if not isinstance(made, Entry) or made.key != entries[index].key:
+                reason = "its content differs" if isinstance(made, Entry) else made.reason
+                raise ValueError(
+                    f"{records[index].name}: another rank has cached its latent, but {self.cache.directory} lacks it "
+                    f"here, and it cannot be made ({reason}); allowed: a cache that all ranks share"
+                )
+        return entries
 
     def repair(self, entry: Entry) -> None:
         """Decode and encode the entry's media again and write what its cache should hold. DecodeError when the media
@@ -133,7 +189,9 @@ class Filler:
         read = identify_and_decode(self.config, str(self.cache.directory), entry.record)
         if isinstance(read, DecodeError):
             raise read
-        if read.identity != entry.identity or read.decoded.media.geometry != entry.geometry:
+        geometry = read.decoded.media.geometry
+        key = latent_key(self.fingerprint, read.identity, entry.record, self.config, geometry)
+        if key != entry.key:
             raise DecodeError(entry.record.path, "changed since training began")
         self._write(entry, as_tensor(read.decoded), again=True)
 
@@ -152,12 +210,16 @@ class Filler:
         }
 
     def _cached(self, record: Record) -> Entry | Dropped | None:
+        remarks: tuple[str, ...] = ()
         try:
             identity = self.cache.known_identity(stored_in(record), record.member)
-        except OSError:
-            return None  # the worker gives the reason
+        except OSError as error:
+            # Training needs no media: what they were when they were encoded is enough.
+            identity = self.cache.last_identity(stored_in(record), record.member)
+            why = error.strerror or type(error).__name__
+            remarks = (f"its media file cannot be reached ({why}): {FROM_CACHE}",)
         if identity is None:
-            return None
+            return None  # the worker gives the reason
         plan = self.cache.read_plan(request_key(identity, record, self.config))
         if plan is None:
             return None
@@ -168,14 +230,15 @@ class Filler:
         if reason is not None:
             return Dropped(record.name, reason)
         key = latent_key(self.fingerprint, identity, record, self.config, geometry)
-        entry = Entry(record, plan, key, identity)
-        return entry if not self._lacking(entry) else None
+        entry = Entry(record, plan, key, identity, remarks)
+        return entry if not self.lacking(entry) else None
 
-    def _lacking(self, entry: Entry) -> list[int | None]:
-        """What the cache has not: None for the clip's latent, the number of a single frame."""
+    def lacking(self, entry: Entry, *, size_only: bool = False) -> list[int | None]:
+        """What the cache has not: None for the clip's latent, the number of a single frame. size_only: look at the
+        files' sizes alone, as config.verify "size" does."""
         t, h, w = entry.geometry.latent_shape
         lacking: list[int | None] = []
-        size_only = self.config.verify == "size"
+        size_only = size_only or self.config.verify == "size"
         if not self.cache.valid(entry.key, (self.channels, t, h, w), size_only=size_only):
             lacking.append(None)
         shape = (self.channels, 1, h, w)
@@ -204,7 +267,7 @@ class Filler:
 
     def _write(self, entry: Entry, pixels: Tensor, *, again: bool) -> None:
         # Another record may show the very same pixels.
-        lacking = [None, *self._wanted(entry)] if again else self._lacking(entry)
+        lacking = [None, *self._wanted(entry)] if again else self.lacking(entry)
         origin = {"name": entry.record.name, "vae": self.fingerprint}
         for frame in lacking:
             if frame is None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from goku.data.config import DataConfig
-from goku.data.errors import DecodeError
+from goku.data.errors import DecodeError, decoding
 from goku.data.media import (
     Decoded,
     Media,
@@ -69,15 +69,13 @@ def decode_image(record: Record, config: DataConfig) -> Decoded:
 def read_rgb(path: str) -> Image.Image:
     """A still image outside of a dataset: upright, 8-bit RGB, in its own size. Raises DecodeError."""
     record, config = Record(path, "given", path), DataConfig(path=path)
-    try:
-        with _open(record, config) as image:
-            check_pixels(record, config, image.height, image.width)
+    with decoding(path), _open(record, config) as image:
+        check_pixels(record, config, image.height, image.width)
+        try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), path)
-    except DecodeError:
-        raise
-    except _PILLOW_ERRORS as error:
-        raise DecodeError(path, f"corrupt image: {first_line(error, path)}") from error
+        except _PILLOW_ERRORS as error:
+            raise DecodeError(path, f"corrupt image: {first_line(error, path)}") from error
 
 
 def probe_image(record: Record, config: DataConfig) -> Media:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from goku.data.errors import Dropped, Problem, Remark
 from goku.data.record import Record
 from goku.data.transform import Geometry
 from goku.vae import VideoVAE
+
+if TYPE_CHECKING:
+    from goku.data.item_list import ItemList
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class CachedSample:
 class PrepareReport:
     """What `prepare` did.
 
-    listed = used + len(problems) + len(dropped). made, present: latents (with latents=False captions)
-    of this rank's share that were made and that were there already; nbytes: of the files of both.
+    listed = used + len(problems) + len(dropped), where what a run going on misses is a problem, and what is new to it
+    is dropped. made, present: latents (with latents=False captions) of this rank's share that were made and that were
+    there already; nbytes: of the files of both.
     """
 
     listed: int
@@ -97,6 +101,11 @@ class Dataset(Protocol):
     skipped: tuple[Problem, ...]
     report: PrepareReport
 
+    @property
+    def lost(self) -> Mapping[int, Problem]:
+        """Items, by their place, of a run that goes on which cannot be had now."""
+        ...
+
     def __len__(self) -> int: ...
 
     @property
@@ -114,6 +123,10 @@ class Dataset(Protocol):
 
     def stream(self, seed: int) -> SampleStream:
         """The order in which training takes the items."""
+        ...
+
+    def item_list(self) -> ItemList:
+        """What training sees of every item, by which a run goes on with the same ones."""
         ...
 
     def fingerprint(self) -> str:

@@ -89,6 +89,15 @@ class LatentCache:
             return None
         return FileIdentity(member.size if member else stat.st_size, str(entry["sha256"]))
 
+    def last_identity(self, path: str, member: Member | None = None) -> FileIdentity | None:
+        """The identity that the file (or the member of the archive `path`) had when it was last hashed, whatever has
+        become of it; None when it never was."""
+        entry = _read_json(self._identity_path(path, member))
+        if entry is None or not isinstance(entry.get("sha256"), str):
+            return None
+        size = member.size if member else entry.get("size")
+        return FileIdentity(size, str(entry["sha256"])) if isinstance(size, int) else None
+
     def identify(self, path: str, member: Member | None = None) -> FileIdentity:
         """The identity of the file, or of the member of the archive `path`; read unless known.
 

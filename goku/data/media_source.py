@@ -101,7 +101,7 @@ def check_file(record: Record) -> None:
         raise DecodeError(record.path, f"media file missing: {error.strerror}") from error
     if not where.is_file():
         raise DecodeError(record.path, "media file missing: not a regular file")
-    if media_size(record) == 0:
+    if (record.member.size if record.member else stored) == 0:
         raise DecodeError(record.path, "the file is empty (0 bytes)")
     if record.member and record.member.offset + record.member.size > stored:
         raise DecodeError(record.path, "truncated tar: the archive has become shorter")

@@ -1,4 +1,4 @@
-"""The list of items that were set aside: quarantine.jsonl, one line per item and stage."""
+"""The list of items that were set aside: quarantine.jsonl, one line per item, reason, source and stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ class Quarantine:
     def __init__(self, path: str | os.PathLike[str], stage: str = "") -> None:
         self.path = Path(path)
         self.stage = stage
-        self._known = {(row["stage"], row["name"]) for row in read_quarantine(path)}
+        self._known = {
+            tuple(str(row.get(part, "")) for part in ("stage", "source", "name", "reason"))
+            for row in read_quarantine(path)
+        }
 
     def add(self, problems: Iterable[Problem]) -> int:
-        """Write those that this stage has no line of yet; how many that were. OSError when it cannot be written."""
+        """Write those that this stage has no line of yet, or one with another reason; how many that were. OSError when
+        it cannot be written."""
         lines = []
         for problem in problems:
-            if (self.stage, problem.name) in self._known:
+            key = self.stage, problem.source, problem.name, problem.reason
+            if key in self._known:
                 continue
-            self._known.add((self.stage, problem.name))
+            self._known.add(key)
             row = {
                 "time": time.time(),
                 "stage": self.stage,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from goku.data.errors import Problem
 
@@ -56,7 +56,8 @@ class Record:
 
     @property
     def is_image(self) -> bool:
-        return Path(self.path).suffix.lower() in IMAGE_SUFFIXES
+        # As Path.suffix, in a tenth of its time: it is asked for often of every item.
+        return os.path.splitext(self.path)[1].lower() in IMAGE_SUFFIXES
 
     @property
     def prompts(self) -> tuple[str, ...]:

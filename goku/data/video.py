@@ -33,6 +33,8 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264",
     "protocol_whitelist": "file",
 }
+# A title in Latin-1 or GBK, which old AVI files have, is none of the pixels' business.
+_METADATA_ERRORS = "replace"
 
 
 def decode_video(record: Record, config: DataConfig) -> Decoded:
@@ -106,10 +108,13 @@ def probe_video(record: Record, config: DataConfig) -> Media:
 def _open_video(record: Record) -> Iterator[InputContainer]:
     options = dict(_OPEN_OPTIONS)
     if record.member is None:
-        with av.open(record.path, options=options) as container:
+        with av.open(record.path, options=options, metadata_errors=_METADATA_ERRORS) as container:
             yield container
         return
-    with open_media(record) as window, av.open(window, mode="r", options=options) as container:
+    with (
+        open_media(record) as window,
+        av.open(window, mode="r", options=options, metadata_errors=_METADATA_ERRORS) as container,
+    ):
         yield container
 
 

@@ -7,7 +7,7 @@ and stay there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,4 +243,19 @@ UNSEEN: tuple[Medium, ...] = (
         start_frame=144,
         num_frames=17,
     ),
+)
+
+# Where in the same shots other clips may begin, so that what their caption says is still to be seen.
+_BEGINNINGS = {
+    "street-from-above": (4, 8, 12, 16, 20),
+    "walking-past-bicycle": (188, 192, 196, 200, 204),
+    "bunny": (10, 22, 34, 46, 58, 70),
+    "carphone": (4, 28, 52, 76, 100),
+}
+
+# Short clips out of the training ones, several of each caption: for image-to-video.
+MOMENTS: tuple[Medium, ...] = tuple(
+    replace(medium, name=f"{medium.name}-{start}", start_frame=start, num_frames=9)
+    for medium in TRAINING
+    for start in _BEGINNINGS.get(medium.name, ())
 )

@@ -77,6 +77,7 @@ class Report:
         commands: how to reproduce, one shell command each.
         unseen: manifest records of the held-out media, for the attribution.
         files: (relative path, what it is) of what lies beside the page.
+        also: (file, what it shows) of pages beside this one.
     """
 
     verdict: Mapping[str, Any]
@@ -90,4 +91,5 @@ class Report:
     commands: Sequence[str] = ()
     unseen: Sequence[Mapping[str, Any]] = ()
     files: Sequence[tuple[str, str]] = ()
+    also: Sequence[tuple[str, str]] = ()
     title: str = "Goku: the demo's report"

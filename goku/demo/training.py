@@ -10,7 +10,7 @@ from typing import Any
 
 from goku.demo.plots import Mark, Series, line_chart
 
-__all__ = ["TrainingLog", "loss_sections", "throughput_rows"]
+__all__ = ["TrainingLog", "loss_sections", "smooth", "throughput_rows"]
 
 Points = list[tuple[float, float]]
 
@@ -76,7 +76,7 @@ class TrainingLog:
             return ""
         if self.replay_difference == 0.0:
             return f"; {self.replayed} repeated steps gave exactly the same losses"
-        return f"; {self.replayed} repeated steps differ by at most {self.replay_difference:.2g}"
+        return f"; of {self.replayed} repeated steps losses differ by at most {self.replay_difference:.2g}"
 
 
 def loss_sections(log: TrainingLog) -> str:
@@ -89,7 +89,7 @@ def loss_sections(log: TrainingLog) -> str:
         "loss",
         [
             Series(label="train", points=train, colour=0, faint=True),
-            Series(label="train, smoothed", points=_smooth(train), colour=0),
+            Series(label="train, smoothed", points=smooth(train), colour=0),
         ],
         x_label="step",
         y_label="loss of the step",
@@ -116,7 +116,7 @@ def loss_sections(log: TrainingLog) -> str:
                 for (name, points), colour in zip(modality, (1, 0), strict=True)
             ),
             *(
-                Series(label=f"{name}, smoothed", points=_smooth(points), colour=colour)
+                Series(label=f"{name}, smoothed", points=smooth(points), colour=colour)
                 for (name, points), colour in zip(modality, (1, 0), strict=True)
             ),
         ],
@@ -227,7 +227,7 @@ def _parts(events: Sequence[Mapping[str, Any]], name: str) -> Points:
     ]
 
 
-def _smooth(points: Points) -> Points:
+def smooth(points: Points) -> Points:
     """A centred moving average over about a fortieth of the points."""
     reach = max(1, len(points) // 80)
     smooth = []

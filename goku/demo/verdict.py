@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from rich.console import Console
 from goku import config as parser
 from goku.data import Dataset, ShuffledStream
 from goku.demo.catalogue import TRAINING, UNSEEN
+from goku.demo.machine import environment
 from goku.demo.report import Item, Pack, Report, Sample, readme_picture, write_report
 from goku.demo.score import psnr, summary, verdict
 from goku.media_files import file_stem, save, to_uint8
@@ -41,13 +40,14 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass
 class DemoRun:
-    """What the demo has done so far. timings: seconds by stage, in order."""
+    """What the demo has done so far. timings: seconds by stage, in order; also: the report's links to other pages."""
 
     config: RunConfig
     out: Path
     timings: dict[str, float] = field(default_factory=dict)
     killed_at: int = 0
     resumed_at: int = 0
+    also: tuple[tuple[str, str], ...] = ()
 
 
 def conclude(run: DemoRun, say: Callable[[str], None]) -> int:
@@ -185,7 +185,7 @@ def _write(
         timings=list(run.timings.items()),
         timing_note="Installing the packages is not included.",
         config=parser.dump(run.config),
-        environment=_environment(),
+        environment=environment(),
         commands=("make demo", *_commands(run)),
         unseen=[medium.record() for medium in UNSEEN],
         files=(
@@ -194,6 +194,7 @@ def _write(
             (str(out / "samples"), "the generated pictures and clips"),
             (str(out / "report.jsonl"), "the numbers of this page"),
         ),
+        also=run.also,
     )
     write_report(out / "report.html", report)
     if any(item.shareable for item in items):
@@ -232,22 +233,3 @@ def _commands(run: DemoRun) -> list[str]:
         f"goku train {run.out / 'demo.yaml'}",
         f'goku sample {item} --prompt "{TRAINING[0].text}" --height 160 --width 160',
     ]
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
-        "CPU": _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
-    }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

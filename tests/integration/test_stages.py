@@ -549,6 +549,20 @@ def test_a_stage_that_has_yet_to_begin_is_begun_by_its_recipe_alone(
     assert main(["train", config, f"out={out / 'stages' / 't2i'}", "train.steps=1"]) == 0
 
 
+def test_a_later_stage_without_data_is_refused_before_anything_is_trained(
+    written: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = copy.deepcopy(written)
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    tree["sources"]["empty"] = {"path": str(empty)}
+    tree["stages"]["i2v"]["mix"] = {"empty": {"video": 1.0}}
+    path = _write(tree, tmp_path / "out")
+    assert main(["train", str(path)]) == 2
+    assert str(empty) in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stages").exists()
+
+
 def test_two_recipes_do_not_share_a_folder(copied: tuple[Path, Path]) -> None:
     path, out = copied
     with locked(out), pytest.raises(ValueError, match="which another run is writing to"):

@@ -17,6 +17,7 @@ from goku.data import (
     CachedDataset,
     DataConfig,
     DataError,
+    Dataset,
     decode,
     decode_all,
     prepare,
@@ -241,19 +242,26 @@ def test_latents_that_are_not_finite_are_a_bad_item(
 
 def run_ranks(
     config: DataConfig, cache: Path, world: int, make: Callable[[], tuple[Any, Any]]
-) -> list[tuple[Any, CachedDataset | DataError]]:
+) -> list[tuple[Any, Dataset | Exception]]:
     """`prepare` on `world` ranks at once, each a thread with its own VAE and encoder."""
     barrier = threading.Barrier(world, timeout=60)
-    results: dict[int, tuple[Any, CachedDataset | DataError]] = {}
+    told: dict[int, Any] = {}
+    results: dict[int, tuple[Any, Dataset | Exception]] = {}
 
     def work(rank: int) -> None:
         vae, text = make()
+
+        def gather(value: Any) -> list[Any]:
+            told[rank] = value
+            barrier.wait()
+            return [told[r] for r in range(world)]
+
         try:
             dataset = prepare(
-                config, vae, text, cache_dir=cache, rank=rank, world=world, barrier=barrier.wait
+                config, vae, text, cache_dir=cache, rank=rank, world=world, gather=gather
             )
             results[rank] = (vae, dataset)
-        except DataError as error:
+        except (ValueError, OSError) as error:
             results[rank] = (vae, error)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
@@ -289,8 +297,10 @@ def test_ranks_all_raise_the_same_error(
     assert str(errors[0]) == str(errors[1])
 
 
-def test_ranks_need_a_barrier(tmp_path: Path, config: DataConfig, vae: Any, text: Any) -> None:
-    with pytest.raises(ValueError, match="world 2: give `barrier`"):
+def test_ranks_need_a_way_to_tell_each_other(
+    tmp_path: Path, config: DataConfig, vae: Any, text: Any
+) -> None:
+    with pytest.raises(ValueError, match="world 2: give `gather`"):
         prepare(config, vae, text, cache_dir=tmp_path, rank=1, world=2)
     with pytest.raises(ValueError, match="rank 2 must be in 0"):
         prepare(config, vae, text, cache_dir=tmp_path, rank=2, world=2)

@@ -94,9 +94,9 @@ def test_media_that_are_gone_cost_the_item_and_no_more(
     assert [problem.name for problem in set_aside] == ["a.png", "c.mp4"]
     assert all("media file missing" in problem.reason for problem in set_aside)
     assert lost.read(dataset, 1, vae)[1]
-    lost.check(1)
+    lost.check({"a.png": "gone"})
     with pytest.raises(TooManyLost, match=r"2 items are lost, over data\.max_lost = 1: a\.png: "):
-        lost.check(lost.count)
+        lost.check(lost.names)
     # Media that come back do not change the run that lost them.
     Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(folder / "a.png")
     assert not lost.read(dataset, 0, vae)[1]

@@ -20,6 +20,7 @@ from goku.data import (
     Remark,
     prepare,
 )
+from goku.data.filler import Filler
 from goku.data.items import Item
 from goku.data.latents import LatentCache
 
@@ -222,3 +223,29 @@ def test_duplicates_by_content(
     dataset = prepare(replace(plain, skip_bad=True), vae, text, cache_dir=tmp_path / "cache")
     assert names(dataset) == ["a.png", "b.jpg", "c.mp4", "d.mkv", "y.png"]
     assert Remark("y.png", "same content as a.png, with another caption") in dataset.report.remarks
+
+
+def test_what_is_checked_counts_while_it_is(
+    tmp_path: Path, plain: DataConfig, vae: Any, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = prepare(plain, vae, text, cache_dir=tmp_path / "cache")
+    key = dataset.entries[1].key  # type: ignore[attr-defined]
+    LatentCache(tmp_path / "cache").path(key).unlink()
+    looked: list[str] = []
+    real = Filler._cached
+
+    def look(filler: Filler, record: Any) -> Any:
+        looked.append(record.name)
+        return real(filler, record)
+
+    monkeypatch.setattr(Filler, "_cached", look)
+    seen: list[tuple[int, int]] = []
+    prepare(
+        plain,
+        vae,
+        text,
+        cache_dir=tmp_path / "cache",
+        progress=lambda done, total: seen.append((done, len(looked))),
+    )
+    # b.jpg is made when all have been looked at; the others are counted as they are.
+    assert seen == [(1, 1), (2, 3), (3, 4), (4, 4)]

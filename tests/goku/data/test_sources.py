@@ -202,8 +202,14 @@ def test_ranks_share_several_sources(
     alone = prepare(config, vae, text, cache_dir=tmp_path / "alone", frames=(-1,))
     barrier = threading.Barrier(world, timeout=60)
     found: dict[int, Any] = {}
+    told: dict[int, Any] = {}
 
     def work(rank: int) -> None:
+        def gather(value: Any) -> list[Any]:
+            told[rank] = value
+            barrier.wait()
+            return [told[r] for r in range(world)]
+
         own = type(vae)(), type(text)()
         found[rank] = prepare(
             config,
@@ -211,7 +217,7 @@ def test_ranks_share_several_sources(
             cache_dir=tmp_path / "shared",
             rank=rank,
             world=world,
-            barrier=barrier.wait,
+            gather=gather,
             frames=(-1,),
         )
 

@@ -12,7 +12,7 @@ import pytest
 
 from goku.data.manifest import read_records
 from goku.demo import media
-from goku.demo.catalogue import TRAINING, UNSEEN, Medium, Source
+from goku.demo.catalogue import MOMENTS, TRAINING, UNSEEN, Medium, Source
 
 PICTURE, CLIP = b"not really a picture", b"not really a clip"
 
@@ -96,6 +96,25 @@ def test_the_folders_are_datasets(tmp_path: Path, wheels: Path) -> None:
     picture, clip = read_records(tmp_path / "data" / "train")
     assert (picture.name, picture.text, picture.is_image) == ("picture", "a picture", True)
     assert (clip.name, clip.start_frame, clip.num_frames) == ("clip", 5, 17)
+
+
+def test_moments_are_cut_out_of_the_training_clips(tmp_path: Path, wheels: Path) -> None:
+    moments = tuple(_medium(f"clip-{start}", A_CLIP, start) for start in (3, 9))
+    folder = tmp_path / "data" / "i2v"
+    with pytest.raises(FileNotFoundError):
+        media.collect_moments(tmp_path / "data", moments=moments)
+    assert not folder.exists()
+    media.collect(tmp_path / "data", offline=wheels, **ITEMS)
+    media.collect_moments(tmp_path / "data", moments=moments)
+    assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4", "metadata.jsonl"]
+    rows = _lines(folder / "metadata.jsonl")
+    assert [(row["name"], row["start_frame"]) for row in rows] == [("clip-3", 3), ("clip-9", 9)]
+    before = (folder / "metadata.jsonl").stat().st_mtime_ns
+    media.collect_moments(tmp_path / "data", moments=moments)
+    assert (folder / "metadata.jsonl").stat().st_mtime_ns == before
+    (folder / "clip.mp4").write_bytes(b"damaged")
+    media.collect_moments(tmp_path / "data", moments=moments)
+    assert (folder / "clip.mp4").read_bytes() == CLIP
 
 
 def test_complete_folders_are_left_alone_and_altered_ones_repaired(
@@ -192,7 +211,7 @@ def test_the_catalogue_keeps_its_promises() -> None:
     assert len(set(names)) == len(names)
     assert len({item.text for item in TRAINING}) == len(TRAINING)
     cuts = [0, 30, 76, 137, 187, 242, 250]  # the shots of bikes.mp4
-    for item in (*TRAINING, *UNSEEN):
+    for item in (*TRAINING, *UNSEEN, *MOMENTS):
         assert len(item.source.sha256) == 64
         assert item.attribution
         assert item.licence
@@ -207,3 +226,14 @@ def test_the_catalogue_keeps_its_promises() -> None:
                 assert last < cuts[shot + 1], f"{item.name} crosses a cut"
     shots = [(i.source.file_name, i.start_frame) for i in (*TRAINING, *UNSEEN) if i.start_frame]
     assert len(set(shots)) == len(shots)
+    # Of each training clip several moments; none of what is held out, which has shots of its own.
+    assert {item.text for item in MOMENTS} == {i.text for i in TRAINING if i.start_frame}
+    assert len({item.name for item in MOMENTS}) == len(MOMENTS) == 21
+    for item in MOMENTS:
+        for other in UNSEEN:
+            if other.start_frame is not None and other.source == item.source:
+                shots = [
+                    next(k for k in range(6) if cuts[k] <= i.start_frame < cuts[k + 1])
+                    for i in (item, other)
+                ]
+                assert shots[0] != shots[1]

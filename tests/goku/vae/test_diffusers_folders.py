@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from goku.vae import GokuVAE, VAEConfig, decode_pieces, load_vae
+from goku.vae import GokuVAE, VAEConfig, decode_pieces, diffusers_vaes, load_vae
 from goku.vae.refusals import _REASONS
 
 diffusers = pytest.importorskip("diffusers")
@@ -83,14 +83,16 @@ def test_the_fingerprint_follows_what_decides_a_latent(
     assert len(found) == 3
     # One bit of one weight; and where a clip is cut.
     vae = load_vae(folders[name])
-    assert vae.fingerprint() == first
     weight = next(vae.parameters())
     weight.data.view(torch.int32).view(-1)[3] ^= 1
     assert vae.fingerprint() != first
     for attribute in type(vae)._cutting:
         vae = load_vae(folders[name])
-        setattr(vae.inner, attribute, getattr(vae.inner, attribute) + 1)
+        usual = getattr(vae.inner, attribute)
+        setattr(vae.inner, attribute, usual + 1)
         assert vae.fingerprint() != first
+        setattr(vae.inner, attribute, usual)
+        assert vae.fingerprint() == first
     # The version that wrote the folder decides nothing.
     config = json.loads((folders[name] / "config.json").read_text())
     (tmp_path / "older").mkdir()
@@ -264,3 +266,24 @@ def test_bad_tensors_are_named(
         vae.decode(latent(1)[:, :4])
     with pytest.raises(ValueError, match=r"needs \(C, T, H, W\)"):
         list(decode_pieces(vae, latent(1)))
+
+
+def test_a_fingerprint_is_computed_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gigabytes of weights, asked for by the cache, the trainer and the stages."""
+    vae = load_vae(folders["AutoencoderKLWan"])
+    made: list[str] = []
+    honest = diffusers_vaes.hashlib.sha256
+
+    def counted(data: bytes) -> Any:
+        made.append("")
+        return honest(data)
+
+    monkeypatch.setattr(diffusers_vaes.hashlib, "sha256", counted)
+    first = vae.fingerprint()
+    assert [vae.fingerprint() for _ in range(3)] == [first] * 3
+    assert len(made) == 1
+    # Weights of another dtype are other weights.
+    assert vae.to(torch.bfloat16).fingerprint() != first
+    assert len(made) == 2
