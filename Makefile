@@ -141,6 +141,11 @@ compiled: $(DEV)  ## what the Triton kernels compile to: docs/compiled.md; TRITO
 
 # ---- the environment -----------------------------------------------------------------------------
 
+.PHONY: shipped
+shipped: $(DEV)  ## compile and judge every shipped configuration; `make test` does so where sources changed since
+	@$(RUN) tests/kernels/compiled -m shipped $(ARGS)
+	@$(BIN)/python tests/kernels/compiled/verified.py
+
 .PHONY: venv
 venv: $(DEV)  ## set up .venv with everything for development
 

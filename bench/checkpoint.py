@@ -31,7 +31,7 @@ from bench import checkpoint_peers as peers
 from bench import harness, timing
 from bench.checkpoint_cases import HUGE, KINDS, LARGE, MEDIA, SMALL, TINY, Case, cases, file_system
 from bench.checkpoint_planning import COUNT, MESHES
-from bench.checkpoint_runs import RAW
+from bench.checkpoint_runs import EMPTY, RAW
 
 NAME = "checkpoint"
 _OWN = (
@@ -95,7 +95,7 @@ def works(*, large: bool, cores: int, rounds: int) -> list[Work]:
         fewer = 0 if case == Case(LARGE, 1, "disk") else 1
         found.append(Work("rates", case, {"peers": names, "rounds": max(1, rounds - fewer)}))
     for kind in (LARGE, SMALL):
-        found.append(Work("stall", Case(kind, 1, "disk"), {"rounds": rounds + 1}))
+        found.append(Work("stall", Case(kind, 1, "disk"), {"rounds": 2 * rounds + 1}))
     one, gib = Case(LARGE, 1, "disk"), KINDS[LARGE].nbytes
     window = 4 * peers.CheckpointOptions().window_bytes
     for peer, direction, staged in (
@@ -199,7 +199,8 @@ def _row(
     ceiling = timing.Ceiling("nothing", 1.0, "byte/s")
     if work.what == "rates":
         # A stall is rated against the copy, in rows of its own.
-        limit = rates.get((RAW, "load" if direction in ("load", "verify") else "save"))
+        reads = direction in ("load", "verify", "empty load")
+        limit = rates.get((RAW, "load" if reads else "save"))
         if limit is not None and limit["seconds"]:
             median = 1e-3 * timing.summary([1e3 * each for each in limit["seconds"]]).median_ms
             ceiling = timing.Ceiling("raw loop of the same bytes", nbytes / median, "byte/s")
@@ -224,6 +225,8 @@ def _row(
         ceiling = timing.Ceiling(f"{allowed:g} s", COUNT / allowed, "tensor/s")
     elif took is not None:  # memory: a rate says nothing there
         ceiling = timing.Ceiling("itself", nbytes / (1e-3 * took.median_ms), "byte/s")
+    if peer == EMPTY:
+        nbytes = 8.0 * KINDS[case.kind].count * case.processes
     if work.what == "memory":
         direction = f"memory, {direction}"
     elif work.what in ("partial", "planning"):

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from bench.checkpoint_cases import (
     HUGE,
     KINDS,
     Case,
+    Kind,
     barrier,
     draw,
     drop_cache,
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 RAW = "raw loop"
 WORK = "raw loop with copy and CRC-32C"
+# As many tensors of as many ranks, of 8 bytes a rank: what a call takes beside the data.
+EMPTY = f"{peers.OURS}, tensors of 8 bytes"
 # A call that takes longer is made once.
 _SLOW_SECONDS = 5.0
 _EXTRA_ROUNDS = 1  # of ours and of the limits
@@ -121,7 +124,10 @@ class Rates:
             chosen: list[Any] = [(self.writing, self.reading)]
             dist.broadcast_object_list(chosen, src=0)
             self.writing, self.reading = chosen[0]
+        kind = KINDS[case.kind]
+        self.small = draw(Kind(kind.name, kind.count, (world, 2)), self.rank, world)
         self.stack = ExitStack()
+        self.empty = self.stack.enter_context(closing(peers.Ours()))
         self.peers = peers.made(names, cores, self.stack)
 
     def run(self, rounds: int) -> Results:
@@ -144,6 +150,7 @@ class Rates:
                     ours = isinstance(peer, peers.Ours)
                     if (number < rounds and not self._slow(name)) or ours or not number:
                         self._peer(name, peer, number)
+                self._empty()
         return self.results
 
     def _slow(self, name: str) -> bool:
@@ -171,6 +178,13 @@ class Rates:
                     raise
                 note = f"{type(error).__name__}: {error}"[:400]
                 self.results.fail(name, "save", "failed", note)
+
+    def _empty(self) -> None:
+        with fresh(self.folder, self.main) as path:
+            save = together(lambda: self.empty.save(self.small, path))
+            load = together(lambda: self.empty.load(self.small, path))
+        self.results.add(EMPTY, "empty save", save)
+        self.results.add(EMPTY, "empty load", load)
 
     def _save(self, name: str, peer: peers.Peer, path: Path) -> None:
         extra = {"fsync": peer.fsync, "summed": peer.summed}
@@ -220,7 +234,8 @@ def stall(options: Mapping[str, Any]) -> Results:
     state, results = draw(kind, 0, 1), Results()
     source = torch.full((kind.nbytes,), 2, dtype=torch.uint8)
     warm = torch.full_like(source, 1)
-    ours = peers.Checkpointer()
+    small = draw(Kind(kind.name, kind.count, (1, 2)), 0, 1)
+    ours, empty = peers.Checkpointer(), peers.Checkpointer()
     step = _Step()
     try:
         for number in range(options["rounds"] + 1):
@@ -235,17 +250,22 @@ def stall(options: Mapping[str, Any]) -> Results:
                 staged = handle.staging_done
                 calling += timed(handle.wait_staged)
                 handle.result()
+            with fresh(folder) as path:
+                bare, handle = _timed(empty.async_save, small, path)
+                handle.result()
             if not number:  # memory and plan are made by the first
                 results.add(f"{peers.OURS}, first", "stall", waiting)
                 continue
             results.add("one copy", "stall", copying)
             results.add(peers.OURS, "stall", waiting)
+            results.add(EMPTY, "stall", bare)
             results.add(
                 f"{peers.OURS}, background", "stall", calling,
                 step_seconds=alone, step_seconds_while_staging=under, staged_within_step=staged,
             )  # fmt: skip
     finally:
         ours.close()
+        empty.close()
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bench import checkpoint, checkpoint_cases, checkpoint_raw, checkpoint_report, harness
 from bench import checkpoint_peers as peers
-from bench.checkpoint_runs import RAW, WORK
+from bench.checkpoint_runs import EMPTY, RAW, WORK
 
 TINY = f"{checkpoint_cases.TINY}, P="
 
@@ -54,6 +54,8 @@ def test_all_peers_of_one_process_have_rows_and_a_page(tmp_path):
         assert ours["work"] == 8 << 20
         assert raw["repeats"] == ours["repeats"] == 2  # one more than the others
         assert found[case, "disk", direction, WORK]["repeats"] == 2
+        empty = found[case, "disk", f"empty {direction}", EMPTY]
+        assert (empty["work"], empty["ceiling"]) == (8 * 8, raw["ceiling"])
     assert not any((tmp_path / "disk").iterdir())
 
     (page,) = checkpoint_report.write(tmp_path / "out", tmp_path / "docs")
@@ -77,6 +79,8 @@ def test_two_processes_and_the_other_works(tmp_path):
     by_rows = found["1/8, P=1", "disk", "partial, rows", peers.OURS]["extra"]
     assert by_rows["bytes_needed"] == 2 * 4096 * 4096 * 4 // 8
     assert by_rows["bytes_needed"] <= by_rows["bytes_read"] <= 1.05 * by_rows["bytes_needed"]
+    assert found[f"{TINY}2", "tmpfs", "empty save", EMPTY]["work"] == 8 * 8 * 2
+    assert found[f"{TINY}1", "disk", "stall and copy", EMPTY]["status"] == "measured"
     copying = found[f"{TINY}1", "disk", "stall and copy", "one copy"]
     assert copying["percent_of_ceiling"] == 100
     text = checkpoint_report.render(
@@ -117,6 +121,31 @@ def test_a_wrong_result_of_ours_is_a_row_and_bad():
     assert (row.status, row.note, row.timing) == ("wrong", "other bytes", None)
     assert checkpoint.is_bad(row)
     json.dumps(row.to_json({}), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("ours", "empty", "explained"),
+    [
+        (100.0, 0.0, True),
+        (105.0, 0.0, True),
+        (106.0, 0.0, False),
+        (150.0, 45.0, True),
+        (150.0, 44.0, False),
+    ],
+)
+def test_a_target_missed_is_explained_by_the_loop_and_the_bare_call(ours, empty, explained):
+    def row(direction, peer, ms):
+        return {
+            "case": "c", "pack": "disk", "direction": direction, "peer": peer, "status": "measured",
+            "median_ms": ms, "percent_of_ceiling": 5000 / ms,
+        }  # fmt: skip
+
+    records = [row("save", WORK, 100.0)]
+    records += [row("empty save", EMPTY, empty)] if empty else []
+    found = checkpoint_report.Rows(checkpoint_report.Shown.of([], harness.ROOT), records)
+    said = checkpoint_report._bound(found, "c", "disk", "save", row("save", peers.OURS, ours))
+    assert said.startswith("not explained") is not explained
+    assert (f"{empty:.0f} of its {ours:.0f} ms" in said) is bool(empty)
 
 
 def test_the_raw_loop_writes_and_reads_its_memory(tmp_path):

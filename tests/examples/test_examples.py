@@ -173,7 +173,7 @@ def test_torchrun_resumes(tmp_path):
         ("checkpoint_fsdp2", "--every"),
         pytest.param("deepspeed_zero", "--sp", marks=needs_deepspeed),
         pytest.param("checkpoint_deepspeed", "--stage", marks=needs_deepspeed),
-        pytest.param("checkpoint_trainer", "--out", marks=needs_accelerate),
+        pytest.param("checkpoint_trainer", "--out", marks=[needs_accelerate, pytest.mark.long]),
     ],
 )
 def test_help(command, option):
@@ -193,8 +193,9 @@ WORLD = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
     [
         ("plain_loop", ["--sp", "2"], WORLD, "does not divide the 3 processes"),
         ("plain_loop", [], {}, "torchrun"),
-        ("transformers_model", ["--dp-shard", "0"], WORLD, "dp_shard is 0"),
-        ("diffusers_wan", [], WORLD, "3 data-parallel groups"),
+        # Importing transformers and diffusers takes ten seconds.
+        pytest.param("transformers_model", ["--dp-shard", "0"], WORLD, "dp_shard is 0", marks=pytest.mark.long),
+        pytest.param("diffusers_wan", [], WORLD, "3 data-parallel groups", marks=pytest.mark.long),
         pytest.param("deepspeed_zero", ["--stage", "4"], WORLD, "--stage", marks=needs_deepspeed),
     ],
 )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -96,7 +95,7 @@ class Checkpointer:
         self._options = options or CheckpointOptions()
         self._groups: list[dist.ProcessGroup] = []
         self._ranks = Ranks(process_group)
-        if self._ranks.count > 1 and "cpu" not in _devices(self._ranks.group):
+        if self._ranks.count > 1 and self._ranks.device != "cpu":
             self._ranks = self._gloo()
         self._background: Ranks | None = None
         self._layouts = Layouts(self._ranks)
@@ -506,9 +505,3 @@ class Checkpointer:
 
 def _cancelled(job: _Job) -> RuntimeError:
     return RuntimeError(f"{job.target}: cancelled")
-
-
-def _devices(group: dist.ProcessGroup | None) -> Sequence[str]:
-    """The device types that a group has a backend for."""
-    config = dist.get_backend_config(group)
-    return [part.split(":")[0] for part in config.split(",")]

@@ -44,8 +44,11 @@ class SaveHandle:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        done, total = self.progress.written, self.progress.nbytes
-        state = "done" if self.upload_done else f"{done} of {total} bytes written"
+        if self.upload_done:
+            error = self._result.exception()
+            state = "done" if error is None else f"failed, {type(error).__name__}: {error}"
+        else:
+            state = f"{self.progress.written} of {self.progress.nbytes} bytes written"
         return f"<SaveHandle {self.path}: {state}>"
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
     file_problem,
+    file_problems,
     raise_problems,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
@@ -25,6 +27,8 @@ from goku_runtime.checkpoint.tree import Match, decode, match, parse_tree
 
 __all__ = ["describe", "load", "read_values"]
 
+
+S = TypeVar("S", version1.Version1, Version2)
 
 # Of what does not fit, how much an error shows: a prefix too many is thousands of keys.
 _SHOWN = 10
@@ -73,21 +77,18 @@ def load(
     """
     ranks = Ranks(process_group)
     directory = Path(os.path.abspath(path))
-    manifest = ranks.together(lambda: Manifest.read(directory))
-    stored: version1.Version1 | Version2
+    manifest = _looked_at(ranks, directory)
     if manifest.version == 1:
-        stored = version1.Version1(ranks, directory, manifest)
+        first = version1.Version1(ranks, directory, manifest)
+        _, plan = _matched(state, ranks, directory, lambda: first, partial=partial, convert=convert)
+        first.load(_tensors(plan))
     else:
-        stored = Version2(ranks, directory, manifest)
-    with no_collection():
-        plan = _matched(state, ranks, directory, stored, partial=partial, convert=convert)
-    tensors = {name: tensor for name, (_, tensor) in plan.tensors.items()}
-    if isinstance(stored, version1.Version1):
-        stored.load(tensors)
-    else:
-        options = options or CheckpointOptions()
-        with ranks.together(options.engine) as engine:
-            stored.load(tensors, engine, broadcast=broadcast)
+        with no_collection():
+            second, plan = _matched(
+                state, ranks, directory, lambda: Version2(ranks, directory, manifest),
+                partial=partial, convert=convert,
+            )  # fmt: skip
+        second.load(_tensors(plan), options or CheckpointOptions(), broadcast=broadcast)
     for parent, key, value in plan.values:
         parent[key] = value
 
@@ -127,28 +128,53 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
     return version1.described(directory, manifest)
 
 
+def _looked_at(ranks: Ranks, directory: Path) -> Manifest:
+    """The manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
+
+    Raises CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
+    """
+    own: list[Manifest] = []
+
+    def look() -> list[str]:
+        own.append(Manifest.read(directory))
+        if own[0].version == 1:
+            return []  # it reads the files themselves
+        share = (ranks.rank, ranks.count)
+        return file_problems(directory, own[0], sums=False, share=share)
+
+    found = ranks.collect(look)
+    raise_problems(directory, [problem for each in found for problem in each])
+    return own[0]
+
+
+def _tensors(plan: Match) -> dict[str, torch.Tensor]:
+    """The caller's tensors by saved name."""
+    return {name: tensor for name, (_, tensor) in plan.tensors.items()}
+
+
 def _matched(
     state: dict[Any, Any],
     ranks: Ranks,
     directory: Path,
-    stored: version1.Version1 | Version2,
+    opened: Callable[[], S],
     *,
     partial: bool,
     convert: bool,
-) -> Match:
-    """Lays what was saved over the state; raises on all ranks if it does not fit on one."""
-    own: list[Match] = []
+) -> tuple[S, Match]:
+    """Opens a checkpoint and lays it over the state; raises on all ranks if it does not fit on one."""
+    own: list[tuple[S, Match]] = []
 
     def check() -> tuple[list[str], list[str]]:
+        stored = opened()
         plan = match(state, _read_tree(directory))
-        own.append(plan)
+        own.append((stored, plan))
         problems = plan.problems + _tensor_problems(plan, stored, convert=convert)
         return problems, [] if partial else plan.unexpected
 
     found = ranks.collect(check)
     # What no rank has a key for; a rank may lack what another one has.
     nobody = set.intersection(*(set(unexpected) for _, unexpected in found))
-    plan = own[0]
+    plan = own[0][1]
     problems = found[ranks.rank][0]
     problems = problems + [f"{name}: unexpected" for name in plan.unexpected if name in nobody]
     for rank, (others, _) in enumerate(found):
@@ -157,7 +183,7 @@ def _matched(
         text = "; ".join(problems[:_SHOWN])
         more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{directory} does not fit the state: {text}{more}{_hints(problems)}")
-    return plan
+    return own[0]
 
 
 def _hints(problems: list[str]) -> str:

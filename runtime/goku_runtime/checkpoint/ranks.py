@@ -65,6 +65,15 @@ class Ranks:
             raise ValueError("process_group: this process is not a member of it")
 
     @property
+    def device(self) -> str:
+        """The type of device whose tensors the ranks can exchange: "cpu" where the group can do that."""
+        if self.count == 1:
+            return "cpu"
+        # As "cpu:gloo,cuda:nccl"; a group of NCCL alone has "cuda:nccl".
+        devices = [part.split(":")[0] for part in dist.get_backend_config(self.group).split(",")]
+        return "cpu" if "cpu" in devices else devices[0]
+
+    @property
     def is_first(self) -> bool:
         """Whether this is rank 0 of the group."""
         return self.rank == 0
@@ -80,6 +89,8 @@ class Ranks:
     def together(self, step: Callable[[], T]) -> T:
         """Runs a step without collectives on every rank; either it succeeds on all or all raise.
 
+        One all-reduce of three numbers; only a failure is told in words.
+
         Returns:
             What the step returned on this rank.
 
@@ -88,9 +99,7 @@ class Ranks:
             same errno), CheckpointError, ValueError, TypeError, ImportError or RuntimeError that
             names the rank.
         """
-        result: list[T] = []
-        self.collect(lambda: result.append(step()))  # which returns None: results are not sent
-        return result[0]
+        return self.agree(lambda: (step(), 0))[0]
 
     def on_first(self, step: Callable[[], T]) -> T | None:
         """`together` for a step that rank 0 takes alone; None on the others."""
@@ -110,7 +119,7 @@ class Ranks:
         return results
 
     def fail(self, error: BaseException) -> None:
-        """Takes this rank's part in a `together` or `collect` of the others: they raise, naming it."""
+        """Takes this rank's part in a `collect` of the others: they raise, naming it."""
         self.gather(_Failure.of(error))
 
     def agree(self, step: Callable[[], tuple[T, int]]) -> tuple[T, bool]:
@@ -136,10 +145,10 @@ class Ranks:
 
     def _largest(self, *numbers: int) -> list[int]:
         """The largest of each number over the ranks, by one all-reduce."""
-        found = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        found = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         if self.count > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        return [int(number) for number in found]
+        return [int(number) for number in found.tolist()]
 
     def new_gloo_group(self) -> dist.ProcessGroup:
         """Another group of the same ranks, with connections of its own. All of them call this together.

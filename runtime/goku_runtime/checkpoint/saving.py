@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def save(
     retention: Retention | None = None,
     process_group: dist.ProcessGroup | None = None,
     options: CheckpointOptions | None = None,
-) -> None:
+) -> Path:
     """Saves a state as a new checkpoint, whole or not at all.
 
     A state is nested dicts with dense tensors (or DTensors) and plain values as leaves; see
@@ -42,6 +43,9 @@ def save(
         process_group: the ranks that save; None takes the default group if there is one.
         options: of files and memory.
 
+    Returns:
+        The directory, absolute.
+
     Raises:
         FileExistsError: `path` is there and may not be replaced.
         ValueError: a leaf that cannot be saved, or states that contradict each other; named.
@@ -49,7 +53,9 @@ def save(
             are untouched. Raised on every rank; the others name the one where it happened.
     """
     with Checkpointer(process_group, options) as checkpointer:
-        checkpointer.save(state, path, overwrite=overwrite, latest=latest, retention=retention)
+        return checkpointer.save(
+            state, path, overwrite=overwrite, latest=latest, retention=retention
+        )
 
 
 def async_save(

@@ -21,9 +21,9 @@ from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
     file_problem,
-    file_problems,
     raise_problems,
 )
+from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, held
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.tree import is_spread
@@ -150,26 +150,20 @@ class Stored:
 
 
 class Version2(Stored):
-    """A checkpoint opened by all ranks together; see `goku_runtime.checkpoint.load`.
+    """A checkpoint that all ranks load together; see `goku_runtime.checkpoint.load`.
 
-    Sizes of all files are looked at, by the ranks in turn; sums as bytes are read.
+    Each rank opens it by itself, when the sizes of all files were seen to be right; sums are looked at as
+    bytes are read.
 
     Raises:
-        CheckpointError: files missing, truncated or extra, or a damaged index: all named.
+        CheckpointError: a damaged index.
         OSError: a file cannot be read.
     """
 
     def __init__(self, ranks: Ranks, directory: Path, manifest: Manifest) -> None:
         self._ranks = ranks
-        share = (ranks.rank, ranks.count)
-        found = ranks.collect(lambda: file_problems(directory, manifest, sums=False, share=share))
-        raise_problems(directory, [problem for each in found for problem in each])
-
-        def open_index() -> None:
-            super(Version2, self).__init__(directory, manifest)
-            self.file(STATE_NAME)
-
-        ranks.together(open_index)
+        super().__init__(directory, manifest)
+        self.file(STATE_NAME)
 
     def described(self, name: str) -> tuple[str, tuple[int, ...]]:
         """A saved tensor's dtype ("torch.float32") and shape. Raises CheckpointError: there is none."""
@@ -178,12 +172,14 @@ class Version2(Stored):
             raise CheckpointError(f"{self.directory / INDEX_NAME} is damaged: it lacks {name!r}")
         return str(stored.dtype), stored.shape
 
-    def load(self, tensors: Mapping[str, Tensor], engine: Engine, *, broadcast: bool) -> None:
+    def load(
+        self, tensors: Mapping[str, Tensor], options: CheckpointOptions, *, broadcast: bool
+    ) -> None:
         """Reads tensors into the caller's, by saved name, on all ranks.
 
         Args:
             tensors: of the saved shapes; another dtype is converted to.
-            engine: that reads.
+            options: of the reading engine.
             broadcast: read what several ranks hold on one of them, which sends it to the others.
         """
 
@@ -194,7 +190,8 @@ class Version2(Stored):
                 for name, tensor in tensors.items()
                 if name in mine and (not broadcast or _first_replicas(tensor, self._ranks))
             }
-            self._load(own, mine, engine)
+            with options.engine() as engine:
+                self._load(own, mine, engine)
 
         self._ranks.together(read)
         if broadcast:

@@ -111,8 +111,11 @@ def _encode_value(value: Any, where: str) -> Any:
         items = [_encode_item(item, f"{where}[{i}]") for i, item in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    hint = ""
+    if kind.startswith("numpy."):
+        hint = " (torch.from_numpy(array), or scalar.item())"
     raise ValueError(
-        f"{where}: a {kind}; must be a tensor, None, bool, int, float, str, list, tuple or dict"
+        f"{where}: a {kind}; must be a tensor, None, bool, int, float, str, list, tuple or dict{hint}"
     )
 
 

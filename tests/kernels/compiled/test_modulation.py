@@ -14,6 +14,7 @@ from goku_kernels.triton.configs import table
 from goku_kernels.triton.launch import Launch
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize(
     "operator",
     [adaln_modulate, gated_residual_adaln],

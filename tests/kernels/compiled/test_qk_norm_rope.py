@@ -3,11 +3,14 @@
 import importlib
 import re
 
+import pytest
+
 from goku_kernels.triton import qk_norm_rope, qk_norm_rope_kernels
 from goku_kernels.triton.compiling import compile_shipped
 from goku_kernels.triton.configs import table
 
 
+@pytest.mark.shipped
 def test_every_shipped_configuration_fits(chip, assert_fits):
     for name, launch, report in compile_shipped(qk_norm_rope, chip):
         assert_fits(name, report, launch)

@@ -2,10 +2,13 @@
 
 import re
 
+import pytest
+
 from goku_kernels.triton import rectified_flow_noise
 from goku_kernels.triton.compiling import compile_shipped
 
 
+@pytest.mark.shipped
 def test_every_shipped_configuration_fits_and_rounds_every_operation(chip, assert_fits):
     for name, launch, report in compile_shipped(rectified_flow_noise, chip):
         assert_fits(name, report, launch)

@@ -23,6 +23,7 @@ def record(chip, case):
     return recorder.launches
 
 
+@pytest.mark.shipped
 @pytest.mark.parametrize(
     ("chip", "case"), [c[::2] for c in CASES], ids=[f"sm_{c[0]} {c[1]}" for c in CASES]
 )

@@ -2,10 +2,13 @@
 
 import re
 
+import pytest
+
 from goku_kernels.triton import velocity_loss
 from goku_kernels.triton.compiling import compile_shipped
 
 
+@pytest.mark.shipped
 def test_every_shipped_configuration_fits(chip, assert_fits):
     kernels = set()
     for name, launch, report in compile_shipped(velocity_loss, chip):

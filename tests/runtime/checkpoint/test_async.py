@@ -453,11 +453,14 @@ def test_a_failure_is_logged_and_raised_and_the_next_save_works(
                 handle.result()
         assert handle.upload_done
         assert not handle.succeeded
+        assert "c: failed, OSError: " in repr(handle)
         assert names(tmp_path) == []
         wait_for_log(caplog, "c was not saved: OSError: ")
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "made up" in caplog.text
-        saving.async_save(state_of(2), tmp_path / "c").result()
+        handle = saving.async_save(state_of(2), tmp_path / "c")
+        assert handle.result() == tmp_path / "c"
+        assert repr(handle).endswith("c: done>")
     assert step_in(tmp_path / "c") == 2
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from goku_runtime.checkpoint import load
+from goku_runtime.checkpoint.ranks import Ranks
 
 Run = Callable[..., str]
 
@@ -42,3 +45,23 @@ def test_ranks_with_keys_of_their_own(run_ranks: Run, tmp_path: Path) -> None:
 
 def test_groups_that_are_parts_of_the_world(run_ranks: Run, tmp_path: Path) -> None:
     run_ranks(3, tmp_path, "parts_of_the_world")
+
+
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        ("cpu:gloo", "cpu"),
+        ("cuda:nccl", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cuda:nccl,cpu:gloo", "cpu"),
+    ],
+)
+def test_numbers_go_where_the_group_can_exchange_them(
+    config: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of NCCL alone has nothing to exchange CPU tensors with."""
+    ranks = Ranks(None)
+    assert ranks.device == "cpu"  # alone
+    ranks.count = 2
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    assert ranks.device == device

@@ -29,6 +29,10 @@ class Colour(enum.IntEnum):
         ({"a": torch.float32}, r"a: a torch\.dtype"),
         ({"a": [torch.ones(1)]}, r"a\[0\]: a tensor inside a list"),
         ({"a": [{"b": torch.ones(1)}]}, r"a\[0\]\.b: a tensor inside a list"),
+        (
+            {"a": np.float64(1)},
+            r"a: a numpy\.float64; must be .* \(torch\.from_numpy\(array\), or scalar",
+        ),
         ({"a": {True: 1}}, r"a: the key True is a bool; must be str or int"),
         ({(1, 2): 1}, r"state: the key \(1, 2\) is a tuple"),
         ({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(1)}}, r"a\.b\.c: two tensors"),
