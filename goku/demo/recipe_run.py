@@ -21,7 +21,7 @@ from goku.demo.catalogue import TRAINING, UNSEEN
 from goku.demo.folder import clear, refuse_folders
 from goku.demo.media import DemoError, collect, collect_moments
 from goku.demo.recipe_contents import Drawn, Given, Kill
-from goku.demo.recipe_verdict import SAMPLE_SEED, SAMPLE_STEPS, RecipeRun, conclude
+from goku.demo.recipe_verdict import SAMPLE_SEED, SAMPLE_STEPS, THREADS, RecipeRun, conclude
 from goku.demo.watching import (
     DemoFailed,
     command,
@@ -42,8 +42,6 @@ __all__ = ["CONFIG", "demo_recipe", "run_recipe_demo", "write_given"]
 CONFIG = resources.files("goku.demo") / "recipe.yaml"
 
 KILLED_INSIDE, KILLED_AFTER = "joint-480", "joint-720"
-# At this size two threads wait for each other longer than they work: the VAE took 85 s with two, 40 s with one.
-THREADS = 1
 # Clips of which the first frame is given: one that was trained on, one that was not.
 GIVEN = ("bunny", "fence")
 

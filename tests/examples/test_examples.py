@@ -194,7 +194,13 @@ WORLD = {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}
         ("plain_loop", ["--sp", "2"], WORLD, "does not divide the 3 processes"),
         ("plain_loop", [], {}, "torchrun"),
         # Importing transformers and diffusers takes ten seconds.
-        pytest.param("transformers_model", ["--dp-shard", "0"], WORLD, "dp_shard is 0", marks=pytest.mark.long),
+        pytest.param(
+            "transformers_model",
+            ["--dp-shard", "0"],
+            WORLD,
+            "dp_shard is 0",
+            marks=pytest.mark.long,
+        ),
         pytest.param("diffusers_wan", [], WORLD, "3 data-parallel groups", marks=pytest.mark.long),
         pytest.param("deepspeed_zero", ["--stage", "4"], WORLD, "--stage", marks=needs_deepspeed),
     ],

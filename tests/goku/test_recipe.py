@@ -150,7 +150,9 @@ def test_what_any_stage_draws_the_vae_is_trained_on() -> None:
     """Also where a later stage draws less of it, or none."""
     tree = copy.deepcopy(BASE)
     del tree["stages"]["third"]
-    vae = load_recipe(tree, ["stages.second.mix.stills.image=0", "stages.second.mix.stills.video=1"]).vae
+    vae = load_recipe(
+        tree, ["stages.second.mix.stills.image=0", "stages.second.mix.stills.video=1"]
+    ).vae
     assert vae.data.mix["stills"] == MixConfig(image=1.0, video=1.0)
 
 
