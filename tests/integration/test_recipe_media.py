@@ -50,6 +50,7 @@ SHORT = (
     "train.eval_every=2",
     "train.eval_times=1",
     "train.checkpoint_every=1",
+    "stages.t2i.train.steps=2",
     "stages.i2v.train.steps=2",
     "validation.every=2",
     "validation.steps=1",
