@@ -72,12 +72,13 @@ class LostItems:
                 dataset.repair(index, vae)
                 sample = dataset.read(index, caption)
             except (ValueError, OSError, ArithmeticError) as error:
-                self._lose(dataset, index, f"{reason}; made again: {error}")
+                again = "" if str(error) == reason else f"; making it again: {error}"
+                self._lose(dataset, index, reason + again)
             except RuntimeError as error:
                 # A GPU that holds a step's activations has seldom room for a clip's too: TooManyLost's own place is
                 # `check`, and a fault of the device shows in the next forward.
                 torch.cuda.empty_cache()
-                why = f"{reason}; made again: {str(error).splitlines()[0] if str(error) else repr(error)}"
+                why = f"{reason}; making it again: {str(error).splitlines()[0] if str(error) else repr(error)}"
                 self._lose(
                     dataset, index, f"{why} (`goku cache latents` mends it ahead of training)"
                 )
@@ -102,7 +103,7 @@ class LostItems:
 
     def _tell(self, kind: str, name: str, reason: str) -> None:
         if self._report is not None:
-            self._report(kind, {"name": name, "reason": reason})
+            self._report(kind, {"name": name, "reason": reason.removeprefix(f"{name}: ")})
 
 
 def _zeros(dataset: Dataset, index: int, vae: VideoVAE) -> CachedSample:

@@ -34,6 +34,7 @@ from goku.predicted_cache import PredictedCache
 from goku.prepare import unseen_data
 from goku.recipe import Recipe
 from goku.run_config import RunConfig
+from goku.validation import read_validation
 
 __all__ = ["doctor_recipe"]
 
@@ -184,6 +185,10 @@ class _Examination:
     def report(self) -> StageReport:
         config, stage = self.config, self.stage
         self.reasons += self.cache.faults
+        try:
+            read_validation(config)
+        except ValueError as error:
+            self.reasons.append(str(error))
         data = self._data(config.data, "")
         unseen = None
         if self.held.data is not None:

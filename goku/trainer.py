@@ -513,6 +513,8 @@ class Trainer:
         run = checkpoint.read_values(path)["run"]
         lines = resume_differences(run["config"], self.config)
         for name, value in self.fingerprints.items():
+            if name == "grids" and lines:
+                continue  # other sizes are other grids: that was said
             if run["fingerprints"].get(name) != value:
                 lines.append(_FINGERPRINTS[name])
                 before = ItemList.read(self.out / FILE_NAME) if name == "data" else None

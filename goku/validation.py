@@ -124,13 +124,20 @@ def read_validation(run: RunConfig) -> Cases:
     takes none, and those of more tokens than packing.tokens_per_pack, whose forward might not fit into memory.
 
     Raises ValueError naming the file and the case for an entry or an image that cannot be used, and for fewer tokens
-    than processes that share them; OSError for a file that is not there.
+    than processes that share them, and for a file that is not there.
     """
     config = run.validation
     if config.file is None or not config.every:
         return Cases()
     taken, left_out = [], []
-    for place, case in enumerate(read_cases(Path(config.file), _defaults(config, run))):
+    try:
+        cases = read_cases(Path(config.file), _defaults(config, run))
+    except OSError as error:
+        raise ValueError(
+            f"validation.file is {config.file}, which cannot be read ({error.strerror}); allowed: a file of cases, or "
+            "null to draw none"
+        ) from error
+    for place, case in enumerate(cases):
         t, h, w = case.grid
         tokens = t * h * w
         if case.given and run.model.condition != "frames":

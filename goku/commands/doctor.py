@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         from goku.data.html_report import write_html
 
         write_html(report, args.html)
+        print(f"wrote {args.html}", file=sys.stderr)
     print(report.to_json() if args.json else report.to_text())
     return 0 if report.ok else 2
 

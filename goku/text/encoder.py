@@ -219,6 +219,8 @@ def load_tokenizer(config: TextConfig) -> Callable[[str], list[int]]:
         return ByteTokenizer()
     if not Path(config.path).is_dir():
         raise ValueError(f"text encoder path {config.path!r} is not a folder")
+    if not (Path(config.path) / "config.json").is_file():
+        raise ValueError(f"text encoder in {config.path!r} cannot be loaded: it has no config.json")
     return partial(_tokenize, _tokenizer(Path(config.path)))
 
 
