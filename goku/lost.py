@@ -29,7 +29,8 @@ class LostItems:
 
     report: called as report(kind, fields) with "repaired" {name, reason} when an item was made again (the same bits on
     the same machine), and "lost" {name, reason} when it could not be; quarantine: called with the Problem of a lost
-    one. Both are called once an item. limit: so many items may be lost; `check` raises beyond it.
+    one. Both are called once an item. limit: so many items may be lost; `check` raises beyond it. source: what items
+    without one of their own are listed under.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class LostItems:
         limit: int,
         report: Callable[[str, dict[str, Any]], None] | None = None,
         quarantine: Callable[[Problem], None] | None = None,
+        source: str = "",
     ) -> None:
         if limit < 0:
             raise ValueError(f"limit is {limit}; allowed: 0 or more")
         self.limit = limit
-        self._report, self._quarantine = report, quarantine
+        self._report, self._quarantine, self._source = report, quarantine, source
         self._lost: dict[int, _Loss] = {}
 
     @property
@@ -99,7 +101,7 @@ class LostItems:
         self._lost[index] = _Loss(item.name, reason)
         self._tell("lost", item.name, reason)
         if self._quarantine is not None:
-            self._quarantine(Problem(item.name, reason, "damaged", item.source))
+            self._quarantine(Problem(item.name, reason, "damaged", item.source or self._source))
 
     def _tell(self, kind: str, name: str, reason: str) -> None:
         if self._report is not None:

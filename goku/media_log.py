@@ -7,6 +7,8 @@ and ends nothing: these are places to look at, and the files are on the disk.
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +26,13 @@ Place = Literal["tensorboard", "wandb"]
 PLACES: tuple[Place, ...] = get_args(Place)
 
 
+# What showing imports, by names that stay as they are.
+_TENSORBOARD = (
+    "from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata\n"
+    "from torch.utils.tensorboard import FileWriter\n"
+)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A PNG or MP4 under a tag that stays the same from step to step, with a line of text."""
@@ -36,8 +45,18 @@ class Shown:
 def check_places(places: Sequence[Place]) -> None:
     """ImportError, naming what to install, when one of the packages is absent; ValueError when W&B has no key."""
     for place in places:
-        if find_spec(place) is None:
+        spec = find_spec(place)
+        # W&B leaves a folder of its name where it runs, which an import takes for an empty package.
+        if spec is None or spec.origin is None:
             raise ImportError(f"media in {place} need it: pip install 'goku[{place}]'")
+    if "tensorboard" in places:
+        # An installation that does not fit its protobuf raises what it likes, and at the first step.
+        done = subprocess.run(
+            [sys.executable, "-c", _TENSORBOARD], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ImportError(f"media in tensorboard: it cannot be imported: {said[-1]}")
     if "wandb" in places:
         check_wandb()
 
@@ -70,7 +89,10 @@ class MediaLog:
 
     def close(self, wait: float = 60.0) -> list[str]:
         """Waits so many seconds for what is being shown; what has failed, in words."""
-        return [] if self._wandb is None else self._wandb.close(wait)
+        try:
+            return [] if self._wandb is None else self._wandb.close(wait)
+        except OSError as error:
+            return [f"W&B: {error}"]
 
 
 def _tensorboard(folder: Path, items: Sequence[Shown], step: int) -> None:

@@ -24,7 +24,6 @@ from goku.data import (
     list_records,
     prepare,
     quarantine_message,
-    read_records,
 )
 from goku.data.filler import FROM_CACHE
 from goku.data.item_list import FILE_NAME, LEFT_OUT
@@ -80,8 +79,6 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
 def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     assert config.vae.train is not None
     _check_text(config, load_text_encoder(config.text))
-    if config.unseen is not None:
-        read_records(config.unseen)
     records = list_records(config.data)
     clips: list[Tensor] = decode_all(records, config.data)
     for record, clip in zip(records, clips, strict=not config.data.skip_bad):
@@ -200,6 +197,8 @@ def check_sources(configs: Sequence[RunConfig], context: ParallelContext) -> Non
 
     def look() -> None:
         for config in configs:
+            if any((Path(config.out) / "checkpoints").glob("step_*")):
+                continue  # its own list of items decides, whatever has come since
             check_listing(config.data, scans)
             held_out = unseen_data(config, listed)
             if held_out is not None:
@@ -258,12 +257,13 @@ def _items_of_run(config: RunConfig, context: ParallelContext) -> ItemList | Non
         for path in sorted(root.glob("step_*"), reverse=True):
             try:
                 run = checkpoint.read_values(path)["run"]
-            except (checkpoint.CheckpointError, OSError):
+                return str(run["fingerprints"]["data"])
+            except (ValueError, KeyError, TypeError, OSError):
                 continue  # the trainer says what is wrong with it
-            return str(run["fingerprints"]["data"])
         return None
 
-    wanted = context.gather(look() if context.is_main else None)[0]
+    found = context.together(lambda: look() if context.is_main else None)
+    wanted = context.gather(found)[0]
     if wanted is None:
         return None
     items = context.together(lambda: ItemList.read(Path(config.out) / FILE_NAME))

@@ -177,11 +177,12 @@ def _stage(
     if held_out is not None:
         run["unseen"] = sources[held_out]["path"]
     if "schedule_offset" in _section(run, "optimizer", where):
-        raise parser.ConfigError(
+        error = parser.ConfigError(
             f"{where}.optimizer.schedule_offset",
             run["optimizer"]["schedule_offset"],
             "carry.schedule sets it; leave it out",
         )
+        raise _placed(error, name, own)
     try:
         config = resolve(run, where)
     except parser.ConfigError as error:

@@ -62,8 +62,8 @@ class Request:
             raise ValueError(f"seed is {self.seed}; allowed: 0 to 2**64 - 1")
         for name in ("steps", "fps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; allowed: >= 1")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value}; allowed: 1 to 2**31 - 1")
         for frame in self.given:
             if not -self.frames <= frame < self.frames:
                 raise ValueError(
@@ -218,7 +218,7 @@ def _request(entry: Any, where: str, folder: Path, defaults: RequestDefaults) ->
             raise ValueError(
                 f"video_path is {line.video_path!r}; allowed: none, since no clip can be given (an image can: image)"
             )
-        if line.fps is not None and line.fps != int(line.fps):
+        if line.fps is not None and not float(line.fps).is_integer():
             raise ValueError(f"fps is {line.fps}; allowed: a whole number")
         given = {
             frame: folder / image

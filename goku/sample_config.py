@@ -118,7 +118,8 @@ def describe(
             for frame, image in sorted(request.given.items())
         }
         said["guidance_image"] = config.image_scale
-        said["hold"] = config.hold
+        first = any(frame % request.frames == 0 for frame in request.given)
+        said["hold"] = config.hold and first
     scale = position_scale(request.grid, config.limits)
     if scale != (1.0, 1.0, 1.0):
         said["position_scale"] = list(scale)

@@ -277,8 +277,8 @@ def run_recipe(
         if first is not None:
             _start(recipe, first, found, context)  # before minutes of work on a VAE
         left = [stage.config for stage in wanted if found[stage.index].status != "finished"]
-        check_sources(left, context)
         check_validation(left, context)
+        check_sources(left, context)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None
         for stage in wanted:
@@ -361,10 +361,13 @@ def _run_stage(
     )  # fmt: skip
     if start is not None:
         _start(recipe, stage, found, context, trainer.fingerprints)  # now with the data's
+    note = Path(config.out) / STAGE_NOTE
     if start is not None:
-        command = f"goku train {recipe.source or 'RECIPE'} --stage {stage.name}"
-        note = json.dumps({"stage": stage.name, "command": command})
-        context.on_main(lambda: write_whole(Path(config.out) / STAGE_NOTE, f"{note}\n"))
+        command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"
+        said = json.dumps({"stage": stage.name, "command": command})
+        context.on_main(lambda: write_whole(note, f"{said}\n"))
+    else:
+        context.on_main(lambda: note.unlink(missing_ok=True))  # of an earlier `from`
     outcome = trainer.run(stop, profile)
     written = find_checkpoint(trainer.checkpoints.root) if context.is_main else None
     log.event(

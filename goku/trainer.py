@@ -77,6 +77,7 @@ class _Notice:
     kind: str
     fields: dict[str, Any]
     problem: Problem | None = None
+    source: str = ""
 
 
 class StopRequest(threading.Event):
@@ -137,9 +138,9 @@ class Trainer:
         self.lost = self._lost_items()
         self.quarantine = quarantine or Quarantine(self.out / "quarantine.jsonl")
         self.notices: list[_Notice] = []
-        self.told: set[tuple[str, str, int | None]] = set()
+        self.told: set[tuple[str, str, str, int | None]] = set()
         self.builder = self._builder(dataset, self.lost)
-        self.unseen = None if unseen is None else self._builder(unseen, self._lost_items())
+        self.unseen = None if unseen is None else self._builder(unseen, self._lost_items("unseen"))
         self.validator = validator
         self.stream = dataset.stream(config.seed)
         self.model = self._build(config.activation_checkpointing, config.sharding, config.seed)
@@ -165,16 +166,16 @@ class Trainer:
         }
         self.peak_flops = flops.peak_flops(self.device, self.dtype)
 
-    def _lost_items(self) -> LostItems:
+    def _lost_items(self, source: str = "") -> LostItems:
         """Of one dataset: what is told is kept until all processes tell it together, since the main one writes."""
 
         def quarantined(problem: Problem) -> None:
-            self.notices.append(_Notice("quarantine", {}, problem))
+            self.notices.append(_Notice("quarantine", {}, problem, source))
 
         def told(kind: str, fields: dict[str, Any]) -> None:
-            self.notices.append(_Notice(kind, fields))
+            self.notices.append(_Notice(kind, fields, None, source))
 
-        return LostItems(self.config.data.max_lost, told, quarantined)
+        return LostItems(self.config.data.max_lost, told, quarantined, source)
 
     def _builder(self, dataset: Dataset, lost: LostItems) -> BatchBuilder:
         config = self.config
@@ -436,7 +437,9 @@ class Trainer:
         for notices in self.context.gather(mine):
             for notice in notices:
                 what = notice.fields.get("name") or str(notice.problem)
-                told = notice.kind, what, self.step if notice.kind == "repaired" else None
+                told = (
+                    notice.kind, notice.source, what, self.step if notice.kind == "repaired" else None,
+                )  # fmt: skip
                 if told in self.told:
                     continue
                 self.told.add(told)

@@ -165,6 +165,10 @@ def read_validation(run: RunConfig) -> Cases:
 
 def _check_given(case: Request, where: str) -> None:
     """What `encode_given` would refuse, in the place of its images."""
+    if case.given and case.frames == 1:
+        raise ValueError(
+            f"{where}: frames is 1, with an image given; allowed: 4k + 1 of a clip (5, 9, ...)"
+        )
     latents = [latent_index(frame, case.frames) for frame in case.given]
     if len(set(latents)) < len(latents):
         raise ValueError(

@@ -163,23 +163,7 @@ def run(args: argparse.Namespace) -> int:
         hold=args.hold,
     )
     about = read_trained(args.run)
-    asked = _requests(args, about)
-    settings = replace(
-        settings,
-        shift=about.shift if args.shift is None else args.shift,
-        base_tokens=about.base_tokens if args.shift is None else None,
-        limits=about.limits if args.rope == "scaled" else None,
-    )
-    usual_fps = args.fps or max(1, round(about.fps or 12))
-    cases = [
-        (row, replace(request, seed=request.seed + k))
-        for row, request in enumerate(asked)
-        for k in range(args.count)
-    ]
-    requests = [
-        replace(request, prompt=_with_motion(request.prompt, args.motion, about))
-        for _, request in cases
-    ]
+    settings, cases, requests = _asked(args, about, settings)
     tokens = min(math.prod(request.grid) for request in requests)
     if not 1 <= args.sp <= tokens:
         raise ValueError(
@@ -195,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = context.gather(about.path)[0]
         if chosen != about.path:
             about = read_trained(chosen)
+            settings, cases, requests = _asked(args, about, settings)
+        usual_fps = args.fps or max(1, round(about.fps or 12))
         if context.is_main:
             for line in _warnings(requests, about, args.rope):
                 print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -230,6 +216,29 @@ def run(args: argparse.Namespace) -> int:
                 if 0 in given[index]:
                     print(_first_frame(loaded, requests[index], given[index][0], video), flush=True)
     return 0
+
+
+def _asked(
+    args: argparse.Namespace, about: Trained, settings: SampleConfig
+) -> tuple[SampleConfig, list[tuple[int, Request]], list[Request]]:
+    """What is drawn of a checkpoint: the settings, (row, request) of every sample, and the requests as the model is
+    asked."""
+    settings = replace(
+        settings,
+        shift=about.shift if args.shift is None else args.shift,
+        base_tokens=about.base_tokens if args.shift is None else None,
+        limits=about.limits if args.rope == "scaled" else None,
+    )
+    cases = [
+        (row, replace(request, seed=request.seed + k))
+        for row, request in enumerate(_requests(args, about))
+        for k in range(args.count)
+    ]
+    requests = [
+        replace(request, prompt=_with_motion(request.prompt, args.motion, about))
+        for _, request in cases
+    ]
+    return settings, cases, requests
 
 
 def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:

@@ -91,8 +91,8 @@ def _train_run(config: RunConfig, profile: bool) -> int:
 
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
-        check_sources([config], context)  # before the hours that latents may take
-        check_validation([config], context)
+        check_validation([config], context)  # before the hours that latents may take
+        check_sources([config], context)
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         validator = prepare_validator(config, context, vae, text)

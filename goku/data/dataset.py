@@ -18,7 +18,7 @@ from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
 from goku.data.filler import Entry, Filler, Found, Progress, record_name
-from goku.data.item_list import ItemList, SourceItems, hold
+from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, hold
 from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache
 from goku.data.media import Decoded
@@ -148,7 +148,8 @@ def joined(
     problems = [problem for dataset in datasets for problem in dataset.report.problems]
     empty = [each for each in built if latents and not each[1].report.used]
     where = config.path or "data.sources"
-    if problems and (not config.skip_bad or (empty and len(empty) == len(built))):
+    all_bad = len(empty) == len(built) and not any(each.report.dropped for each in datasets)
+    if problems and (not config.skip_bad or (empty and all_bad)):
         listed = sum(dataset.report.listed for dataset in datasets)
         raise DataError(f"{where}: {len(problems)} of {listed} items cannot be used", problems)
     lost = [problem for dataset in datasets for problem in dataset.lost.values()]
@@ -282,8 +283,13 @@ def dataset_of(
     missing = {} if held is None else held.lost
     outcomes = outcomes if held is None else held.outcomes
     entries, duplicates, remarks = by_content(outcomes, source.prefix)
-    bad = [*source.problems, *(o for o in outcomes if isinstance(o, Problem)), *duplicates]
+    listed = list(source.problems)
     dropped = [*source.dropped, *(o for o in outcomes if isinstance(o, Dropped))]
+    if held is not None and kept is not None and not source.config.skip_bad:
+        on_list = {row[0] for row in kept.rows}
+        dropped += [Dropped(p.name, LEFT_OUT) for p in listed if p.name not in on_list]
+        listed = [p for p in listed if p.name in on_list]
+    bad = [*listed, *(o for o in outcomes if isinstance(o, Problem)), *duplicates]
     made, present, nbytes = counts
     prefix, name = source.prefix, source.name
     lost = {

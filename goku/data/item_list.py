@@ -123,6 +123,8 @@ class ItemList:
     def differences(self, now: ItemList) -> list[str]:
         """What of it is otherwise in `now`, a line each: the first three items, and how many more."""
         lines: list[str] = []
+        gone: list[str] = []
+        new: list[str] = []
         for source in self.sources:
             other = now.source(source.name)
             prefix = f"{source.name}:" if self.mixed and len(self.sources) > 1 else ""
@@ -130,15 +132,19 @@ class ItemList:
             for row in source.rows:
                 what = _difference(row, found.pop(row[0], None))
                 if what:
-                    lines.append(f"{prefix}{row[0]}: {what}")
-            lines += [f"{prefix}{name}: is new" for name in found]
+                    (gone if what == _GONE else lines).append(f"{prefix}{row[0]}: {what}")
+            new += [f"{prefix}{name}: is new" for name in found]
+        lines += [*gone, *new]  # which alone are no hindrance
         more = len(lines) - _SHOWN
         return [*lines[:_SHOWN], *([f"and {more:,} more items"] if more > 0 else [])]
 
 
+_GONE = "is no longer there"
+
+
 def _difference(before: Row, now: Row | None) -> str:
     if now is None:
-        return "is no longer there"
+        return _GONE
     names = ("name", "caption", "weight", "")
     for name, old, new in zip(names, before, now, strict=False):
         if old != new and name:
@@ -187,7 +193,9 @@ def hold(
         elif isinstance(outcome, Problem):
             bad[outcome.name] = outcome
             if outcome.name not in rows:
-                rest.append(outcome)
+                # What has come since is left out, whole or not: perhaps it is still being written.
+                since = not source.config.skip_bad
+                rest.append(Dropped(outcome.name, LEFT_OUT) if since else outcome)
         elif outcome.name in rows:
             return None
         else:

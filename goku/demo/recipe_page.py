@@ -69,7 +69,7 @@ def _verdict(report: RecipeReport) -> str:
             value = f"{row['psnr'] - row['vae']:+.1f} dB".replace("-", "−")
             what = "First frame of an image never trained on"
             small = f"{row['name']}: {row['psnr']:.1f} dB, the VAE alone {row['vae']:.1f}"
-            cards.append(card(value, what, small, passed=None))
+            cards.append(card(value, what, small, passed=None, note="judged above"))
     told = said if not missed else f"{said} Missed: {'; '.join(missed)}."
     return f'{banner(result["passed"], told)}<div class="cards">{"".join(cards)}</div>'
 

@@ -33,6 +33,8 @@ from goku.vae import VideoVAE
 __all__ = ["MAX_BELOW_VAE_DB", "RecipeRun", "conclude", "judge", "summary"]
 
 MAX_BELOW_VAE_DB = 6.0
+# Of an image never trained on, which a model that goes by the caption alone misses by 8 and more (docs/log.md).
+MAX_BELOW_VAE_UNSEEN_DB = 7.0
 
 # What is drawn at the end of every stage that trains such an item, at the size that the stage trains it at.
 SHOWN = ("astronaut", "bunny")
@@ -131,10 +133,14 @@ def judge(
             _decibel(min(row["psnr"] - row["vae"] for row in own)),
             "; ".join(
                 f"{row['name']}: {row['psnr']:.1f} dB, the VAE alone {row['vae']:.1f}"
-                for row in own
+                for row in rows
             )
-            + f"; at most −{MAX_BELOW_VAE_DB:g} allowed",
-            all(row["psnr"] >= row["vae"] - MAX_BELOW_VAE_DB for row in own),
+            + f"; at most −{MAX_BELOW_VAE_DB:g} allowed, −{MAX_BELOW_VAE_UNSEEN_DB:g} of what was never trained on",
+            all(
+                row["psnr"]
+                >= row["vae"] - (MAX_BELOW_VAE_DB if row["trained"] else MAX_BELOW_VAE_UNSEEN_DB)
+                for row in rows
+            ),
         ),
         _criterion(
             "held",

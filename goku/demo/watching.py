@@ -43,7 +43,9 @@ def ended_by_signals() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    previous = {number: signal.signal(number, leave) for number in numbers}
+    # What is ignored stays so: nohup's hangup, the interrupts of a job in the background.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, leave) for number in heard}
     try:
         yield
     except SystemExit:

@@ -175,6 +175,30 @@ def test_the_id_of_a_run_is_whole_or_absent(
     assert media_wandb.run_id(tmp_path) == media_wandb.run_id(tmp_path)
 
 
+def test_a_tensorboard_that_does_not_import_is_said_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its generated files raise what they like where they do not fit the protobuf that is there."""
+    media_log.check_places(["tensorboard"])
+    package = tmp_path / "tensorboard"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise TypeError('Descriptors cannot be created directly.')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match="cannot be imported: TypeError: Descriptors"):
+        media_log.check_places(["tensorboard"])
+
+
+def test_a_folder_of_that_name_is_no_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="pip install"):
+        media_log.check_places(["wandb"])
+
+
 def test_every_place_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("goku.media_log.find_spec", lambda name: None)
     for place in media_log.PLACES:

@@ -329,12 +329,14 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(
     absent = {"caption": "a", "image_path": "absent.png", "height": 32, "width": 32}
     with pytest.raises(ValueError, match=r"cases\.json: case 1: .*absent\.png"):
         look([CASES[0], absent])
-    twice = {"image": "first.png", "last_image": "first.png", "height": 32, "width": 32}
-    with pytest.raises(ValueError, match=r"case 0: frames .* share a latent frame"):
-        look([{"caption": "a", "num_frames": 1} | twice])
+    given = {"caption": "a", "image": "first.png", "height": 32, "width": 32}
+    with pytest.raises(ValueError, match=r"case 0: frames is 1, with an image given"):
+        look([given | {"num_frames": 1}])
     with pytest.raises(ValueError, match=f"seed is {2**64}"):
         look([CASES[0] | {"seed": 2**64}])
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+    with pytest.raises(
+        ValueError, match=r"validation\.file is .*none\.json, which cannot be read .*allowed"
+    ):
         look(CASES, file=str(tmp_path / "none.json"))
     look([CASES[0], absent], every=0)
     look([CASES[0], absent], condition="none")

@@ -16,7 +16,7 @@ from goku.recipe import is_recipe, load_recipe
 from goku.run_config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/training.md")
+DOCUMENTS = ("README.md", "docs/training.md", "docs/own_videos.md")
 
 
 def _blocks(language: str) -> list[str]:

@@ -103,7 +103,7 @@ def drawn(tmp_path: Path) -> dict[str, list[Drawn]]:
         return [
             Drawn(
                 path=save(tmp_path / kind / str(seed), _clip(seed)),
-                psnr=first - 5 * seed,
+                psnr=first - 4 * seed,
                 vae_psnr=25.0,
             )
             for seed in range(2)
@@ -135,7 +135,7 @@ def test_a_recipe_that_went_well_passes(given: list[Given], drawn: dict[str, lis
         "PASS: 5 of 5 stages finished; killed in joint-480 at step 4, resumed at 2; 2 repeated steps gave exactly the "
         "same losses; killed between joint-720 and tune-t2i, gone on with tune-t2i; "
         "first frame of own 22.0 dB, held 25.0, the VAE alone 25.0; "
-        "first frame of other (never trained on) 17.0 dB, held 25.0, the VAE alone 25.0"
+        "first frame of other (never trained on) 18.0 dB, held 25.0, the VAE alone 25.0"
     )
 
 
@@ -152,9 +152,13 @@ def test_every_failure_is_seen(
         for e in _events()
     ]
     assert _missed(_judged(given, drawn, events=again)) == ["between"]
-    # What an image that was never trained on becomes is told, not judged; but it can be held.
-    worse = [dataclasses.replace(drawn["plain"][0], psnr=18.9), drawn["plain"][1]]
-    assert _missed(_judged(given, drawn | {"plain": worse})) == ["first_frame"]
+    # Each of the two may be missed by the first frame: a model that goes by the caption misses the other by 8.
+    own, unseen = drawn["plain"]
+    for worse in (
+        [dataclasses.replace(own, psnr=18.9), unseen],
+        [own, dataclasses.replace(unseen, psnr=17.9)],
+    ):
+        assert _missed(_judged(given, drawn | {"plain": worse})) == ["first_frame"]
     loose = [drawn["held"][0], dataclasses.replace(drawn["held"][1], psnr=24.9)]
     assert _missed(_judged(given, drawn | {"held": loose})) == ["held"]
     clip = _clip(0)
@@ -212,7 +216,7 @@ def test_the_page_is_whole_and_fetches_nothing(
         "first frame, 22.0 dB to the given image",
         "first frame 25.0 dB",
         "never trained on",
-        "−8.0 dB",
+        "−7.0 dB",
         "<own>",
     ):
         assert words in said, words

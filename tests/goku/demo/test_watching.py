@@ -47,6 +47,18 @@ def test_a_signal_ends_everything_with_one_line(
     assert signal.getsignal(number) is before
 
 
+def test_what_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watching.ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_another_exit_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), watching.ended_by_signals():
         raise SystemExit(3)
