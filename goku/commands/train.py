@@ -80,19 +80,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.parallelize import check_policies, parallel_context
-    from goku.prepare import (
-        check_sources,
-        check_validation,
-        prepare_datasets,
-        prepare_vae,
-        prepare_validator,
-    )
+    from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
     from goku.trainer import Trainer, stop_signals
 
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
         check_validation([config], context)  # before the hours that latents may take
-        check_sources([config], context)
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         validator = prepare_validator(config, context, vae, text)
