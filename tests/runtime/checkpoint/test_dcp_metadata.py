@@ -253,7 +253,8 @@ def test_described_as_by_dcp(tmp_path: Path) -> None:
             assert len(found.chunks) == len(list(plan.entries[name].parts()))
             for chunk in found.chunks:
                 assert MetadataIndex(name, chunk.offsets) in ours.storage_data
-    assert _validate_global_plan([None, None], ours) == []  # type: ignore[list-item]
+    # torch 2.11 says True, later ones name the faults.
+    assert _validate_global_plan([None, None], ours) in (True, [])  # type: ignore[list-item]
 
 
 def test_every_place_holds_a_record(tmp_path: Path) -> None:
