@@ -86,7 +86,7 @@ def decoding(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (DecodeError, MemoryError):  # too little memory is no fault of the file
+    except DecodeError:
         raise
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
