@@ -131,6 +131,7 @@ def test_a_results_folder_that_cannot_be_read_is_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "docs").exists()
 
 
+@pytest.mark.long
 def test_help_has_examples_and_peers_lists_all():
     def said(*words):
         done = subprocess.run(

@@ -43,6 +43,7 @@ def test_wrong_arguments_exit_2():
     assert run(sys.executable, SCRIPT, "sped").returncode == 2
 
 
+@pytest.mark.long
 def test_pytest_runs_on_the_gpu_tests_without_the_projects_plugins_and_settings():
     command = [
         *gpu_check.test_command(),
@@ -59,6 +60,7 @@ def test_pytest_runs_on_the_gpu_tests_without_the_projects_plugins_and_settings(
         assert f"tests/gpu/{stem}.py" in done.stdout
 
 
+@pytest.mark.long
 def test_the_three_packages_are_found_uninstalled(tmp_path):
     names = ["goku_kernels", "goku_runtime", "goku"]
     code = f"import {', '.join(names)}; print([m.__file__ for m in ({', '.join(names)})])"

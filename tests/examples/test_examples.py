@@ -44,6 +44,7 @@ def test_plain_loop(run_processes):
     )
 
 
+@pytest.mark.long
 def test_transformers_model(run_processes):
     # Six query heads on two key heads; on four ranks uneven, with replicated key heads.
     run_processes(
@@ -139,6 +140,7 @@ def run(*command, **environment):
     )
 
 
+@pytest.mark.long
 def test_torchrun():
     degrees = ("--sp", "2", "--steps", "2")
     done = run(

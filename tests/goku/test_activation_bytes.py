@@ -160,7 +160,7 @@ def test_a_published_width(policy: ActivationCheckpointing, pretending: FakeTens
     assert saved_bytes_per_token(config, 2, policy) == pytest.approx(measured, rel=0.10)
 
 
-@pytest.mark.parametrize("heads", [4, 3])
+@pytest.mark.parametrize("heads", [pytest.param(4, marks=pytest.mark.long), 3])
 def test_a_shared_pack(heads: int, run_processes: Callable[..., str]) -> None:
     """Two processes, their heads equal and unequal in number."""
     run_processes(2, SCRIPT, ("shared_pack", {"heads": heads}))

@@ -208,6 +208,7 @@ def test_a_full_disk_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_between_real_ranks(tmp_path: Path, run_ranks: Callable[..., str]) -> None:
     """Three processes save, two load what was resharded."""
