@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from goku.data import DataConfig
+
 
 def moving_gradient(frames: int, height: int, width: int) -> np.ndarray:
     """(T, H, W, 3) uint8: a gradient that slides, so that no two frames or axes are alike."""
@@ -158,3 +160,15 @@ def write_dataset(write_video: Callable[..., Path]) -> Callable[[Path], Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
+    return write_dataset(tmp_path / "media")
+
+
+@pytest.fixture
+def plain(folder: Path) -> DataConfig:
+    return DataConfig(
+        path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0
+    )

@@ -29,11 +29,6 @@ from goku.text import TextCache
 
 
 @pytest.fixture
-def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
-    return write_dataset(tmp_path / "media")
-
-
-@pytest.fixture
 def config(folder: Path) -> DataConfig:
     return DataConfig(
         path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0

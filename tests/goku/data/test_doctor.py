@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,6 @@ from goku.data import DataConfig, DataError, ShuffledStream, doctor, prepare
 from goku.packing import PackingConfig, partition
 
 PACKING = PackingConfig(tokens_per_step=100, tokens_per_pack=70)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
-    return write_dataset(tmp_path / "media")
 
 
 @pytest.fixture

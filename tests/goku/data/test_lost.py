@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,6 @@ from goku.data import CachedDataset, DataConfig, DecodeError, Problem, prepare
 from goku.lost import LostItems, TooManyLost
 
 Report = list[tuple[str, dict[str, Any]]]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
-    return write_dataset(tmp_path / "media")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,6 @@ from goku.data import (
 from goku.data.filler import Filler
 from goku.data.items import Item
 from goku.data.latents import LatentCache
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
-    return write_dataset(tmp_path / "media")
-
-
-@pytest.fixture
-def plain(folder: Path) -> DataConfig:
-    return DataConfig(
-        path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0
-    )
 
 
 def names(dataset: Any) -> list[str]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,6 @@ from goku.data import (
     quarantine_message,
 )
 from goku.data.quarantine import read_quarantine
-
-
-@pytest.fixture
-def folder(tmp_path: Path, write_dataset: Callable[[Path], Path]) -> Path:
-    return write_dataset(tmp_path / "media")
-
-
-@pytest.fixture
-def plain(folder: Path) -> DataConfig:
-    return DataConfig(
-        path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0
-    )
 
 
 @pytest.fixture
