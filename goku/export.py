@@ -43,6 +43,7 @@ from goku.trained import (
     read_checkpoint,
 )
 from goku.vae import load_vae, vae_folder
+from goku.vae.folder import sync
 from goku_runtime.checkpoint.tools import export
 from goku_runtime.checkpoint.tools.export import MAX_SHARD_SIZE
 
@@ -159,10 +160,10 @@ def export_run(
         _write(partial / _INDEX, _index(about, vae, copied))
         for folder, _, files in os.walk(partial, topdown=False):
             for name in files:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(partial)
@@ -318,15 +319,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """To the device: a file's content, or which names a folder holds."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> dict[str, Any]:

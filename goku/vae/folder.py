@@ -38,10 +38,10 @@ def write_folder(
             raise OSError(f"cannot write {passing[WEIGHTS]}: {error}") from error
         passing[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in passing.values():
-            _sync(path)
+            sync(path)
         for name, path in passing.items():
             os.replace(path, folder / name)
-            _sync(folder)
+            sync(folder)
     finally:
         for path in passing.values():
             path.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def write_folder(
             folder.rmdir()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """To the disk itself: a file's content, or which names a folder holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
