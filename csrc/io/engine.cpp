@@ -26,6 +26,12 @@ constexpr std::size_t kReadsPerBlock = 4;
 constexpr std::size_t kRingDepth = 32;
 constexpr std::size_t kThreads = 8;
 
+// Through the page cache a write is a copy that the thread itself makes, under a lock of the file:
+// one thread does that while another sums, and more only take turns on the cores. 1 GiB into tmpfs
+// (2 cores, medians of 21): in one file 439 ms with 8 threads, 396 with 2, 478 with one; in two
+// files by two processes 308, 287 and 268.
+constexpr std::size_t kBufferedThreads = 2;
+
 constexpr std::size_t kDeepest = 4096;
 constexpr std::size_t kSmallestBlock = std::size_t{64} << 10;
 constexpr std::size_t kLargestBlock = std::size_t{1} << 30;
@@ -88,7 +94,8 @@ Core::Core(const Options& options, System& sys)
       chosen(checked(options)),
       wanted(options.backend),
       trace(std::make_shared<Trace>(options.trace)),
-      process_(::getpid()) {
+      process_(::getpid()),
+      few_do_(options.threads == 0 && options.queue_depth == 0 && options.memory_budget == 0) {
   if (wanted != Backend::threads) {
     const std::size_t depth =
         within_budget(chosen, chosen.queue_depth != 0 ? chosen.queue_depth : kRingDepth);
@@ -159,6 +166,18 @@ void Core::close() {
     if (const auto source = one.lock()) source->cancel();
   }
   if (pool != nullptr) pool->stop();
+  if (few_ != nullptr) few_->stop();
+}
+
+Pool& Core::writing(const File& file) {
+  if (!few_do_ || file.direct()) return *pool;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) throw std::runtime_error("the engine is closed");
+  if (few_ == nullptr) {
+    few_ = std::make_unique<Pool>(system, kBufferedThreads, chosen.block_bytes, kBufferedThreads,
+                                  std::vector<std::unique_ptr<Ring>>());
+  }
+  return *few_;
 }
 
 std::size_t Core::write_block(std::uint64_t chunk) const {
@@ -206,9 +225,10 @@ Handle<Writer> Engine::create(const std::string& path, std::uint64_t size, std::
 
 Handle<Writer> Engine::write(std::unique_ptr<File> file, std::uint64_t size, std::uint64_t chunk,
                              bool sync) {
+  Pool& pool = core_->writing(*file);
   auto writer =
-      std::make_shared<Writer>(*core_->pool, std::move(file), size,
-                               static_cast<std::uint32_t>(chunk), core_->write_block(chunk), sync);
+      std::make_shared<Writer>(pool, std::move(file), size, static_cast<std::uint32_t>(chunk),
+                               core_->write_block(chunk), sync);
   core_->enlist(writer);
   return {core_, std::move(writer)};
 }

@@ -49,6 +49,8 @@ class Core {
   // The most that a request has, in bytes: whole chunks, at least one.
   std::size_t write_block(std::uint64_t chunk) const;
   std::size_t read_block(std::uint64_t chunk) const;
+  // Whose threads write a file.
+  Pool& writing(const File& file);
 
   System& system;
   Options chosen;
@@ -63,6 +65,8 @@ class Core {
   mutable std::mutex mutex_;
   bool closed_ = false;
   std::vector<std::weak_ptr<Source>> sources_;
+  const bool few_do_;  // for files that are written through the page cache
+  std::unique_ptr<Pool> few_;
 };
 
 // A reference to the core and to one of its sources. When it goes, what is under way is cancelled

@@ -1,7 +1,10 @@
 // What is written is what is read, for every backend, alone and many at a time.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <thread>
 
 #include "../crc32c.h"
@@ -93,6 +96,39 @@ void gathered(Folder& folder) {
   }
 }
 
+// Through the page cache no more than two threads of an engine write, unless it was told how many:
+// of those that were asked for more take part.
+void few_at_a_time(Folder& folder) {
+  const Bytes data = noise(16 << 20);
+  for (const std::size_t asked : {0, 6}) {
+    FaultySystem system;
+    std::mutex mutex;
+    std::set<std::thread::id> seen;
+    system.twist = [&](bool, std::uint64_t, std::size_t, std::int64_t result) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        seen.insert(std::this_thread::get_id());
+      }
+      // The others' turn.
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      return result;
+    };
+    Options options;
+    options.direct = Direct::off;
+    options.block_bytes = 1 << 16;
+    options.threads = asked;
+    Engine engine(options, system);
+    const std::string path = folder.fresh();
+    auto writer = engine.create(path, data.size(), kChunk, false, 0644);
+    writer->submit(data.data(), 0, data.size());
+    writer->finish();
+    CHECK(asked == 0 ? seen.size() == 2 : seen.size() > 2);
+    CHECK(content_of(path) == data);
+    engine.close();
+    CHECK(errno_of([&] { engine.create(folder.fresh(), 1, kChunk, false, 0644); }, path) == -1);
+  }
+}
+
 void many_at_once(Folder& folder) {
   for (const Kind& kind : kinds()) {
     Engine engine(small(kind));
@@ -162,6 +198,7 @@ void test_transfers() {
   joiner_equals_combine();
   round_trips(folder);
   gathered(folder);
+  few_at_a_time(folder);
   many_at_once(folder);
   one_file_from_many_threads(folder);
   probing(folder);
