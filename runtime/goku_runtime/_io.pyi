@@ -160,7 +160,7 @@ class Engine:
     direct: O_DIRECT "on" (OSError(EINVAL) where it does not work), "off", or "auto": where it works,
         and not for files in memory (tmpfs), where it means nothing. Buffered requests are copied by
         the threads whatever the backend.
-    queue_depth: requests under way at once; block_bytes: the most that a write has, and four times
+    queue_depth: requests under way at once; block_bytes: the most that a write has, and twice
         the most that a read has (a multiple of 4096, 65536 to 2**30; larger where a chunk is);
         threads: that transfer and compute checksums. 0: the default. Files that are written through
         the page cache get two threads of their own unless one of queue_depth, threads and
