@@ -109,6 +109,7 @@ MUTANTS = [
 
 
 @pytest.mark.slow
+@pytest.mark.mutants
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.operator}: {m.what}")
 def test_a_wrong_kernel_fails_its_tests(mutant, tmp_path):
     copy = tmp_path / "goku_kernels"

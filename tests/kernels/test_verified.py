@@ -1,4 +1,4 @@
-"""What decides whether `make test` compiles the shipped configurations again."""
+"""What decides whether `make test` runs the tests of shipped configurations and of mutants again."""
 
 import importlib.util
 import json
@@ -8,15 +8,21 @@ from pathlib import Path
 import pytest
 import triton
 
-HERE = Path(__file__).parent / "compiled"
+HERE = Path(__file__).parent
+NAMES = ("shipped", "mutants")
+
+
+def loaded():
+    spec = importlib.util.spec_from_file_location("verified_here", HERE / "verified.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def verified(tmp_path, monkeypatch):
     """The module, looking at copies of the kernels and of the tests."""
-    spec = importlib.util.spec_from_file_location("verified_copy", HERE / "verified.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded()
     for name in ("KERNELS", "HERE"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         copied = shutil.copytree(getattr(module, name), tmp_path / name, ignore=ignored)
@@ -25,36 +31,54 @@ def verified(tmp_path, monkeypatch):
     return module
 
 
-def test_copies_elsewhere_are_the_same_sources(verified):
-    spec = importlib.util.spec_from_file_location("verified_original", HERE / "verified.py")
-    original = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(original)
-    assert verified.fingerprint() == original.fingerprint()
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_elsewhere_are_the_same_sources(verified, name):
+    assert verified.fingerprint(name) == loaded().fingerprint(name)
 
 
-def test_any_change_of_a_kernel_a_configuration_or_a_test_is_seen(verified):
-    assert not verified.is_verified()
-    verified.main()
-    assert verified.is_verified()
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [
+        ("shipped", "compiled/conftest.py"),
+        ("mutants", "interpreter/conftest.py"),
+        ("mutants", "test_mutants.py"),
+    ],
+)
+def test_any_change_of_a_kernel_a_configuration_or_a_test_is_seen(verified, name, test):
+    assert not verified.is_verified(name)
+    verified.main(name)
+    assert verified.is_verified(name)
     for path in (
         verified.KERNELS / "triton" / "segments.py",
         verified.KERNELS / "triton" / "configs" / "qk_norm_rope.json",
-        verified.HERE / "conftest.py",
+        verified.HERE / test,
     ):
         whole = path.read_bytes()
         path.write_bytes(whole + b"\n")
-        assert not verified.is_verified(), path
+        assert not verified.is_verified(name), path
         path.write_bytes(whole)
         moved = path.rename(path.with_stem("other"))
-        assert not verified.is_verified(), path
+        assert not verified.is_verified(name), path
         moved.rename(path)
-        assert verified.is_verified()
+        assert verified.is_verified(name)
 
 
-def test_another_version_of_triton_has_verified_nothing(verified, monkeypatch):
-    verified.main()
-    first = json.loads(verified.RECORD.read_text())
+def test_one_says_nothing_of_the_other(verified):
+    verified.main("shipped")
+    assert not verified.is_verified("mutants")
+    verified.main("mutants")
+    (verified.HERE / "test_mutants.py").write_text("")
+    assert verified.is_verified("shipped")
+    assert not verified.is_verified("mutants")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_version_of_triton_has_verified_nothing(verified, monkeypatch, name):
+    verified.main(name)
+    first = json.loads(verified.RECORD.read_text())[name]
     monkeypatch.setattr(triton, "__version__", "9.9.9")
-    assert not verified.is_verified()
-    verified.main()
-    assert json.loads(verified.RECORD.read_text()) == first | {"9.9.9": verified.fingerprint()}
+    assert not verified.is_verified(name)
+    verified.main(name)
+    assert json.loads(verified.RECORD.read_text()) == {
+        name: first | {"9.9.9": verified.fingerprint(name)}
+    }

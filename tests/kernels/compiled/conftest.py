@@ -3,9 +3,7 @@
 Not under TRITON_INTERPRET=1: an interpreted kernel cannot be compiled.
 """
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,19 +19,6 @@ SPILL_LIMIT = 16
 def pytest_configure(config):
     if interpreted():
         raise pytest.UsageError("tests/kernels/compiled cannot run under TRITON_INTERPRET=1")
-
-
-def pytest_collection_modifyitems(items):
-    """What was compiled and judged before, from these very sources by this very Triton, is for `make long`."""
-    spec = importlib.util.spec_from_file_location(
-        "verified", Path(__file__).with_name("verified.py")
-    )
-    verified = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(verified)
-    if verified.is_verified():
-        for item in items:
-            if item.get_closest_marker("shipped") is not None:
-                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(params=CHIPS, ids=[f"sm_{chip}" for chip in CHIPS])
