@@ -140,10 +140,20 @@ def test_an_item_that_cannot_be_had_keeps_its_place(
         with pytest.raises(DecodeError, match=r"c\.mp4: media file missing"):
             attempt(2)
     told: list[str] = []
-    lost = LostItems(1, lambda kind, fields: told.append(f"{kind} {fields['name']}"))
+    set_aside: list[Problem] = []
+    lost = LostItems(
+        1, lambda kind, fields: told.append(f"{kind} {fields['name']}"), set_aside.append
+    )
     zeros, usable = lost.read(after, 2, vae)
     assert (usable, zeros.mean.shape, told) == (False, sample.mean.shape, ["lost c.mp4"])
     assert all(lost.read(after, i, vae)[1] for i in (0, 1, 3))
+    assert set_aside == [problem]  # whose line it has
+    # Another fault is another line.
+    changed = get(items)
+    (folder / "c.mp4").write_bytes(b"")
+    LostItems(1, quarantine=set_aside.append).read(changed, 2, vae)
+    assert [(p.name, "is empty" in p.reason) for p in set_aside[1:]] == [("c.mp4", True)]
+    (folder / "c.mp4").unlink()
     # More of them than may be lost, or where none may be left out: refused, by name.
     with pytest.raises(DataError, match=r"1 items of the run are lost, over .* = 0\n  c\.mp4: "):
         get(items, max_lost=0)
