@@ -26,7 +26,7 @@ from goku.data import (
     quarantine_message,
 )
 from goku.data.filler import FROM_CACHE
-from goku.data.item_list import FILE_NAME, LEFT_OUT
+from goku.data.item_list import LEFT_OUT
 from goku.data.record import some
 from goku.data.sources import check_listing
 from goku.data.survey import Scans
@@ -133,11 +133,13 @@ def prepare_datasets(
     vae: VideoVAE,
     text: TextEncoder | None = None,
     quarantine: Quarantine | None = None,
+    items: ItemList | None = None,
 ) -> tuple[Dataset, Dataset | None, TextEncoder]:
     """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder).
 
     text: an encoder that was loaded before; None loads that of config.text. quarantine: where items that cannot be used
-    are listed, by default config.out/quarantine.jsonl.
+    are listed, by default config.out/quarantine.jsonl. items: those of the run whose stream of samples this one carries
+    on, which it is to have as well.
 
     A run that goes on gets the items that it began with, as far as config.out lists them (`goku.data.ItemList`). Of
     unseen items that the limits leave none of, it is said so. Raises what `goku.data.prepare` raises, on all ranks, and
@@ -156,7 +158,7 @@ def prepare_datasets(
     def prepared(data: DataConfig, source: str, items: ItemList | None) -> Dataset:
         return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items)
 
-    training = prepared(config.data, "", _items_of_run(config, context))
+    training = prepared(config.data, "", _items_of_run(config, context) or items)
     if held_out is not None:
         unseen = prepared(held_out, "unseen", None)
     if unseen is None or not unseen.items:
@@ -266,8 +268,7 @@ def _items_of_run(config: RunConfig, context: ParallelContext) -> ItemList | Non
     wanted = context.gather(found)[0]
     if wanted is None:
         return None
-    items = context.together(lambda: ItemList.read(Path(config.out) / FILE_NAME))
-    return items if items is not None and items.fingerprint() == wanted else None
+    return context.together(lambda: ItemList.of_run(Path(config.out), wanted))
 
 
 @torch.no_grad()

@@ -120,6 +120,12 @@ class ItemList:
         except (ValueError, KeyError, TypeError):  # not JSON, or other JSON
             return None
 
+    @classmethod
+    def of_run(cls, folder: Path, fingerprint: str) -> ItemList | None:
+        """That in a run's folder, where it is the one whose fingerprint the run's checkpoint has; else None."""
+        found = cls.read(folder / FILE_NAME)
+        return found if found is not None and found.fingerprint() == fingerprint else None
+
     def differences(self, now: ItemList) -> list[str]:
         """What of it is otherwise in `now`, a line each: the first three items, and how many more."""
         lines: list[str] = []
