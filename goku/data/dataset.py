@@ -18,7 +18,7 @@ from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
 from goku.data.filler import Entry, Filler, Found, Progress, record_name
-from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, hold
+from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, duplicate, hold
 from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache
 from goku.data.media import Decoded
@@ -326,8 +326,7 @@ def by_content(
         same = seen.setdefault((entry.identity, record.start_frame, record.num_frames), [])
         twin = next((o.record.name for o in same if o.record.prompts == record.prompts), None)
         if twin is not None:
-            reason = f"duplicate of {twin} (same content and caption)"
-            duplicates.append(Problem(record.name, reason, "duplicate"))
+            duplicates.append(duplicate(record.name, twin))
             continue
         others = [o.record.name for o in same if o.record.path != record.path]
         notes = [*record.remarks, *entry.plan.remarks, *entry.remarks]

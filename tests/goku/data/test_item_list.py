@@ -210,6 +210,31 @@ def test_an_item_that_has_come_since_is_left_out(folder: Path, get: Any) -> None
     assert (after.items, after.skipped) == (before.items, ())
 
 
+def test_the_report_of_a_run_that_goes_on_is_that_of_its_start(folder: Path, get: Any) -> None:
+    """Duplicates, too, also of an item whose media are damaged since."""
+    for name in ("x.png", "y.png"):
+        shutil.copy(folder / "a.png", folder / name)
+    (folder / "bad.png").write_bytes(b"")
+    listed = ["a.png", "x.png", *NAMES[1:], "bad.png", "y.png"]
+    table(folder, listed, x="this is a")
+    get()
+    before = get()
+    told = [(p.name, p.kind) for p in before.skipped]
+    assert told == [("bad.png", "damaged"), ("x.png", "duplicate")]
+    assert names(before) == [*NAMES, "y.png"]
+    after = get(before.item_list())
+    assert after.report == before.report
+    (folder / "a.png").write_bytes(b"")
+    after = get(before.item_list())
+    assert (after.items, after.skipped) == (before.items, before.skipped)
+    # Where nothing may be left out it has come since.
+    (folder / "bad.png").unlink()
+    table(folder, [name for name in listed if name != "bad.png"], x="this is a")
+    after = get(before.item_list(), skip_bad=False)
+    assert after.skipped == ()
+    assert [(d.name, d.reason) for d in after.report.dropped] == [("x.png", LEFT_OUT)]
+
+
 @pytest.mark.parametrize(
     ("how", "line"),
     [
