@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from goku.data import (
     DataConfig,
@@ -79,9 +78,8 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
 def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     assert config.vae.train is not None
     _check_text(config, load_text_encoder(config.text))
-    records = list_records(config.data)
-    clips: list[Tensor] = decode_all(records, config.data)
-    for record, clip in zip(records, clips, strict=not config.data.skip_bad):
+    decoded = decode_all(list_records(config.data), config.data)
+    for record, clip in decoded:
         # What training would refuse is better refused before minutes of work.
         frames, height, width = clip.shape[1:]
         grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
@@ -92,6 +90,7 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
                 f"{config.parallel.sp} or more"
             )
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
+    clips = [clip for _, clip in decoded]
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 
     def on_step(fields: dict[str, Any]) -> None:

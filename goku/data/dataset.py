@@ -338,18 +338,18 @@ def by_content(
     return entries, duplicates, remarks
 
 
-def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
-    """`decode` of every record, by config.workers processes: uint8 (3, T, H, W) each, in order.
+def decode_all(records: Sequence[Record], config: DataConfig) -> list[tuple[Record, Tensor]]:
+    """Every record, in order, with its `decode`, uint8 (3, T, H, W), by config.workers processes.
 
     DataError listing every record that cannot be decoded; with skip_bad they are left out.
     """
-    clips: list[Tensor] = []
+    clips: list[tuple[Record, Tensor]] = []
     problems: list[Problem] = []
     work = partial(_decode_one, config)
     results = ordered_map(work, records, name=record_name, workers=config.workers)
     for record, result in zip(records, results, strict=True):
         if isinstance(result, Decoded):
-            clips.append(as_tensor(result))
+            clips.append((record, as_tensor(result)))
         else:
             problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and clips):
