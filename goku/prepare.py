@@ -40,6 +40,7 @@ from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
 
 __all__ = [
+    "agreed_unseen",
     "check_sources",
     "check_validation",
     "prepare_datasets",
@@ -89,8 +90,8 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
                 f"{record.name} has {math.prod(kept)} tokens; allowed: parallel.sp = "
                 f"{config.parallel.sp} or more"
             )
-    vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     clips = [clip for _, clip in decoded]
+    vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 
     def on_step(fields: dict[str, Any]) -> None:
@@ -152,7 +153,7 @@ def prepare_datasets(
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     if quarantine is None:
         quarantine = Quarantine(Path(config.out) / "quarantine.jsonl")
-    unseen, held_out = None, context.together(lambda: unseen_data(config))
+    unseen, held_out = None, agreed_unseen(config, context)
 
     def prepared(data: DataConfig, source: str, items: ItemList | None) -> Dataset:
         return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items)
@@ -239,6 +240,28 @@ def unseen_data(
         return None
     sources = {"unseen": SourceConfig(path=config.unseen)}
     return replace(alone, path=None, sources=sources, mix={"unseen": weights})
+
+
+def agreed_unseen(config: RunConfig, context: ParallelContext) -> DataConfig | None:
+    """`unseen_data`, the same on every rank; all ranks call this together. Raises what it raises on all of them, and
+    ValueError with the difference where ranks see other modalities: some would prepare what others have not."""
+    held_out = context.together(lambda: unseen_data(config))
+    found = context.gather("nothing" if held_out is None else _modalities(held_out))
+    others = [f"rank {rank} {each}" for rank, each in enumerate(found) if each != found[0]]
+    if others:
+        raise ValueError(
+            f"unseen is {config.unseen}, of which rank 0 takes {found[0]}, {', '.join(others)}; allowed: one dataset "
+            "that all ranks see alike"
+        )
+    return held_out
+
+
+def _modalities(data: DataConfig) -> str:
+    """In words, what a dataset's only source gives to the mix."""
+    if data.mix is None:
+        return "everything"
+    (weights,) = data.mix.values()
+    return " and ".join(each for each in ("image", "video") if getattr(weights, each))
 
 
 def _check_text(config: RunConfig, text: TextEncoder) -> None:

@@ -49,6 +49,7 @@ def prepare(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checking: Progress | None = None,
+    listed: Callable[[int], None] | None = None,
     frames: Sequence[int] = (),
     latents: bool = True,
     texts: bool = True,
@@ -68,6 +69,7 @@ def prepare(
         gather: the picklable value of every rank, by rank, on every rank; called once, however long the ranks work.
         device: where `vae` encodes; default the device of its first parameter, else the CPU.
         progress, checking: called after every item of this rank's share, and of the other ranks' shares.
+        listed: called before them with the number of items that all ranks have to look at together.
         frames: of 0 (first) and -1 (last): which single frames of every clip are wanted as the VAE encodes them alone
             (`CachedSample.frames`). They are stored beside the clip, but for the first of an exactly causal VAE, which
             is the clip's own first latent.
@@ -106,6 +108,8 @@ def prepare(
             _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
             for source in sources_of(config)
         ]
+        if listed is not None:
+            listed(sum(len(part.source.records) for part in parts))
         shown = _Shown(progress, sum(len(part.share(rank, world)) for part in parts))
         for part in parts:
             part.fill(rank, world, shown)
@@ -126,8 +130,8 @@ def prepare(
             del failure  # its traceback holds this frame: a cycle
     check_alike(shares)
     if shares and latents:
-        listed = sum(len(part.source.records) for part in parts)
-        shown = _Shown(checking, listed - shown.total)
+        whole = sum(len(part.source.records) for part in parts)
+        shown = _Shown(checking, whole - shown.total)
         for number, part in enumerate(parts):
             part.join(rank, [share.told[number] for share in shares], shown)
     built = [(part.source, part.dataset(items)) for part in parts]
