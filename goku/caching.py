@@ -7,22 +7,28 @@ goes on, ranks may come and go, and training after it encodes nothing.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch.distributed as dist
 
 from goku.data import DataConfig, DataError, PrepareReport, Problem, prepare
 from goku.data.sources import sources_of
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
-from goku.prepare import unseen_data
+from goku.prepare import agreed_unseen
 from goku.run_config import RunConfig
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
 from goku.validation import read_validation
 
 __all__ = ["CacheSummary", "cache_latents", "cache_text"]
+
+# Seconds between two looks at what the other ranks have done.
+_EVERY = 1.0
 
 # Prompts between two looks at the progress; those of similar length are encoded together.
 _WINDOW = 256
@@ -56,9 +62,11 @@ def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -
     written; what `read_validation` and the encoder raise.
     """
 
+    datasets = _datasets(config, context)
+
     def work() -> tuple[CacheSummary, list[Problem]]:
         begin = time.monotonic()
-        parts = [source for data in _datasets(config) for source in sources_of(data)]
+        parts = [source for data in datasets for source in sources_of(data)]
         problems = [problem for part in parts for problem in part.problems]
         prompts = {"": None} | {
             prompt: None for part in parts for record in part.records for prompt in record.prompts
@@ -67,17 +75,18 @@ def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -
         share = list(prompts)[context.rank :: context.world]
         cache = TextCache(config.cache_folder / "text", text)
         nbytes = 0
-        with _shown(config, context, "captions") as show:
-            for start in range(0, len(share), _WINDOW):
-                nbytes += cache.fill(sorted(share[start : start + _WINDOW], key=len))
-                show(min(start + _WINDOW, len(share)), len(share), nbytes)
+        shown.begin(len(prompts))
+        for start in range(0, len(share), _WINDOW):
+            nbytes += cache.fill(sorted(share[start : start + _WINDOW], key=len))
+            shown(min(start + _WINDOW, len(share)), len(share), nbytes)
         seconds = time.monotonic() - begin
         mine = CacheSummary(
             len(share), cache.made, len(share) - cache.made, len(problems), nbytes, seconds
         )
         return mine, problems
 
-    mine, problems = context.together(work)
+    with _Shown(config, context, "captions") as shown:
+        mine, problems = context.together(work)
     if problems and not config.data.skip_bad:
         raise DataError(f"{len(problems)} listed items cannot be used", problems)
     _tell(problems, context)
@@ -92,11 +101,11 @@ def cache_latents(config: RunConfig, context: ParallelContext, vae: VideoVAE) ->
     """
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     total = CacheSummary()
-    for data in _datasets(config):
+    for data in _datasets(config, context):
         begin = time.monotonic()
-        with _shown(config, context, "latents") as show:
+        with _Shown(config, context, "latents") as shown:
 
-            def work(data: DataConfig = data, show: _Show = show) -> PrepareReport:
+            def work(data: DataConfig = data, shown: _Shown = shown) -> PrepareReport:
                 dataset = prepare(
                     data,
                     vae,
@@ -105,7 +114,8 @@ def cache_latents(config: RunConfig, context: ParallelContext, vae: VideoVAE) ->
                     rank=context.rank,
                     world=context.world,
                     gather=context.gather,
-                    progress=show,
+                    progress=shown,
+                    listed=shown.begin,
                     frames=frames,
                     texts=False,
                     may_be_empty=data is not config.data,  # what is held out
@@ -132,9 +142,9 @@ def _all_ranks(mine: CacheSummary, context: ParallelContext) -> CacheSummary:
     return replace(sum(ranks, CacheSummary()), seconds=slowest)
 
 
-def _datasets(config: RunConfig) -> list[DataConfig]:
-    """The training data, and the held-out dataset when there is one."""
-    held_out = unseen_data(config)
+def _datasets(config: RunConfig, context: ParallelContext) -> list[DataConfig]:
+    """The training data, and the held-out dataset when there is one, on every rank."""
+    held_out = agreed_unseen(config, context)
     return [config.data] if held_out is None else [config.data, held_out]
 
 
@@ -149,35 +159,92 @@ def _tell(problems: Sequence[Problem], context: ParallelContext) -> None:
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-_Show = Callable[..., None]
+class _Shown:
+    """The items that all ranks together have done, on the main rank: as a bar on a terminal, else a line now and
+    then; WHAT.jsonl in the cache's folder keeps what was done.
 
+    The other ranks add what they have done to counters in the process group's store, which a thread of the main rank
+    looks at while it works and while it waits for them: nobody waits for anybody because of it. All ranks enter
+    together, and leave when all have done their work.
+    """
 
-@contextmanager
-def _shown(config: RunConfig, context: ParallelContext, what: str) -> Iterator[_Show]:
-    """show(done, total, nbytes=None): the main rank's share, as a bar on a terminal, else a line now and
-    then; WHAT.jsonl in the cache's folder keeps what was done."""
-    begin = time.monotonic()
-    label = what if context.world == 1 else f"{what} (rank 0 of {context.world})"
-    log: RunLog | None = None
-    last = (0, 0, 0)
+    def __init__(self, config: RunConfig, context: ParallelContext, what: str) -> None:
+        self._file, self._what = config.cache_folder / f"{what}.jsonl", what
+        self._main = context.is_main
+        self._label = what if context.world == 1 else f"{what} of {context.world} ranks"
+        self._store: dist.Store | None = None
+        if context.host_group is not None:
+            name = context.gather(uuid.uuid4().hex)[0]  # of this work alone
+            store = context.host_group.get_group_store()
+            self._store = dist.PrefixStore(f"goku/cache/{name}", store)
+        self._log: RunLog | None = None
+        self._total = 0
+        self._mine = self._told = self._drawn = (0, 0)  # items, bytes
+        self._sized = False
+        self._last = self._begin = time.monotonic()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def show(done: int, total: int, nbytes: int | None = None) -> None:
-        nonlocal log, last
-        if not context.is_main:
+    def __enter__(self) -> _Shown:
+        return self
+
+    def begin(self, total: int) -> None:
+        """Say, once it is known, how many items all ranks have together."""
+        self._total, self._begin = total, time.monotonic()
+        if self._main and total:
+            self._log = RunLog(self._file, total_steps=total, what=self._label)
+            if self._store is not None:
+                self._thread = threading.Thread(target=self._watch, daemon=True)
+                self._thread.start()
+
+    def __call__(self, done: int, share: int, nbytes: int | None = None) -> None:
+        """Say that this rank has done so many items of its share, whose files have nbytes."""
+        self._sized = nbytes is not None
+        self._mine = (done, nbytes or 0)
+        if self._main:
+            if self._store is None:
+                self._draw()
+        elif done == share or time.monotonic() - self._last >= _EVERY:
+            self._last = time.monotonic()
+            self._add(*(new - old for new, old in zip(self._mine, self._told, strict=True)))
+            self._told = self._mine
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+        if self._log is not None:
+            self._draw()
+            done, nbytes = self._drawn
+            seconds = time.monotonic() - self._begin
+            self._log.event(
+                "cache", done, what=self._what, total=self._total, bytes=nbytes, seconds=seconds
+            )
+            self._log.close()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_EVERY):
+            self._draw()
+
+    def _draw(self) -> None:
+        others = self._add(0, 0)
+        now = (self._mine[0] + others[0], self._mine[1] + others[1])
+        if now == self._drawn or self._log is None:
             return
-        if log is None:
-            log = RunLog(config.cache_folder / f"{what}.jsonl", total_steps=total, what=label)
-        last = (done, total, nbytes or 0)
-        log.progress(done, _rate(done, total, nbytes, time.monotonic() - begin))
+        self._drawn = now
+        done, nbytes = now
+        seconds = time.monotonic() - self._begin
+        self._log.progress(done, _rate(done, self._total, nbytes if self._sized else None, seconds))
 
-    try:
-        yield show
-    finally:
-        if log is not None:
-            done, total, nbytes = last
-            seconds = time.monotonic() - begin
-            log.event("cache", done, what=what, total=total, bytes=nbytes, seconds=seconds)
-            log.close()
+    def _add(self, items: int, nbytes: int) -> tuple[int, int]:
+        """Add to the counters of the ranks but the main one; what they are then."""
+        if self._store is None:
+            return 0, 0
+        try:
+            return self._store.add("items", items), self._store.add("bytes", nbytes)
+        except dist.DistError:  # a peer has died, which ends the work; not here
+            self._store = None
+            return 0, 0
 
 
 def _rate(done: int, total: int, nbytes: int | None, seconds: float) -> str:

@@ -7,10 +7,12 @@ trained the one before still lives or not.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from goku.data import ItemList
 from goku.metrics import RunLog
 from goku.parallelize import copy_parameters
 from goku.recipe import CarryConfig
@@ -19,7 +21,7 @@ from goku_runtime import checkpoint
 if TYPE_CHECKING:
     from goku.trainer import Trainer
 
-__all__ = ["Start", "carry_over", "checkpoint_id"]
+__all__ = ["Start", "absent_parts", "carry_over", "checkpoint_id"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Start:
     step: int
     carry: CarryConfig
 
+    def items(self) -> ItemList | None:
+        """The items of the run that wrote the checkpoint; None where its folder does not list them, or lists others."""
+        run = checkpoint.read_values(self.path)["run"]
+        return ItemList.of_run(self.path.parent.parent, run["fingerprints"]["data"])
+
     def record(self) -> dict[str, Any]:
         """Plain values that the checkpoints of the stage keep, by which a changed start is known later."""
         return {
@@ -49,6 +56,20 @@ class Start:
 def checkpoint_id(path: Path) -> str:
     """SHA-256 of a checkpoint's manifest, which holds the sums of all its files. OSError when there is none."""
     return hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+
+
+def absent_parts(carry: CarryConfig, names: Iterable[str]) -> list[str]:
+    """A line for each part that is to be taken of which a checkpoint with tensors of these names holds nothing."""
+    asked: dict[str, str] = {carry.weights: f"carry.weights: {carry.weights}"}
+    if carry.ema:
+        asked.setdefault("ema", "carry.ema")
+    if carry.optimizer:
+        asked["optimizer"] = "carry.optimizer"
+    return [
+        f"{words} is asked for, and the checkpoint holds no {part!r}"
+        for part, words in asked.items()
+        if not any(name.startswith(f"{part}.") for name in names)
+    ]
 
 
 def carry_over(trainer: Trainer, start: Start, log: RunLog) -> None:

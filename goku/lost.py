@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from goku.data import CachedSample, Dataset, Problem
+from goku.data import CachedSample, Dataset, DecodeError, Problem
 from goku.vae import VideoVAE
 
 __all__ = ["LostItems", "TooManyLost"]
@@ -70,12 +70,15 @@ class LostItems:
                 return dataset.read(index, caption), True
             except (ValueError, OSError) as error:
                 reason = str(error)
+            known = dataset.lost.get(index)
             try:
                 dataset.repair(index, vae)
                 sample = dataset.read(index, caption)
             except (ValueError, OSError, ArithmeticError) as error:
+                same = isinstance(error, DecodeError) and known and error.reason == known.reason
                 again = "" if str(error) == reason else f"; making it again: {error}"
-                self._lose(dataset, index, reason + again)
+                # What was found lost when it was prepared has its line in the quarantine: it is that one.
+                self._lose(dataset, index, reason + again, known if same else None)
             except RuntimeError as error:
                 # A GPU that holds a step's activations has seldom room for a clip's too: TooManyLost's own place is
                 # `check`, and a fault of the device shows in the next forward.
@@ -96,12 +99,16 @@ class LostItems:
         some = "; ".join(f"{name}: {reason}" for name, reason in list(lost.items())[:3])
         raise TooManyLost(f"{len(lost)} items are lost, over data.max_lost = {self.limit}: {some}")
 
-    def _lose(self, dataset: Dataset, index: int, reason: str) -> None:
+    def _lose(
+        self, dataset: Dataset, index: int, reason: str, problem: Problem | None = None
+    ) -> None:
         item = dataset.items[index]
-        self._lost[index] = _Loss(item.name, reason)
-        self._tell("lost", item.name, reason)
+        if problem is None:
+            problem = Problem(item.name, reason, "damaged", item.source or self._source)
+        self._lost[index] = _Loss(item.name, problem.reason)
+        self._tell("lost", item.name, problem.reason)
         if self._quarantine is not None:
-            self._quarantine(Problem(item.name, reason, "damaged", item.source or self._source))
+            self._quarantine(problem)
 
     def _tell(self, kind: str, name: str, reason: str) -> None:
         if self._report is not None:

@@ -47,9 +47,12 @@ class PredictedCache:
         self._total = CacheReport(texts_measured=self._tokenize is not None)
 
     def stage(
-        self, config: RunConfig, data: Sequence[tuple[Sequence[Source], Sequence[CachedDataset]]]
+        self,
+        config: RunConfig,
+        data: Sequence[tuple[Sequence[Source], Sequence[CachedDataset]]],
+        prompts: Sequence[str] = (),
     ) -> CacheReport:
-        """What `prepare` caches of the datasets of one stage."""
+        """What `prepare` caches of the datasets of one stage, and of the `prompts` of its validation."""
         folder = str(config.cache_folder)
         channels = config.vae.model.channels
         frames: tuple[int, ...] = ()
@@ -59,6 +62,7 @@ class PredictedCache:
         latents: dict[tuple[object, ...], int] = {}
         single: dict[tuple[object, ...], int] = {}
         texts: dict[tuple[object, ...], int] = {}
+        texts |= {(folder, prompt): self._text(config, prompt) for prompt in prompts}
         for sources, parts in data:
             for part in parts:
                 for entry in part.entries:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from goku.data import (
     DataConfig,
@@ -26,7 +25,7 @@ from goku.data import (
     quarantine_message,
 )
 from goku.data.filler import FROM_CACHE
-from goku.data.item_list import FILE_NAME, LEFT_OUT
+from goku.data.item_list import LEFT_OUT
 from goku.data.record import some
 from goku.data.sources import check_listing
 from goku.data.survey import Scans
@@ -41,6 +40,7 @@ from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
 
 __all__ = [
+    "agreed_unseen",
     "check_sources",
     "check_validation",
     "prepare_datasets",
@@ -79,9 +79,8 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
 def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
     assert config.vae.train is not None
     _check_text(config, load_text_encoder(config.text))
-    records = list_records(config.data)
-    clips: list[Tensor] = decode_all(records, config.data)
-    for record, clip in zip(records, clips, strict=not config.data.skip_bad):
+    decoded = decode_all(list_records(config.data), config.data)
+    for record, clip in decoded:
         # What training would refuse is better refused before minutes of work.
         frames, height, width = clip.shape[1:]
         grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
@@ -91,6 +90,7 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
                 f"{record.name} has {math.prod(kept)} tokens; allowed: parallel.sp = "
                 f"{config.parallel.sp} or more"
             )
+    clips = [clip for _, clip in decoded]
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 
@@ -133,11 +133,13 @@ def prepare_datasets(
     vae: VideoVAE,
     text: TextEncoder | None = None,
     quarantine: Quarantine | None = None,
+    items: ItemList | None = None,
 ) -> tuple[Dataset, Dataset | None, TextEncoder]:
     """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder).
 
     text: an encoder that was loaded before; None loads that of config.text. quarantine: where items that cannot be used
-    are listed, by default config.out/quarantine.jsonl.
+    are listed, by default config.out/quarantine.jsonl. items: those of the run whose stream of samples this one carries
+    on, which it is to have as well.
 
     A run that goes on gets the items that it began with, as far as config.out lists them (`goku.data.ItemList`). Of
     unseen items that the limits leave none of, it is said so. Raises what `goku.data.prepare` raises, on all ranks, and
@@ -151,12 +153,12 @@ def prepare_datasets(
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     if quarantine is None:
         quarantine = Quarantine(Path(config.out) / "quarantine.jsonl")
-    unseen, held_out = None, context.together(lambda: unseen_data(config))
+    unseen, held_out = None, agreed_unseen(config, context)
 
     def prepared(data: DataConfig, source: str, items: ItemList | None) -> Dataset:
         return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items)
 
-    training = prepared(config.data, "", _items_of_run(config, context))
+    training = prepared(config.data, "", _items_of_run(config, context) or items)
     if held_out is not None:
         unseen = prepared(held_out, "unseen", None)
     if unseen is None or not unseen.items:
@@ -240,6 +242,28 @@ def unseen_data(
     return replace(alone, path=None, sources=sources, mix={"unseen": weights})
 
 
+def agreed_unseen(config: RunConfig, context: ParallelContext) -> DataConfig | None:
+    """`unseen_data`, the same on every rank; all ranks call this together. Raises what it raises on all of them, and
+    ValueError with the difference where ranks see other modalities: some would prepare what others have not."""
+    held_out = context.together(lambda: unseen_data(config))
+    found = context.gather("nothing" if held_out is None else _modalities(held_out))
+    others = [f"rank {rank} {each}" for rank, each in enumerate(found) if each != found[0]]
+    if others:
+        raise ValueError(
+            f"unseen is {config.unseen}, of which rank 0 takes {found[0]}, {', '.join(others)}; allowed: one dataset "
+            "that all ranks see alike"
+        )
+    return held_out
+
+
+def _modalities(data: DataConfig) -> str:
+    """In words, what a dataset's only source gives to the mix."""
+    if data.mix is None:
+        return "everything"
+    (weights,) = data.mix.values()
+    return " and ".join(each for each in ("image", "video") if getattr(weights, each))
+
+
 def _check_text(config: RunConfig, text: TextEncoder) -> None:
     if text.dim != config.model.text_dim:
         raise ValueError(
@@ -266,8 +290,7 @@ def _items_of_run(config: RunConfig, context: ParallelContext) -> ItemList | Non
     wanted = context.gather(found)[0]
     if wanted is None:
         return None
-    items = context.together(lambda: ItemList.read(Path(config.out) / FILE_NAME))
-    return items if items is not None and items.fingerprint() == wanted else None
+    return context.together(lambda: ItemList.of_run(Path(config.out), wanted))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from goku.predicted_cache import PredictedCache
 from goku.prepare import unseen_data
 from goku.recipe import Recipe
 from goku.run_config import RunConfig
-from goku.validation import read_validation
+from goku.validation import Cases, read_validation
 
 __all__ = ["doctor_recipe"]
 
@@ -185,8 +185,9 @@ class _Examination:
     def report(self) -> StageReport:
         config, stage = self.config, self.stage
         self.reasons += self.cache.faults
+        cases = Cases()
         try:
-            read_validation(config)
+            cases = read_validation(config)
         except ValueError as error:
             self.reasons.append(str(error))
         data = self._data(config.data, "")
@@ -233,7 +234,9 @@ class _Examination:
             samples_counted=layout is None or layout.counted,
             epochs=samples / used if used else 0.0,
             groups=_groups(data, samples, config.seed) if layout is not None else (),
-            cache=self.cache.stage(config, [(d.sources, d.parts) for d in everything]),
+            cache=self.cache.stage(
+                config, [(d.sources, d.parts) for d in everything], cases.prompts
+            ),
         )
 
     def _without_unseen(self, unseen: _Data | None) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 
 from goku import config as parser
-from goku.carry import Start, checkpoint_id
-from goku.data import Quarantine
+from goku.carry import Start, absent_parts, checkpoint_id
+from goku.data import ItemList, Quarantine
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.prepare import (
@@ -140,11 +140,12 @@ def check_start(
     stage: Stage,
     found: Sequence[StageState],
     fingerprints: Mapping[str, str] | None = None,
+    items: ItemList | None = None,
 ) -> Start | None:
     """What the stage starts from; None for a fresh model, and for a stage that goes on from its own checkpoint.
 
     fingerprints: of the run to be ("vae", "text", "data", "grids", as checkpoints keep them); what is absent is not
-    compared. Raises StageRefused with all reasons.
+    compared. items: of the run to be, to say which differ. Raises StageRefused with all reasons.
     """
     state = found[stage.index]
     if stage.start is None:
@@ -169,8 +170,9 @@ def check_start(
         raise StageRefused(f"{_head(stage)}:\n  {absent}")
     run = checkpoint.read_values(path)["run"]
     names = checkpoint.describe(path)
+    start = Start(path, checkpoint_id(path), run.get("stage"), run["step"], stage.carry)
     lines = model_differences(run["config"], stage.config)
-    lines += _absent_parts(stage, names)
+    lines += absent_parts(stage.carry, names)
     if stage.carry.schedule:
         lines += _other_schedule(run["config"], stage.config)
     compared = {"vae": "vae.path holds another VAE", "text": "text is another encoder"}
@@ -182,8 +184,10 @@ def check_start(
     for name, words in compared.items():
         if name in (fingerprints or {}) and run["fingerprints"].get(name) != fingerprints[name]:  # type: ignore[index]
             lines.append(f"{words} than {path} was trained with")
+            if name == "data" and items is not None and (kept := start.items()) is not None:
+                lines += [f"  {line}" for line in kept.differences(items)]
     _refuse(f"{_head(stage)} from {path}", lines)
-    return Start(path, checkpoint_id(path), run.get("stage"), run["step"], stage.carry)
+    return start
 
 
 def _head(stage: Stage) -> str:
@@ -222,19 +226,6 @@ def _check_same_start(recipe: Recipe, stage: Stage, state: StageState, path: Pat
             f"{stage.start} was trained on after {stage.name} began: move {stage.config.out} away"
         )
     _refuse(_head(stage), lines)
-
-
-def _absent_parts(stage: Stage, names: Mapping[str, Any]) -> list[str]:
-    asked: dict[str, str] = {stage.carry.weights: f"carry.weights: {stage.carry.weights}"}
-    if stage.carry.ema:
-        asked.setdefault("ema", "carry.ema")
-    if stage.carry.optimizer:
-        asked["optimizer"] = "carry.optimizer"
-    return [
-        f"{words} is asked for, and the checkpoint holds no {part!r}"
-        for part, words in asked.items()
-        if not any(name.startswith(f"{part}.") for name in names)
-    ]
 
 
 def _other_schedule(saved: Mapping[str, Any], current: RunConfig) -> list[str]:
@@ -278,7 +269,10 @@ def run_recipe(
             _start(recipe, first, found, context)  # before minutes of work on a VAE
         left = [stage.config for stage in wanted if found[stage.index].status != "finished"]
         check_validation(left, context)
-        check_sources(left, context)
+        begun = {state.stage.name for state in found if state.begun}
+        # Where a stream goes on the list of the stage that began it decides, whatever has come since.
+        carried = [s.config for s in wanted if s.carry.stream and s.start in begun]
+        check_sources([config for config in left if config not in carried], context)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None
         for stage in wanted:
@@ -318,10 +312,11 @@ def _start(
     found: Sequence[StageState],
     context: ParallelContext,
     fingerprints: Mapping[str, str] | None = None,
+    items: ItemList | None = None,
 ) -> Start | None:
     """`check_start` by the main rank, its result on every rank."""
     start = context.together(
-        lambda: check_start(recipe, stage, found, fingerprints) if context.is_main else None
+        lambda: check_start(recipe, stage, found, fingerprints, items) if context.is_main else None
     )
     found_start: Start | None = context.gather(start)[0]
     return found_start
@@ -353,14 +348,17 @@ def _run_stage(
     )
     arranged = context.arranged(config.parallel)
     quarantine = Quarantine(recipe.out / "quarantine.jsonl", stage.name)
-    training, unseen, _ = prepare_datasets(config, arranged, vae, text, quarantine)
+    # Positions of a stream mean the items that it was begun with, whatever has come or gone since.
+    items = arranged.together(start.items) if start is not None and start.carry.stream else None
+    training, unseen, _ = prepare_datasets(config, arranged, vae, text, quarantine, items)
     trainer = Trainer(
         config, arranged, training, vae, text, unseen,
         stage=stage.name, start=start, quarantine=quarantine,
         validator=prepare_validator(config, arranged, vae, text),
     )  # fmt: skip
     if start is not None:
-        _start(recipe, stage, found, context, trainer.fingerprints)  # now with the data's
+        # Now with the data's.
+        _start(recipe, stage, found, context, trainer.fingerprints, training.item_list())
     note = Path(config.out) / STAGE_NOTE
     if start is not None:
         command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"

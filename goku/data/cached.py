@@ -14,7 +14,7 @@ from goku.data.item_list import ItemList, SourceItems
 from goku.data.items import CachedSample, Item, PrepareReport, SampleStream, item_of
 from goku.data.mixing import Group, MixedStream
 from goku.data.stream import ShuffledStream
-from goku.text import TextCache
+from goku.text import LazyTextEncoder, TextCache
 from goku.vae import VideoVAE
 
 
@@ -95,7 +95,15 @@ class CachedDataset:
     def _embedding(self, prompt: str) -> Tensor:
         if self._text is None:
             raise ValueError("this dataset was prepared without captions (texts=False)")
-        return self._text.get([prompt])[0]
+        encoder = self._text.encoder
+        lazy = encoder if isinstance(encoder, LazyTextEncoder) and not encoder.loaded else None
+        try:
+            return self._text.get([prompt])[0]
+        except RuntimeError as error:  # no memory left for an encoder, say
+            raise ValueError(f"the caption {prompt!r} cannot be encoded: {error}") from error
+        finally:
+            if lazy is not None and lazy.loaded:
+                lazy.release()  # read for this one damaged file: its memory is that of the steps
 
     def stream(self, seed: int) -> SampleStream:
         """Every item once an epoch, shuffled."""

@@ -18,7 +18,7 @@ from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
 from goku.data.filler import Entry, Filler, Found, Progress, record_name
-from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, hold
+from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, duplicate, hold
 from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache
 from goku.data.media import Decoded
@@ -49,6 +49,7 @@ def prepare(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checking: Progress | None = None,
+    listed: Callable[[int], None] | None = None,
     frames: Sequence[int] = (),
     latents: bool = True,
     texts: bool = True,
@@ -68,6 +69,7 @@ def prepare(
         gather: the picklable value of every rank, by rank, on every rank; called once, however long the ranks work.
         device: where `vae` encodes; default the device of its first parameter, else the CPU.
         progress, checking: called after every item of this rank's share, and of the other ranks' shares.
+        listed: called before them with the number of items that all ranks have to look at together.
         frames: of 0 (first) and -1 (last): which single frames of every clip are wanted as the VAE encodes them alone
             (`CachedSample.frames`). They are stored beside the clip, but for the first of an exactly causal VAE, which
             is the clip's own first latent.
@@ -106,6 +108,8 @@ def prepare(
             _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
             for source in sources_of(config)
         ]
+        if listed is not None:
+            listed(sum(len(part.source.records) for part in parts))
         shown = _Shown(progress, sum(len(part.share(rank, world)) for part in parts))
         for part in parts:
             part.fill(rank, world, shown)
@@ -126,8 +130,8 @@ def prepare(
             del failure  # its traceback holds this frame: a cycle
     check_alike(shares)
     if shares and latents:
-        listed = sum(len(part.source.records) for part in parts)
-        shown = _Shown(checking, listed - shown.total)
+        whole = sum(len(part.source.records) for part in parts)
+        shown = _Shown(checking, whole - shown.total)
         for number, part in enumerate(parts):
             part.join(rank, [share.told[number] for share in shares], shown)
     built = [(part.source, part.dataset(items)) for part in parts]
@@ -326,8 +330,7 @@ def by_content(
         same = seen.setdefault((entry.identity, record.start_frame, record.num_frames), [])
         twin = next((o.record.name for o in same if o.record.prompts == record.prompts), None)
         if twin is not None:
-            reason = f"duplicate of {twin} (same content and caption)"
-            duplicates.append(Problem(record.name, reason, "duplicate"))
+            duplicates.append(duplicate(record.name, twin))
             continue
         others = [o.record.name for o in same if o.record.path != record.path]
         notes = [*record.remarks, *entry.plan.remarks, *entry.remarks]
@@ -339,18 +342,18 @@ def by_content(
     return entries, duplicates, remarks
 
 
-def decode_all(records: Sequence[Record], config: DataConfig) -> list[Tensor]:
-    """`decode` of every record, by config.workers processes: uint8 (3, T, H, W) each, in order.
+def decode_all(records: Sequence[Record], config: DataConfig) -> list[tuple[Record, Tensor]]:
+    """Every record, in order, with its `decode`, uint8 (3, T, H, W), by config.workers processes.
 
     DataError listing every record that cannot be decoded; with skip_bad they are left out.
     """
-    clips: list[Tensor] = []
+    clips: list[tuple[Record, Tensor]] = []
     problems: list[Problem] = []
     work = partial(_decode_one, config)
     results = ordered_map(work, records, name=record_name, workers=config.workers)
     for record, result in zip(records, results, strict=True):
         if isinstance(result, Decoded):
-            clips.append(as_tensor(result))
+            clips.append((record, as_tensor(result)))
         else:
             problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and clips):

@@ -120,6 +120,12 @@ class ItemList:
         except (ValueError, KeyError, TypeError):  # not JSON, or other JSON
             return None
 
+    @classmethod
+    def of_run(cls, folder: Path, fingerprint: str) -> ItemList | None:
+        """That in a run's folder, where it is the one whose fingerprint the run's checkpoint has; else None."""
+        found = cls.read(folder / FILE_NAME)
+        return found if found is not None and found.fingerprint() == fingerprint else None
+
     def differences(self, now: ItemList) -> list[str]:
         """What of it is otherwise in `now`, a line each: the first three items, and how many more."""
         lines: list[str] = []
@@ -170,7 +176,8 @@ def hold(
 ) -> Held | None:
     """The outcomes of a source as the list wants them: exactly its items, in its order.
 
-    An item that is not on it is left out. One that is on it and cannot be used now is trained from its cached latent
+    An item that is not on it is left out, or is a duplicate where one before it has its content and captions. One
+    that is on it and cannot be used now is trained from its cached latent
     where its media are at fault and the latent is there; else it is lost, as is one that is listed no more. None when
     no such change gives the listed items: one of them has become another (its captions, its media, its name, what the
     limits make of it).
@@ -179,7 +186,11 @@ def hold(
     now: dict[str, Entry] = {}
     bad = {problem.name: problem for problem in source.problems}
     rest: list[Problem | Dropped] = []
+    twins: list[Problem] = []
+    first: dict[tuple[str, tuple[str, ...]], str] = {}  # of a latent and captions
     extra: set[str] = set()
+    # A run that leaves out what cannot be used has done so since it began; in another one that has come since.
+    since = not source.config.skip_bad
     for outcome in outcomes:
         if isinstance(outcome, Entry):
             name = outcome.record.name
@@ -187,6 +198,9 @@ def hold(
                 if row_of(outcome) != rows[name]:
                     return None
                 now[name] = outcome
+                first.setdefault((outcome.key, outcome.record.prompts), name)
+            elif not since and (outcome.key, outcome.record.prompts) in first:
+                twins.append(duplicate(name, first[outcome.key, outcome.record.prompts]))
             else:
                 rest.append(Dropped(name, LEFT_OUT))
                 extra.add(outcome.key)
@@ -194,8 +208,10 @@ def hold(
             bad[outcome.name] = outcome
             if outcome.name not in rows:
                 # What has come since is left out, whole or not: perhaps it is still being written.
-                since = not source.config.skip_bad
                 rest.append(Dropped(outcome.name, LEFT_OUT) if since else outcome)
+            else:
+                row = rows[outcome.name]
+                first.setdefault((row[3], _prompts(row)), outcome.name)
         elif outcome.name in rows:
             return None
         else:
@@ -221,7 +237,17 @@ def hold(
             if name not in known:  # the source names its own
                 rest.append(problem)
         entries.append(entry)
-    return Held([*entries, *rest], lost)
+    return Held([*entries, *rest, *twins], lost)
+
+
+def duplicate(name: str, twin: str) -> Problem:
+    """Of an item whose content, range and captions an earlier one has."""
+    return Problem(name, f"duplicate of {twin} (same content and caption)", "duplicate")
+
+
+def _prompts(row: Row) -> tuple[str, ...]:
+    """`Record.prompts` of a row."""
+    return tuple(str(text) for text, _ in row[4]) if len(row) > 4 else (str(row[1]),)
 
 
 def _placeholder(row: Row, geometry: Geometry, record: Record | None) -> Entry:

@@ -131,7 +131,7 @@ def write_given(recipe: Recipe, out: Path) -> list[Given]:
         path = out / "media" / ("train" if trained else "unseen")
         alone = replace(data, path=str(path), sources=None, mix=None, workers=0)
         records = [record for record in list_records(alone) if record.name == name]
-        (clip,) = decode_all(records, alone)
+        ((_, clip),) = decode_all(records, alone)
         _, frames, height, width = clip.shape
         image = save(folder / name, to_uint8(clip[:, :1]))
         requests.append(

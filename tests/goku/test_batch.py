@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from goku.batch import Batch, BatchBuilder
-from goku.data import CachedSample, Item
+from goku.data import CachedSample, Item, Problem
 from goku.flow import FlowConfig, per_sample_mse, sample_times, weighted_loss
 from goku.lost import LostItems
 from goku.model import GokuTransformer, ModelConfig, patchify
@@ -254,6 +254,8 @@ def test_a_lost_sample_is_zeros_of_weight_zero_and_changes_no_other(
     dataset: FakeDataset, vae: GokuVAE
 ) -> None:
     class Damaged(FakeDataset):
+        lost: ClassVar[dict[int, Problem]] = {}
+
         def read(self, index: int, caption: int = 0) -> CachedSample:
             if index == 1:
                 raise ValueError("item1.safetensors is damaged")

@@ -80,6 +80,18 @@ def test_a_bad_item_of_each_dataset_has_its_line(tree: dict[str, Any], tmp_path:
         ]
 
 
+def test_an_item_too_large_is_named_where_others_are_left_out(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before the VAE is trained, too: what cannot be decoded moves no name to another item."""
+    (tmp_path / "media/0.png").write_bytes(b"")
+    vae = tree["vae"] | {"path": str(tmp_path / "new"), "train": {"steps": 1}}
+    packing = {"tokens_per_step": 3, "tokens_per_pack": 3}
+    run = load_run_config(tree | {"vae": vae, "packing": packing})
+    with pytest.raises(ValueError, match=r"^1\.png: 1 x 2 x 2 = 4 tokens"):
+        prepare_vae(run, ALONE)
+
+
 def test_limits_may_leave_nothing_that_is_unseen(tree: dict[str, Any], capsys: Any) -> None:
     run = loaded(tree, min_image_pixels=64 * 64)
     training, unseen, _ = prepare_datasets(run, ALONE, prepare_vae(run, ALONE))

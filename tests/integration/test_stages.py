@@ -583,6 +583,42 @@ def test_a_carried_stream_goes_on_where_it_was(copied: tuple[Path, Path]) -> Non
     assert positions == list(range(before.run["position"], after.run["position"]))
 
 
+def test_a_carried_stream_keeps_its_items(
+    copied: tuple[Path, Path], media: Path, tmp_path: Path
+) -> None:
+    """A stage that goes on in a stream is held to the items that it was begun with, as a resume is."""
+    path, out = copied
+    _drop(out, "joint-480", "tune-t2v", "i2v")
+    folder = shutil.copytree(media, tmp_path / "media")
+    for suffix in ("png", "txt"):
+        shutil.copy(folder / f"image0.{suffix}", folder / f"a-new-one.{suffix}")
+        (folder / f"image2.{suffix}").unlink()  # lost
+    (folder / "a-new-one.txt").write_text("new")
+    (folder / "clip0.mp4").write_bytes(b"")  # its latent is there
+    how = [f"stages.joint-480.data.{kind}_pixels=16x32" for kind in ("image", "video")]
+    how += [f"sources.{name}.path={folder}" for name in ("stills", "clips")]
+    how += ["stages.joint-480.carry.stream=true", "data.skip_bad=true"]
+    # Held-out data are their own.
+    how += [f"unseen={media}"]
+    recipe = _run(path, *how, only="joint-480")
+    before, after = states(recipe)[1:3]
+    assert after.run["fingerprints"]["data"] == before.run["fingerprints"]["data"]
+    log = read_log(out / "stages" / "joint-480" / "train.jsonl")
+    positions = [p for event in log if event["event"] == "step" for p in range(*event["positions"])]
+    assert positions == list(range(before.run["position"], after.run["position"]))
+    rows = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    told = [(row["stage"], row["source"], row["name"], row["reason"]) for row in rows]
+    assert told == [("joint-480", "stills", "stills:image2.png", "is no longer listed")]
+    # An item that has become another is still refused, by name; the stage before is as it was.
+    _drop(out, "joint-480")
+    (folder / "image1.txt").write_text("another caption")
+    line = "stills:image1.png: its caption was 'picture number 1', is 'another caption'"
+    with pytest.raises(StageRefused, match=r"the items or the mix are others .*\n +" + line):
+        _run(path, *how, only="joint-480")
+    assert not (out / "stages" / "joint-480" / "checkpoints").exists()
+    assert before == states(recipe)[1]
+
+
 def test_a_vae_of_the_recipes_own_is_trained_once_on_all_sources(
     written: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -6,7 +6,9 @@ import errno
 import importlib.util
 import os
 import shutil
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,11 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import goku.caching
 import goku.data.filler
-from goku.data import DataConfig, Dataset, DecodeError, prepare
+from goku.caching import cache_latents, cache_text
+from goku.data import DataConfig, Dataset, DecodeError, MixConfig, SourceConfig, prepare
 from goku.data.latents import LatentCache
+from goku.metrics import RunLog, read_log
 from goku.parallelize import ParallelContext
-from goku.prepare import _check_equal
+from goku.prepare import _check_equal, agreed_unseen
 
 
 def _fixtures() -> ModuleType:
@@ -157,6 +162,88 @@ def other_listings(rank: int, world: int, folder: str, cache: str) -> None:
             file.unlink()
     with pytest.raises(ValueError, match="list different items: rank 0 lists 4, rank 1 3"):
         _prepare(context, _config(folder), Path(cache))
+
+
+def other_unseen(rank: int, world: int, folder: str, cache: str) -> None:
+    """A rank that sees no clip among the held-out items would leave them out alone, and the others wait for it."""
+    context = _context(rank, world)
+    fixtures = _fixtures()
+    own = Path(f"{cache}-{rank}")
+    shutil.copytree(folder, own)
+
+    def run(image: float, video: float) -> Any:
+        mix = {"one": MixConfig(image=image, video=video)}
+        sources = {"one": SourceConfig(path=folder)}
+        return SimpleNamespace(
+            data=replace(_config(folder), path=None, sources=sources, mix=mix), unseen=str(own)
+        )
+
+    taken = agreed_unseen(run(1, 1), context)
+    assert taken is not None
+    assert taken.mix == {"unseen": MixConfig(image=1, video=1)}
+    if rank == 1:
+        for file in own.glob("[cd].*"):
+            file.unlink()
+    told = r"unseen is .*, of which rank 0 takes {}, rank 1 {}; allowed: one dataset that all ranks"
+    for how, words in (((1, 1), ("image and video", "image")), ((0, 1), ("video", "nothing"))):
+        for work in (
+            lambda config: agreed_unseen(config, context),
+            lambda config: cache_text(config, context, fixtures.FakeText()),
+            lambda config: cache_latents(config, context, fixtures.FakeVAE()),
+        ):
+            config = run(*how)
+            config.model = SimpleNamespace(condition="none")
+            with pytest.raises(ValueError, match=told.format(*words)):
+                work(config)
+    # What the mix takes none of may differ.
+    taken = agreed_unseen(run(1, 0), context)
+    assert taken is not None
+    assert taken.mix == {"unseen": MixConfig(image=1, video=0)}
+
+
+def progress_of_all(rank: int, world: int, folder: str, cache: str) -> None:
+    """The main rank shows what all ranks have cached, also while it has nothing left to do but to wait for them."""
+    context = _context(rank, world)
+    config: Any = SimpleNamespace(
+        data=_config(folder), unseen=None, cache_folder=Path(cache),
+        model=SimpleNamespace(condition="none"),
+    )  # fmt: skip
+    seen, told = Path(f"{cache}-seen"), list[tuple[int, str]]()
+    write, progress, every = LatentCache.write, RunLog.progress, goku.caching._EVERY
+    left = len(range(rank, 4, world)) if rank == world - 1 else 0
+
+    def slow(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        time.sleep(0.1)
+        until = time.monotonic() + 60
+        while left == 0 and not seen.exists():  # the last of all items, until the others are shown
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        write(*arguments)
+
+    def shown(log: RunLog, step: int, info: str) -> None:
+        told.append((step, log._what))
+        if step == 3:
+            seen.touch()
+        progress(log, step, info)
+
+    LatentCache.write, RunLog.progress = slow, shown  # type: ignore[assignment, method-assign]
+    goku.caching._EVERY = 0.02
+    summary = cache_latents(config, context, _fixtures().FakeVAE())
+    LatentCache.write, RunLog.progress = write, progress  # type: ignore[method-assign]
+    goku.caching._EVERY = every
+    assert (summary.items, summary.made) == (4, 4)
+    steps = [step for step, _ in told]
+    if rank > 0:
+        assert steps == []
+        return
+    assert steps == sorted(set(steps))
+    assert steps[-2:] == [3, 4]
+    assert {what for _, what in told} == {f"latents of {world} ranks"}
+    (event,) = read_log(Path(cache) / "latents.jsonl")
+    assert (event["event"], event["step"], event["total"]) == ("cache", 4, 4)
+    assert threading.active_count() == 1
 
 
 def guarded(rank: int, world: int) -> None:

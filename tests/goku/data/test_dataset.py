@@ -324,7 +324,8 @@ def test_decode_all(folder: Path, config: DataConfig) -> None:
     records = read_records(folder)
     clips = decode_all(records, replace(config, workers=2))
     assert len(clips) == 4
-    for clip, record in zip(clips, records, strict=True):
+    for (of, clip), record in zip(clips, records, strict=True):
+        assert of == record
         assert clip.is_contiguous()
         assert torch.equal(clip, decode(record, config))
     spoil(folder)
@@ -332,7 +333,9 @@ def test_decode_all(folder: Path, config: DataConfig) -> None:
     with pytest.raises(DataError, match="3 of 8 items") as error:
         decode_all(read_records(folder), config)
     assert [p.name for p in error.value.problems] == ["e.mp4", "f.png", "g.mp4"]
-    assert len(decode_all(read_records(folder), replace(config, skip_bad=True))) == 5
+    left = decode_all(read_records(folder), replace(config, skip_bad=True))
+    assert [record.name[0] for record, _ in left] == ["a", "b", "c", "d", "h"]
+    assert all(torch.equal(clip, decode(record, config)) for record, clip in left)
 
 
 def paint(path: Path, level: int) -> None:

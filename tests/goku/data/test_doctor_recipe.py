@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 
 from goku.batch import BatchBuilder
+from goku.caching import cache_text
 from goku.data import DataError, MixedDataset, prepare
 from goku.data import survey as survey_module
 from goku.data.stage_report import RecipeReport, StageReport
 from goku.packing import efficiency, partition, sample_cost
+from goku.parallelize import ParallelContext
 from goku.recipe import Recipe, Stage, load_recipe
 from goku.recipe_doctor import doctor_recipe
 from goku.run_config import RunConfig, load_run_config
@@ -580,3 +582,19 @@ def test_a_run_of_one_dataset_without_a_mix(
         problem.name: problem.reason for problem in dataset.report.problems
     }
     _same_steps(config, told, dataset, vae)
+
+
+def test_the_prompts_of_the_validation_are_counted(media: Path, tmp_path: Path) -> None:
+    size = {"height": 32, "width": 32, "num_frames": 1}
+    cases = [size | {"caption": "a case"}, size | {"caption": "another", "negative": "ugly"}]
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps({"data": cases}))
+    config = load_recipe(tree(media, tmp_path / "run")).stages[0].config
+    without = doctor_recipe(config).cache
+    drawn = replace(config, validation=replace(config.validation, file=str(file), every=5))
+    with_cases = doctor_recipe(drawn).cache
+    # As many files as `goku cache text` makes.
+    alone = ParallelContext(0, 1, torch.device("cpu"), None)
+    summary = cache_text(drawn, alone, load_text_encoder(config.text))
+    assert with_cases.text_files == without.text_files + 3 == summary.made
+    assert with_cases.texts <= summary.bytes <= with_cases.texts + HEADER * summary.made

@@ -140,10 +140,20 @@ def test_an_item_that_cannot_be_had_keeps_its_place(
         with pytest.raises(DecodeError, match=r"c\.mp4: media file missing"):
             attempt(2)
     told: list[str] = []
-    lost = LostItems(1, lambda kind, fields: told.append(f"{kind} {fields['name']}"))
+    set_aside: list[Problem] = []
+    lost = LostItems(
+        1, lambda kind, fields: told.append(f"{kind} {fields['name']}"), set_aside.append
+    )
     zeros, usable = lost.read(after, 2, vae)
     assert (usable, zeros.mean.shape, told) == (False, sample.mean.shape, ["lost c.mp4"])
     assert all(lost.read(after, i, vae)[1] for i in (0, 1, 3))
+    assert set_aside == [problem]  # whose line it has
+    # Another fault is another line.
+    changed = get(items)
+    (folder / "c.mp4").write_bytes(b"")
+    LostItems(1, quarantine=set_aside.append).read(changed, 2, vae)
+    assert [(p.name, "is empty" in p.reason) for p in set_aside[1:]] == [("c.mp4", True)]
+    (folder / "c.mp4").unlink()
     # More of them than may be lost, or where none may be left out: refused, by name.
     with pytest.raises(DataError, match=r"1 items of the run are lost, over .* = 0\n  c\.mp4: "):
         get(items, max_lost=0)
@@ -198,6 +208,31 @@ def test_an_item_that_has_come_since_is_left_out(folder: Path, get: Any) -> None
     assert names(get()) == ["again.jpg", "d.mkv"]
     after = get(before.item_list())
     assert (after.items, after.skipped) == (before.items, ())
+
+
+def test_the_report_of_a_run_that_goes_on_is_that_of_its_start(folder: Path, get: Any) -> None:
+    """Duplicates, too, also of an item whose media are damaged since."""
+    for name in ("x.png", "y.png"):
+        shutil.copy(folder / "a.png", folder / name)
+    (folder / "bad.png").write_bytes(b"")
+    listed = ["a.png", "x.png", *NAMES[1:], "bad.png", "y.png"]
+    table(folder, listed, x="this is a")
+    get()
+    before = get()
+    told = [(p.name, p.kind) for p in before.skipped]
+    assert told == [("bad.png", "damaged"), ("x.png", "duplicate")]
+    assert names(before) == [*NAMES, "y.png"]
+    after = get(before.item_list())
+    assert after.report == before.report
+    (folder / "a.png").write_bytes(b"")
+    after = get(before.item_list())
+    assert (after.items, after.skipped) == (before.items, before.skipped)
+    # Where nothing may be left out it has come since.
+    (folder / "bad.png").unlink()
+    table(folder, [name for name in listed if name != "bad.png"], x="this is a")
+    after = get(before.item_list(), skip_bad=False)
+    assert after.skipped == ()
+    assert [(d.name, d.reason) for d in after.report.dropped] == [("x.png", LEFT_OUT)]
 
 
 @pytest.mark.parametrize(

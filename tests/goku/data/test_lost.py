@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from goku.data import CachedDataset, DataConfig, DecodeError, Problem, prepare
 from goku.lost import LostItems, TooManyLost
+from goku.text import LazyTextEncoder, TextCache, TextConfig, load_text_encoder
 
 Report = list[tuple[str, dict[str, Any]]]
 
@@ -104,6 +107,54 @@ def test_other_media_are_not_taken_for_the_old(
     with pytest.raises(DecodeError, match="changed since training began"):
         dataset.repair(0, vae)
     assert not LostItems(5).read(dataset, 0, vae)[1]
+
+
+def test_a_damaged_caption_leaves_no_encoder_in_memory(
+    tmp_path: Path, folder: Path, vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of gigabytes would stay beside the model that trains."""
+    made: list[weakref.ref[Any]] = []
+
+    def load(config: TextConfig, **how: Any) -> Any:
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        encoder = load_text_encoder(config, **how)
+        made.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr("goku.text.lazy.load_text_encoder", load)
+    text = LazyTextEncoder(TextConfig(tiny_dim=8, tiny_heads=2))
+    cache = TextCache(tmp_path / "cache/text", text)
+    config = DataConfig(path=str(folder), video_pixels=48 * 64, workers=0)
+    found = prepare(config, vae, cache, cache_dir=tmp_path / "cache")
+    text.release()
+    before = found.read(0)
+
+    def damage() -> None:
+        path = cache.path("this is a")
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+    damage()
+    with pytest.warns(UserWarning, match="is damaged"):
+        sample, usable = LostItems(0).read(found, 0, vae)
+    assert usable
+    assert same(sample, before)
+    gc.collect()
+    assert [reference() for reference in made] == [None, None]
+    assert not text.loaded
+    # What is in use stays.
+    text.encode(["a prompt"])
+    damage()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert same(found.read(0), before)
+    assert text.loaded
+    text.release()
+    # Where there is no room for it, the item is lost and no more.
+    damage()
+    lost = LostItems(1)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert not lost.read(found, 0, vae)[1]
+    assert "out of memory" in lost.names["a.png"]
 
 
 def test_the_limit_is_a_number() -> None:
