@@ -145,7 +145,7 @@ def test_an_item_that_cannot_be_had_keeps_its_place(
     assert (usable, zeros.mean.shape, told) == (False, sample.mean.shape, ["lost c.mp4"])
     assert all(lost.read(after, i, vae)[1] for i in (0, 1, 3))
     # More of them than may be lost, or where none may be left out: refused, by name.
-    with pytest.raises(DataError, match=r"1 items of the run are lost, over .* = 0\n  c\.mp4: "):
+    with pytest.raises(DataError, match=r"1 item of the run lost, over .* = 0\n  c\.mp4: "):
         get(items, max_lost=0)
     with pytest.raises(DataError, match=r"1 of 4 items cannot be used\n  c\.mp4: media file"):
         get(items, skip_bad=False)
