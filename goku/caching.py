@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from goku.data import DataConfig, DataError, PrepareReport, Problem, prepare
+from goku.data.record import counted
 from goku.data.sources import sources_of
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
@@ -25,7 +26,7 @@ from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
 from goku.validation import read_validation
 
-__all__ = ["CacheSummary", "cache_latents", "cache_text"]
+__all__ = ["CacheSummary", "Told", "cache_latents", "cache_text"]
 
 # Seconds between two looks at what the other ranks have done.
 _EVERY = 1.0
@@ -54,10 +55,13 @@ class CacheSummary:
         return CacheSummary(*(getattr(self, f) + getattr(other, f) for f in self.__match_args__))
 
 
-def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -> CacheSummary:
+def cache_text(
+    config: RunConfig, context: ParallelContext, text: TextEncoder, told: Told | None = None
+) -> CacheSummary:
     """Embeddings of every caption of the run's datasets, of its validation's cases and of the empty prompt.
 
-    Rank r takes prompts r, r + world, ... of those that differ. Raises DataError, once everything good
+    Rank r takes prompts r, r + world, ... of those that differ. told: what names the items that cannot be used, one for
+    all stages of a recipe; None names those of this run. Raises DataError, once everything good
     is cached, when the listing has problems and data.skip_bad is false; OSError when the cache cannot be
     written; what `read_validation` and the encoder raise.
     """
@@ -66,10 +70,17 @@ def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -
 
     def work() -> tuple[CacheSummary, list[Problem]]:
         begin = time.monotonic()
-        parts = [source for data in datasets for source in sources_of(data)]
-        problems = [problem for part in parts for problem in part.problems]
+        parts = [(data, source) for data in datasets for source in sources_of(data)]
+        problems = [
+            replace(each, name=part.prefix + each.name, source=_source(config, data, part.name))
+            for data, part in parts
+            for each in part.problems
+        ]
         prompts = {"": None} | {
-            prompt: None for part in parts for record in part.records for prompt in record.prompts
+            prompt: None
+            for _, part in parts
+            for record in part.records
+            for prompt in record.prompts
         }
         prompts |= dict.fromkeys(read_validation(config).prompts)
         share = list(prompts)[context.rank :: context.world]
@@ -88,19 +99,21 @@ def cache_text(config: RunConfig, context: ParallelContext, text: TextEncoder) -
     with _Shown(config, context, "captions") as shown:
         mine, problems = context.together(work)
     if problems and not config.data.skip_bad:
-        raise DataError(f"{len(problems)} listed items cannot be used", problems)
-    _tell(problems, context)
+        raise DataError(f"{counted(len(problems), 'listed item')} cannot be used", problems)
+    (told or Told(context))(problems)
     return _all_ranks(mine if context.is_main else replace(mine, quarantined=0), context)
 
 
-def cache_latents(config: RunConfig, context: ParallelContext, vae: VideoVAE) -> CacheSummary:
+def cache_latents(
+    config: RunConfig, context: ParallelContext, vae: VideoVAE, told: Told | None = None
+) -> CacheSummary:
     """Latents of every item of the run's datasets, those of single frames included that the run is given.
 
-    Rank r takes items r, r + world, ... of each source. Raises what `goku.data.prepare` raises, once
-    everything good is cached.
+    Rank r takes items r, r + world, ... of each source. told: as in `cache_text`. Raises what `goku.data.prepare`
+    raises, once everything good is cached.
     """
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
-    total = CacheSummary()
+    total, told = CacheSummary(), told or Told(context)
     for data in _datasets(config, context):
         begin = time.monotonic()
         with _Shown(config, context, "latents") as shown:
@@ -123,7 +136,7 @@ def cache_latents(config: RunConfig, context: ParallelContext, vae: VideoVAE) ->
                 return dataset.report
 
             report = context.together(work)
-        _tell(report.problems, context)
+        told([replace(p, source=_source(config, data, p.source)) for p in report.problems])
         seconds = time.monotonic() - begin
         mine = CacheSummary(
             report.used, report.made, report.present, len(report.problems), report.nbytes, seconds
@@ -148,15 +161,38 @@ def _datasets(config: RunConfig, context: ParallelContext) -> list[DataConfig]:
     return [config.data] if held_out is None else [config.data, held_out]
 
 
-def _tell(problems: Sequence[Problem], context: ParallelContext) -> None:
-    """What was left out, on the main rank: the first ten lines. `goku train` keeps all in quarantine.jsonl."""
-    if not problems or not context.is_main:
-        return
-    lines = [f"{len(problems)} items cannot be used:"]
-    lines += [f"  {problem}" for problem in problems[:10]]
-    lines += ["  ..."] if len(problems) > 10 else []
-    console = RunLog(None, total_steps=0).console
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+def _source(config: RunConfig, data: DataConfig, name: str) -> str:
+    """What a source of `data` is called: as in the config, and "unseen" what is held out."""
+    return name if data is config.data else "unseen"
+
+
+class Told:
+    """Says on the main rank what was left out, each item and reason once however many stages have it: the first ten
+    lines of a call. `goku train` keeps all in quarantine.jsonl."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
+        self._said: set[str] = set()
+
+    def __call__(self, problems: Sequence[Problem]) -> None:
+        new = [line for line in dict.fromkeys(map(_line, problems)) if line not in self._said]
+        self._said.update(new)
+        if not new or not self._context.is_main:
+            return
+        lines = [
+            f"{counted(len(new), 'item')} cannot be used:",
+            *(f"  {line}" for line in new[:10]),
+        ]
+        lines += [f"  ... and {len(new) - 10:,} more"] if len(new) > 10 else []
+        console = RunLog(None, total_steps=0).console
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(problem: Problem) -> str:
+    if not problem.source:
+        return str(problem)
+    # Only where a stage has several sources do the names begin with them.
+    return f"{problem.source}: {str(problem).removeprefix(f'{problem.source}:')}"
 
 
 class _Shown:

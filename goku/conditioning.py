@@ -23,6 +23,7 @@ __all__ = [
     "ConditioningConfig",
     "choose_given",
     "condition_latent",
+    "drop_rates",
     "drops_both",
     "guided_pair",
     "latent_index",
@@ -44,8 +45,9 @@ class ConditioningConfig:
         guidance starts from is then seen often, not at the product of two small rates.
 
     The paper has no rates. InstructPix2Pix (arXiv 2211.09800, section 3.2) drops the image alone, the
-    text alone and both in 5 % of its samples each: 0.05 is from there, 0.1 (as flow.text_drop) ours.
-    Images are never given their own frame. Raises ValueError for values out of these ranges.
+    text alone and both in 5 % of its samples each. Three independent draws give that at drop =
+    flow.text_drop = 1/18 and drop_both = 4/85 (`drop_rates`), as configs/goku-2b.yaml has it; the
+    values here are ours. Images are never given their own frame. Raises ValueError for values out of these ranges.
     """
 
     first: float = 1.0
@@ -125,6 +127,20 @@ def drops_both(
     return [
         count > 1 and value < config.drop_both for count, value in zip(frames, drawn, strict=True)
     ]
+
+
+def drop_rates(config: ConditioningConfig, text_drop: float) -> tuple[float, float, float]:
+    """Shares of clips that lose (their given frames alone, their text alone, both).
+
+    text_drop: flow.text_drop. Three independent draws: `drop_both` takes both at once, and where it does
+    not, `drop` and `text_drop` each take theirs.
+    """
+    left = 1 - config.drop_both
+    return (
+        left * config.drop * (1 - text_drop),
+        left * (1 - config.drop) * text_drop,
+        config.drop_both + left * config.drop * text_drop,
+    )
 
 
 def _pick(config: ConditioningConfig, u: float) -> tuple[int, ...]:

@@ -123,11 +123,15 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if isinstance(source, Mapping):
         tree = _copy(source, "")
     else:
-        with open(source, encoding="utf-8") as stream:
-            try:
+        try:
+            with open(source, encoding="utf-8") as stream:
                 content = yaml.load(stream, _Loader)
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigError(str(source), _first_line(error), "must be YAML") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(str(source), _first_line(error), "must be YAML") from error
+        except OSError as error:
+            # The same type without the bare number.
+            what = (error.strerror or "cannot be read").lower()
+            raise type(error)(f"{source}: {what}; allowed: a YAML file") from error
         if content is None:
             content = {}
         if not isinstance(content, Mapping):

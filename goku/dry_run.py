@@ -12,6 +12,7 @@ import torch
 from goku import config as parser
 from goku import flops
 from goku.activation_bytes import saved_bytes_per_token, unpredicted_operators
+from goku.conditioning import drop_rates
 from goku.model import GokuTransformer
 from goku.parallelize import (
     BLOCKS,
@@ -21,9 +22,10 @@ from goku.parallelize import (
 )
 from goku.recipe import Recipe, Stage, draws
 from goku.run_config import RunConfig
+from goku.vae import is_causal, vae_folder
 from goku_runtime.sharding import memory_estimate
 
-__all__ = ["describe", "describe_recipe"]
+__all__ = ["describe", "describe_recipe", "missing"]
 
 
 def describe(config: RunConfig) -> str:
@@ -59,6 +61,9 @@ def describe(config: RunConfig) -> str:
         ("processes", _processes(dims)),
         ("data", f"{config.data.path} (not looked at; goku doctor does)"),
         ("VAE", _vae(config)),
+        ("text encoder", _text(config)),
+        ("caches", _caches(config)),
+        *([("text, frames dropped", _drops(config))] if config.model.condition == "frames" else []),
         ("tokens per step", f"{tokens:,} at most, in packs of {pack:,}"),
         ("FLOPs per step", f"about {work:.3e} at most (forward and backward)"),
         *((name, _bytes(size)) for name, size in states.items()),
@@ -212,14 +217,68 @@ def _remark(policy: ActivationCheckpointing) -> str:
     return f" (keeping {', '.join(policy.save)}{missing})"
 
 
+def missing(config: RunConfig) -> list[str]:
+    """What a run cannot begin without and does not have, a sentence each: a VAE that can be used, where none is to be
+    trained, and the text encoder's folder."""
+    lacks = []
+    if _has_vae(config):
+        try:
+            is_causal(config.vae.path)
+        except ValueError as error:
+            lacks.append(f"vae.path: {error}")
+    elif config.vae.train is None:
+        lacks.append(
+            f"vae.path is {config.vae.path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to "
+            "train one"
+        )
+    if not _has_text(config):
+        lacks.append(
+            f"text.path is {config.text.path}, which holds no text encoder; allowed: the folder of a T5 encoder, or "
+            "none for the built-in one"
+        )
+    return lacks
+
+
+def _has_vae(config: RunConfig) -> bool:
+    return (vae_folder(config.vae.path) / "config.json").is_file()
+
+
+def _has_text(config: RunConfig) -> bool:
+    return config.text.path is None or (Path(config.text.path) / "config.json").is_file()
+
+
 def _vae(config: RunConfig) -> str:
-    if (Path(config.vae.path) / "config.json").is_file():
-        return config.vae.path
+    if _has_vae(config):
+        return str(vae_folder(config.vae.path))
     if config.vae.train is None:
         return f"{config.vae.path} holds none, and there is no vae.train to train one"
     return (
         f"none in {config.vae.path} yet: trained on the data first, {config.vae.train.steps} steps"
     )
+
+
+def _text(config: RunConfig) -> str:
+    text = config.text
+    about = f"{text.dtype}, prompts of at most {text.max_tokens:,} tokens"
+    if text.path is None:
+        return f"the built-in one, {text.tiny_dim} wide, {about}"
+    return f"{text.path}, {about}" if _has_text(config) else f"{text.path} holds none"
+
+
+def _caches(config: RunConfig) -> str:
+    folder = config.cache_folder
+    kinds = {"latents": "latents", "text": "text embeddings"}
+    there = [words for name, words in kinds.items() if (folder / name).is_dir()]
+    made = "made before the first step, or ahead by goku cache"
+    if not there:
+        return f"none in {folder} yet: {made}"
+    return f"{' and '.join(there)} in {folder}; what is not there is {made}"
+
+
+def _drops(config: RunConfig) -> str:
+    """Of a clip, as shares of all clips."""
+    frames, text, both = drop_rates(config.conditioning, config.flow.text_drop)
+    return f"text alone {text:.2%}, frames alone {frames:.2%}, both {both:.2%} of clips"
 
 
 def _bytes(count: float) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import re
+import uuid
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -125,22 +127,49 @@ def media_bytes(
 
 
 def save(
-    stem: Path, video: Media, *, fps: int = 10, metadata: Mapping[str, Any] | None = None
+    stem: Path,
+    video: Media,
+    *,
+    fps: int = 10,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write `stem`.png or `stem`.mp4, whole or not at all, and return that path.
 
-    metadata: how it was made, for `read_metadata`; ValueError for what JSON cannot hold.
+    metadata: how it was made, for `read_metadata`; ValueError for what JSON cannot hold. overwrite: False keeps a file
+    that is there, whoever writes it at the same time, and puts _2, _3, ... behind the stem; a kill just then may leave
+    that name with an empty file.
     """
     kind, data = media_bytes(video, fps=fps, metadata=metadata)
     path = stem.with_name(stem.name + (".png" if kind == "image/png" else ".mp4"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".partial-" + path.name)
+    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
     try:
         partial.write_bytes(data)
-        partial.replace(path)
+        if overwrite:
+            partial.replace(path)
+        else:
+            path = _put_beside(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _put_beside(partial: Path, path: Path) -> Path:
+    """Renames to `path` or to the first free of its names with a number, and returns that."""
+    free = path
+    for number in itertools.count(2):
+        try:
+            free.touch(exist_ok=False)  # the name is ours: not every file system has links
+            break
+        except FileExistsError:
+            free = path.with_stem(f"{path.stem}_{number}")
+    try:
+        partial.replace(free)
+    except OSError:
+        free.unlink()
+        raise
+    return free
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from goku.data.dataset import dataset_of, joined, nothing_left
 from goku.data.doctor import item_report
 from goku.data.layout import Layout, lay_out
 from goku.data.mixing import BLOCK
+from goku.data.record import counted
 from goku.data.report import ItemReport, as_trained, durations, findings, octaves, spread
 from goku.data.sources import Source, list_records
 from goku.data.stage_report import (
@@ -307,7 +308,8 @@ class _Examination:
         where = f"{called}: " if called else ""
         self.reasons += [where + reason for reason in refused[:_NAMED]]
         if len(refused) > _NAMED:
-            self.reasons.append(f"{where}{len(refused) - _NAMED:,} more items do not fit either")
+            more = counted(len(refused) - _NAMED, "more item")
+            self.reasons.append(f"{where}the same of {more}")
 
     def _refused(self, error: DataError, called: str, *, skip_bad: bool = False) -> None:
         where = f"{called}: " if called else ""

@@ -340,7 +340,13 @@ def generate_share(
 
 
 def save_media(
-    video: Tensor, stem: Path, fps: int = 12, metadata: Mapping[str, Any] | None = None
+    video: Tensor,
+    stem: Path,
+    fps: int = 12,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = True,
 ) -> Path:
-    """Write uint8 (3, T, H, W) as stem.png (T = 1) or stem.mp4, atomically; returns the path."""
-    return media_files.save(stem, media_files.to_uint8(video), fps=fps, metadata=metadata)
+    """Write uint8 (3, T, H, W) as stem.png (T = 1) or stem.mp4, as `goku.media_files.save`; returns the path."""
+    media = media_files.to_uint8(video)
+    return media_files.save(stem, media, fps=fps, metadata=metadata, overwrite=overwrite)

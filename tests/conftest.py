@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,18 @@ settings.register_profile("ci", parent=settings.get_profile("goku"), derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "goku")
 
 LAUNCH = Path(__file__).with_name("launch.py")
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """free_port() -> a TCP port of this machine that nobody listened to a moment ago, another at every call."""
+
+    def port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return port
 
 
 @pytest.fixture

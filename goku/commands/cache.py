@@ -64,14 +64,15 @@ def _fill(what: str, shared: RunConfig, configs: list[RunConfig], context: Paral
     # A frame of its own: what refers to process groups is gone before they are destroyed.
     from dataclasses import asdict
 
-    from goku.caching import CacheSummary, cache_latents, cache_text
+    from goku.caching import CacheSummary, Told, cache_latents, cache_text
     from goku.prepare import prepare_text, prepare_vae
 
+    told = Told(context)
     if what == "text":
         text = prepare_text(shared, context)
-        parts = [cache_text(config, context, text) for config in configs]
+        parts = [cache_text(config, context, text, told) for config in configs]
     else:
         vae = prepare_vae(shared, context)
-        parts = [cache_latents(config, context, vae) for config in configs]
+        parts = [cache_latents(config, context, vae, told) for config in configs]
     if context.is_main:
         print(json.dumps({"cache": what} | asdict(sum(parts, CacheSummary()))), flush=True)

@@ -123,6 +123,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     how.add_argument("--out", type=Path, default=Path("samples"), help="folder (default: samples)")
+    how.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same name (default: keep them, the new ones get _2, _3, ...)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -211,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
                     checkpoint=about.checkpoint_id, weights=about.weights, dtype=about.dtype,
                 )  # fmt: skip
                 fps = shown.fps or usual_fps
-                path = save_media(video, args.out / stem, fps, metadata)
+                path = save_media(video, args.out / stem, fps, metadata, overwrite=args.overwrite)
                 print(f"{path}  {shown.prompt}", flush=True)
                 if 0 in given[index]:
                     print(_first_frame(loaded, requests[index], given[index][0], video), flush=True)

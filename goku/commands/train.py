@@ -45,7 +45,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved run or the stages, size and memory, and stop; does not look at the data",
+        help="print the resolved run or the stages, size and memory, and stop, with 2 where the VAE or the text "
+        "encoder is missing; does not look at the data",
     )
     train.add_argument(
         "--profile", action="store_true", help="write a torch.profiler trace of steps 3-5"
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             from goku.dry_run import describe_recipe
 
-            print(describe_recipe(recipe, args.stage))
-            return 0
+            return _shown(describe_recipe(recipe, args.stage), recipe.vae)
         return _train_recipe(recipe, args.stage, args.profile)
     if args.stage is not None:
         raise ValueError(
@@ -73,9 +73,19 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from goku.dry_run import describe
 
-        print(describe(config))
-        return 0
+        return _shown(describe(config), config)
     return _train_run(config, args.profile)
+
+
+def _shown(report: str, config: RunConfig) -> int:
+    """Prints it, and what the run would stop for at once. config: with the VAE and the text encoder of all stages."""
+    from goku.dry_run import missing
+
+    print(report, flush=True)
+    lacks = missing(config)
+    for line in lacks:
+        print(f"goku train: {line}", file=sys.stderr)
+    return 2 if lacks else 0
 
 
 def _train_run(config: RunConfig, profile: bool) -> int:

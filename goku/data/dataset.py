@@ -22,7 +22,7 @@ from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, duplicate, hold
 from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache
 from goku.data.media import Decoded
-from goku.data.record import Record
+from goku.data.record import Record, counted
 from goku.data.shares import Share, Told, check_alike
 from goku.data.sources import Source, sources_of
 from goku.data.transform import VAE_STRIDES
@@ -155,11 +155,13 @@ def joined(
     all_bad = len(empty) == len(built) and not any(each.report.dropped for each in datasets)
     if problems and (not config.skip_bad or (empty and all_bad)):
         listed = sum(dataset.report.listed for dataset in datasets)
-        raise DataError(f"{where}: {len(problems)} of {listed} items cannot be used", problems)
+        raise DataError(
+            f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used", problems
+        )
     lost = [problem for dataset in datasets for problem in dataset.lost.values()]
     if len(lost) > config.max_lost:
         limit = f"over data.max_lost = {config.max_lost}"
-        raise DataError(f"{where}: {len(lost)} items of the run are lost, {limit}", lost)
+        raise DataError(f"{where}: {counted(len(lost), 'item')} of the run lost, {limit}", lost)
     for source, dataset in empty:
         if not may_be_empty:
             raise nothing_left(source, dataset.report)
@@ -176,9 +178,9 @@ def nothing_left(source: Source, report: PrepareReport) -> DataError:
     reasons = "; ".join(str(entry).removeprefix(source.prefix) for entry in report.dropped[:3])
     return DataError(
         f"{source.path}: nothing is left to train on; the limits dropped {len(report.dropped)} of "
-        f"{source.listed} items: {reasons}"
+        f"{counted(source.listed, 'item')}: {reasons}"
         if report.dropped
-        else f"{source.path}: none of {source.listed} items can be used"
+        else f"{source.path}: none of {counted(source.listed, 'item')} can be used"
     )
 
 
@@ -357,7 +359,9 @@ def decode_all(records: Sequence[Record], config: DataConfig) -> list[tuple[Reco
         else:
             problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and clips):
-        raise DataError(f"{len(problems)} of {len(records)} items cannot be used", problems)
+        raise DataError(
+            f"{len(problems)} of {counted(len(records), 'item')} cannot be used", problems
+        )
     return clips
 
 

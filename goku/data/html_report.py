@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 
 from goku.data.layout import PackingReport
+from goku.data.record import counted
 from goku.data.report import (
     DoctorReport,
     as_trained,
-    counted,
     durations,
     fewer,
     in_bytes,

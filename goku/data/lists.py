@@ -6,7 +6,7 @@ from pathlib import Path
 
 from goku.data.errors import DataError, Problem
 from goku.data.links import Root
-from goku.data.record import MEDIA_SUFFIXES, Record, Scan
+from goku.data.record import MEDIA_SUFFIXES, Record, Scan, counted
 
 MEDIA_LISTS = ("videos.txt", "video.txt", "images.txt", "image.txt")
 CAPTION_LISTS = ("prompt.txt", "prompts.txt", "caption.txt", "captions.txt")
@@ -42,7 +42,7 @@ def scan_lists(media: Path, captions: Path, root: Root) -> Scan:
             longer.pop()
     if len(paths) != len(texts):
         raise DataError(
-            f"{root.folder}: {media.name} has {len(paths)} lines and {captions.name} {len(texts)}; "
+            f"{root.folder}: {media.name} has {counted(len(paths), 'line')} and {captions.name} {len(texts)}; "
             "line i of one belongs to line i of the other"
         )
     records: list[Record] = []

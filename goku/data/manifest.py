@@ -21,6 +21,7 @@ from goku.data.record import (
     Member,
     Record,
     Scan,
+    counted,
     unique,
 )
 from goku.data.shards import expand, is_shard_name, scan_shards
@@ -41,6 +42,8 @@ __all__ = [
 
 Form = Literal["auto", "sidecars", "table", "lists", "webdataset"]
 
+_ALLOWED = "a folder, or a .jsonl, .json, .csv or .tar file"
+
 
 def read_records(
     path: str | Path, form: Form = "auto", *, follow_links: bool = False
@@ -49,7 +52,8 @@ def read_records(
     found = scan(path, form, follow_links=follow_links)
     if found.problems:
         raise DataError(
-            f"{path}: {len(found.problems)} of {found.listed} items cannot be used", found.problems
+            f"{path}: {len(found.problems)} of {counted(found.listed, 'item')} cannot be used",
+            found.problems,
         )
     return list(found.records)
 
@@ -69,14 +73,14 @@ def scan(path: str | Path, form: Form = "auto", *, follow_links: bool = False) -
     root = Root(source.parent, follow_links)
     archives = expand(str(source)) if is_shard_name(source.name) else []
     if not any(file.exists() for file in archives or [source]):
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or folder; allowed: {_ALLOWED}")
     if archives and form in ("auto", "webdataset"):
         return unique(scan_shards(archives, root))
     if source.suffix.lower() in (".jsonl", ".json", ".csv") and form in ("auto", "table"):
         return unique(scan_table(source, root, whole_folder=False))
     if form != "auto":
         raise DataError(f"{source}: is no dataset of the form {form}")
-    raise DataError(f"{source}: a dataset is a folder, or a .jsonl, .json, .csv or .tar file")
+    raise DataError(f"{source}: is no dataset; allowed: {_ALLOWED}")
 
 
 def _scan_folder(root: Root, form: Form) -> Scan:

@@ -173,6 +173,11 @@ def with_motion(record: Record, template: str | None) -> Record:
     return replace(record, text=told(record.text), captions=pairs)
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 clip", "1,200 clips"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some(names: Sequence[str]) -> str:
     """The first three names, and dots when there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from goku.data.errors import Dropped, Problem, Remark
 from goku.data.layout import PackingReport
+from goku.data.record import counted
 
 _BAR = 32
 _ROWS = 8
@@ -195,11 +196,6 @@ def as_trained(items: Sequence[ItemReport]) -> list[tuple[str, int]]:
     return Counter(
         f"{item.modality} {item.frames} x {item.height} x {item.width}" for item in items
     ).most_common()
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 clip", "1,200 clips"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from goku.data.errors import DataError, Problem
 from goku.data.links import Root
-from goku.data.record import MEDIA_SUFFIXES, Record, Scan, some
+from goku.data.record import MEDIA_SUFFIXES, Record, Scan, counted, some
 
 
 def scan_sidecars(root: Root, otherwise: str) -> Scan:
@@ -56,11 +56,11 @@ def scan_sidecars(root: Root, otherwise: str) -> Scan:
     linked = root.linked_folders()
     if linked:
         notes.append(
-            f"passed by, {len(linked)} linked folders: {some(linked)}; follow_links: true reads them"
+            f"passed by, {counted(len(linked), 'linked folder')}: {some(linked)}; follow_links: true reads them"
         )
     shared = [file.relative_to(folder).as_posix() for file, users in captions.items() if users > 1]
     if shared:
-        notes.append(f"{len(shared)} captions serve several media files: {some(shared)}")
+        notes.append(f"{counted(len(shared), 'caption')} for several media files: {some(shared)}")
     return Scan(tuple(records), tuple(problems), tuple(notes))
 
 

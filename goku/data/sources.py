@@ -9,7 +9,7 @@ from goku.data.config import DataConfig, SourceConfig
 from goku.data.errors import DataError, Dropped, Problem
 from goku.data.limits import dropped_by_suffix
 from goku.data.manifest import scan
-from goku.data.record import Record, Scan, with_motion
+from goku.data.record import Record, Scan, counted, with_motion
 
 Scanner = Callable[..., Scan]
 """`goku.data.manifest.scan`, or what keeps its answers."""
@@ -65,7 +65,9 @@ def list_records(config: DataConfig, scanner: Scanner = scan) -> list[Record]:
     if problems and not (config.skip_bad and records):
         listed = sum(source.listed for source in sources)
         where = config.path or "data.sources"
-        raise DataError(f"{where}: {len(problems)} of {listed} items cannot be used", problems)
+        raise DataError(
+            f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used", problems
+        )
     return records
 
 
@@ -77,7 +79,9 @@ def check_listing(config: DataConfig, scanner: Scanner = scan) -> None:
         if not source.records:
             reasons = "; ".join(entry.reason for entry in source.dropped[:3])
             why = f": {reasons}" if reasons else ""
-            raise DataError(f"{source.path}: none of {source.listed} items can be used{why}")
+            raise DataError(
+                f"{source.path}: none of {counted(source.listed, 'item')} can be used{why}"
+            )
         weights = (config.mix or {}).get(source.name)
         # A clip of one usable frame is drawn as a still, so that of stills nothing is known yet.
         if weights is not None and weights.video > 0 and all(r.is_image for r in source.records):

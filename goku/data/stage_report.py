@@ -9,7 +9,8 @@ from typing import Any
 
 from goku.data.layout import PackingReport
 from goku.data.mixing import BLOCK
-from goku.data.report import bars, counted, in_bytes, packing_lines, some_lines, three
+from goku.data.record import counted
+from goku.data.report import bars, in_bytes, packing_lines, some_lines, three
 
 _NAME_COLUMN = 12
 

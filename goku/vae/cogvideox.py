@@ -47,13 +47,6 @@ class CogVideoXVAE(DiffusersVAE):
         require(config, "use_post_quant_conv", False)
         scaling_factor(config)
 
-    @classmethod
-    def wrap(cls, inner: Any) -> CogVideoXVAE:
-        """The wrapper of a model that diffusers built."""
-        channels = inner.config.latent_channels
-        std = [1.0 / scaling_factor(inner.config)] * channels
-        return cls(inner, [0.0] * channels, std)
-
     def _pieces(self, latent: Tensor) -> Iterator[Tensor]:
         # AutoencoderKLCogVideoX._decode (diffusers 0.42), a chunk at a time.
         frames, size = latent.shape[2], self.inner.num_latent_frames_batch_size

@@ -63,8 +63,10 @@ class DiffusersVAE(nn.Module):
 
     @classmethod
     def wrap(cls, inner: Any) -> DiffusersVAE:
-        """The wrapper of a model that diffusers built."""
-        raise NotImplementedError
+        """The wrapper of a model that diffusers built. normalise = z * scaling_factor; a subclass may say otherwise."""
+        channels = inner.config.latent_channels
+        std = [1.0 / scaling_factor(inner.config)] * channels
+        return cls(inner, [0.0] * channels, std)
 
     @property
     def strides(self) -> tuple[int, int, int]:

@@ -34,13 +34,6 @@ class HunyuanVideoVAE(DiffusersVAE):
         require(config, "out_channels", 3)
         scaling_factor(config)
 
-    @classmethod
-    def wrap(cls, inner: Any) -> HunyuanVideoVAE:
-        """The wrapper of a model that diffusers built."""
-        channels = inner.config.latent_channels
-        std = [1.0 / scaling_factor(inner.config)] * channels
-        return cls(inner, [0.0] * channels, std)
-
     def _pieces(self, latent: Tensor) -> Iterator[Tensor]:
         # AutoencoderKLHunyuanVideo._temporal_tiled_decode (diffusers 0.42), a tile at a time.
         inner, ratio = self.inner, self.inner.temporal_compression_ratio

@@ -1,6 +1,5 @@
 """bench.policies on one process and on two: valid rows, right before fast, exit codes."""
 
-import socket
 import weakref
 from pathlib import Path
 
@@ -54,11 +53,8 @@ def test_a_wrong_policy_is_exit_code_1_and_not_timed(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_two_processes_share_weights_and_packs(run_processes, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = {"out": str(tmp_path / "rows"), "port": port}
+def test_two_processes_share_weights_and_packs(run_processes, free_port, tmp_path):
+    given = {"out": str(tmp_path / "rows"), "port": free_port()}
     run_processes(2, SCRIPT, ("policies_of_two", given), backend="none")
     rows = harness.read(tmp_path / "rows")
     kept = "tiny-test, dp_shard=2, kept whole after the forward"

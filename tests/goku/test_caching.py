@@ -346,6 +346,28 @@ def test_a_recipe_caches_for_all_stages_or_one(
     assert "'huge'" in capsys.readouterr().err
 
 
+def test_an_item_of_several_stages_is_told_once(
+    recipe: Path, config: Path, tmp_path: Path, media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its source and its name, also where a stage has several sources and the held-out data such a name."""
+    bad = damaged(tmp_path, media)
+    tree = yaml.safe_load(recipe.read_text())
+    tree["sources"] = {"stills": {"path": str(bad)}, "more": {"path": str(bad)}}
+    tree["data"]["skip_bad"] = True
+    tree["unseen"] = str(bad)
+    tree["stages"]["large"]["mix"]["more"] = {"image": 1}
+    recipe.write_text(yaml.safe_dump(tree))
+    reasons = {"text": ["4.png"], "latents": ["3.png", "4.png"]}
+    for what, names in reasons.items():
+        assert main(["cache", what, str(recipe)]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if ".png: " in line]
+        assert sorted(line.split(".png: ")[0] + ".png" for line in lines) == sorted(
+            f"  {source}: {name}" for source in ("stills", "more", "unseen") for name in names
+        )
+    assert main(["cache", "text", str(config), f"data.path={bad}", "data.skip_bad=true"]) == 0
+    assert "1 item cannot be used:\n  4.png: missing caption" in capsys.readouterr().err
+
+
 # ---- processes ----
 
 

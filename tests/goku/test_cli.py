@@ -125,13 +125,21 @@ def test_a_dry_run_prints_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "run.yaml"
     config.write_text(
-        "{out: run, data: {path: media}, vae: {path: vae}, model: {preset: tiny},"
+        "{out: run, data: {path: media}, vae: {path: vae, train: {}}, model: {preset: tiny},"
         " packing: {tokens_per_step: 64, tokens_per_pack: 64}}"
     )
     assert main(["train", str(config), "--dry-run", "optimizer.lr=1e-3"]) == 0
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
     assert "  lr: 0.001\n" in printed
     assert "parameters" in printed
+    assert error == ""
+    # Without what the run would stop for at once the report is the same, the exit code not.
+    assert main(["train", str(config), "--dry-run", "text.path=t5", "vae.train=null"]) == 2
+    printed, error = capsys.readouterr()
+    assert "memory: total per process" in printed
+    vae, text = error.splitlines()
+    assert vae.startswith("goku train: vae.path is vae, which holds no VAE")
+    assert text.startswith("goku train: text.path is t5, which holds no text encoder")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

@@ -15,12 +15,13 @@ from goku.conditioning import (
     ConditioningConfig,
     choose_given,
     condition_latent,
+    drop_rates,
     drops_both,
     guided_pair,
     latent_index,
 )
 from goku.config import ConfigError, parse
-from goku.flow import guided
+from goku.flow import FlowConfig, drop_text, guided
 from goku.random import Purpose, uniform
 
 C, H, W = 3, 2, 4
@@ -220,6 +221,25 @@ def test_both_are_dropped_often_enough_to_be_learned() -> None:
     count = 20_000
     dropped = drops_both(ConditioningConfig(), 7, range(count), [5] * count)
     assert abs(sum(dropped) - 0.05 * count) <= 5 * math.sqrt(count * 0.05 * 0.95)
+
+
+@pytest.mark.parametrize(
+    ("weights", "text_drop"),
+    [({}, 0.1), ({"drop": 1 / 18, "drop_both": 4 / 85}, 1 / 18), ({"drop": 0.4}, 0.2)],
+)
+def test_rates_of_what_is_dropped(weights: dict[str, float], text_drop: float) -> None:
+    """As training drops, over twenty thousand clips."""
+    config, count = ConditioningConfig(**weights), 20_000
+    positions, frames = range(count), [5] * count
+    given = choose_given(config, 7, positions, frames)
+    both = drops_both(config, 7, positions, frames)
+    text = drop_text(FlowConfig(text_drop=text_drop), 7, positions).tolist()
+    lost = [(not g, t or b) for g, t, b in zip(given, text, both, strict=True)]
+    kinds = [(True, False), (False, True), (True, True)]
+    for kind, rate in zip(kinds, drop_rates(config, text_drop), strict=True):
+        assert abs(lost.count(kind) - count * rate) <= 5 * math.sqrt(count * rate * (1 - rate))
+    if text_drop == 1 / 18:
+        assert drop_rates(config, text_drop) == pytest.approx((0.05, 0.05, 0.05), abs=1e-12)
 
 
 def test_unequal_lists_are_refused() -> None:

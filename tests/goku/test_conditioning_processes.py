@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,8 @@ def test_a_pack_shared_by_two_processes(run_processes: Any) -> None:
     run_processes(2, SCRIPT, "a_shared_pack", "a_shared_batch")
 
 
-def test_a_model_sharded_over_two_processes(run_processes: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run_processes(2, SCRIPT, ("a_sharded_model", {"port": port}), backend="none")
+def test_a_model_sharded_over_two_processes(run_processes: Any, free_port: Any) -> None:
+    run_processes(2, SCRIPT, ("a_sharded_model", {"port": free_port()}), backend="none")
 
 
 def test_what_takes_frames_is_a_unit_in_full_precision_where_it_is() -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from goku import flops
 from goku.activation_bytes import saved_bytes_per_token
-from goku.dry_run import describe
+from goku.dry_run import describe, missing
 from goku.model import PRESETS, GokuTransformer
 from goku.parallelize import ActivationCheckpointing
 from goku.run_config import RunConfig, load_run_config
@@ -177,6 +177,44 @@ def test_a_published_size_is_described_without_memory(name: str) -> None:
     assert rows["parameters"].startswith(f"{count:,} ")
     assert abs(count / 1e9 - float(name[5])) < 0.5
     assert _counted(rows["memory: weights"]) == pytest.approx(4 * count, rel=0.01)
+
+
+def test_what_the_run_needs_is_named_and_what_is_missing(tmp_path: Path) -> None:
+    vae, text, out = tmp_path / "vae", tmp_path / "t5", tmp_path / "run"
+    places = (f"vae.path={vae}", f"text.path={text}", f"out={out}", "text.max_tokens=40")
+    config = _config(*places)
+    rows = _rows(describe(config))
+    assert rows["VAE"] == f"{vae} holds none, and there is no vae.train to train one"
+    assert rows["text encoder"] == f"{text} holds none"
+    assert rows["caches"].startswith(f"none in {out / 'cache'} yet: made before the first step")
+    no_vae, no_text = missing(config)
+    assert no_vae.startswith(f"vae.path is {vae}, which holds no VAE; allowed: ")
+    assert no_text.startswith(f"text.path is {text}, which holds no text encoder; allowed: ")
+    # A VAE that is trained first, and the built-in encoder, need nothing.
+    own = _config(f"vae.path={vae}", "vae.train={steps: 7}", "text={tiny_dim: 32}")
+    assert missing(own) == []
+    rows = _rows(describe(own))
+    assert rows["VAE"] == f"none in {vae} yet: trained on the data first, 7 steps"
+    assert rows["text encoder"].startswith("the built-in one, 32 wide, float32, prompts of at most")
+    # What is there: a pipeline's folder, an encoder, one of the two caches.
+    (vae / "vae").mkdir(parents=True)
+    (vae / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    text.mkdir()
+    assert missing(config) == [no_text]
+    (text / "config.json").write_text("{}")
+    (out / "cache" / "text").mkdir(parents=True)
+    assert missing(config) == []
+    rows = _rows(describe(config))
+    assert rows["VAE"] == str(vae / "vae")
+    assert rows["text encoder"] == f"{text}, float32, prompts of at most 40 tokens"
+    assert rows["caches"].startswith(f"text embeddings in {out / 'cache'}; what is not there is ")
+    elsewhere = _config(*places, f"data.cache={tmp_path / 'shared'}")
+    assert _rows(describe(elsewhere))["caches"].startswith(f"none in {tmp_path / 'shared'} yet")
+    # A class that cannot be used is as good as none.
+    (vae / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLMochi"}')
+    (refused,) = missing(config)
+    assert refused.startswith("vae.path: ")
+    assert "AutoencoderKLMochi" in refused
 
 
 def test_nothing_is_read_or_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,3 +187,28 @@ def test_files_without_metadata_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         media_files.save(tmp_path / "x", _clip(1, 8, 8), metadata={"scale": float("nan")})
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_file_that_is_to_be_kept_is_kept(
+    frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suffix = "png" if frames == 1 else "mp4"
+    names = [f"v1.5.{suffix}", f"v1.5_2.{suffix}", f"v1.5_3.{suffix}"]
+    clips = [np.full((frames, 16, 16, 3), 80 * n, np.uint8) for n in range(3)]
+    paths = [media_files.save(tmp_path / "v1.5", clip, overwrite=False) for clip in clips]
+    assert [path.name for path in paths] == names
+    for path, clip in zip(paths, clips, strict=True):
+        assert path.read_bytes() == media_files.media_bytes(clip)[1]
+    # What fails leaves neither the name that it had taken nor the part that was written.
+    with monkeypatch.context() as patch:
+
+        def broken(self: Path, target: Path) -> Path:
+            raise OSError(5, "Input/output error", str(self))
+
+        patch.setattr(Path, "replace", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            media_files.save(tmp_path / "v1.5", clips[0], overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert media_files.save(tmp_path / "v1.5", clips[2]) == paths[0]
+    assert paths[0].read_bytes() == paths[2].read_bytes()

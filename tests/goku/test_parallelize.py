@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,21 +29,16 @@ SCRIPT = Path(__file__).with_name("shard_processes.py")
 CPU = torch.device("cpu")
 
 
-def _port() -> dict[str, int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"port": probe.getsockname()[1]}
-
-
 @pytest.mark.parametrize(("world", "heads"), [(2, 2), (4, 3)])
 def test_a_pack_on_several_processes_is_the_pack_on_one(run_processes: Any, world: int, heads: int):
     run_processes(world, SCRIPT, ("model_on_shards", {"heads": heads}), "too_few_tokens")
 
 
-def test_arrangement_and_failures(run_processes: Any, tmp_path: Path):
+def test_arrangement_and_failures(run_processes: Any, free_port: Any, tmp_path: Path):
     run_processes(
-        4, SCRIPT, ("arrangement", _port()), ("bad_arrangement", _port()), ("one_fails", _port()),
-        ("a_row_of_every_process", _port() | {"path": str(tmp_path / "checkpoint")}),
+        4, SCRIPT, ("arrangement", {"port": free_port()}), ("bad_arrangement", {"port": free_port()}),
+        ("one_fails", {"port": free_port()}),
+        ("a_row_of_every_process", {"port": free_port(), "path": str(tmp_path / "checkpoint")}),
         backend="none",
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goku.conditioning import drop_rates
 from goku.config import ConfigError, dump, load, to_dict
 from goku.data import MixConfig, SourceConfig
 from goku.dry_run import describe_recipe
@@ -354,6 +355,17 @@ def test_the_papers_recipe(name: str, sp: list[int]) -> None:
     assert [stages[n].carry.optimizer for n in stages] == [False, False, True, True, *[False] * 3]
 
 
+@pytest.mark.parametrize("name", ["goku-2b", "goku-8b"])
+def test_image_to_video_drops_as_its_source(name: str) -> None:
+    """Text, image and both in 5 % of the samples each; the other stages' text as before."""
+    recipe = load_recipe(CONFIGS / f"{name}.yaml")
+    config = recipe.stage("i2v").config
+    rates = drop_rates(config.conditioning, config.flow.text_drop)
+    assert rates == pytest.approx((0.05, 0.05, 0.05), abs=5e-5)
+    drops = {s.config.flow.text_drop for s in recipe.stages if s.name != "i2v"}
+    assert drops == {0.1}
+
+
 def test_the_tiny_recipe_has_every_stage_of_the_papers() -> None:
     tiny, big = (load_recipe(CONFIGS / f"{name}.yaml") for name in ("tiny", "goku-2b"))
     assert [(s.name, s.start) for s in tiny.stages] == [(s.name, s.start) for s in big.stages]
@@ -378,7 +390,11 @@ def test_the_dry_run_is_a_table_and_one_run() -> None:
     assert by_name["i2v"]["image pixels"] == by_name["t2i"]["video pixels"] == "-"
     assert {row["status"] for row in by_name.values()} == {"fresh"}
     assert run.startswith("t2i\nout: absent/stages/t2i\n")
+    assert "frames dropped" not in run
     chosen = describe_recipe(recipe, "i2v")
+    shares = "text alone 8.55%, frames alone 8.55%, both 5.95%"
+    assert f"{shares} of clips" in chosen
+    assert shares in (CONFIGS / "tiny.yaml").read_text()  # its comment
     assert "# stage i2v\nout: absent/stages/i2v\n" in chosen
     body = chosen.split("# stage i2v\n")[1].split("\n\nparameters")[0]
     assert to_dict(load_run_config(load_text(body))) == to_dict(recipe.stage("i2v").config)

@@ -186,7 +186,7 @@ def test_the_command_with_an_image(
     found = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", line)
     assert found is not None
     assert found[1] != found[2]
-    assert main([*command, "--hold"]) == 0
+    assert main([*command, "--hold", "--overwrite"]) == 0
     held = capsys.readouterr().out.splitlines()[1]
     again = re.fullmatch(r"first frame: (\S+) dB to the given image, the VAE alone (\S+) dB", held)
     assert again is not None
@@ -265,16 +265,33 @@ def test_a_motion_score_is_appended_as_in_training(
     trained_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     template = "{caption} motion score: {motion:.1f}"
-    size = ["--height", "16", "--width", "16", "--steps", "1", "--device", "cpu", "--out"]
+    size = ["--height", "16", "--width", "16", "--steps", "1", "--device", "cpu", "--overwrite"]
     for data in (
         {"motion_caption": template},
         {"motion_caption": None, "sources": {"a": {}, "b": {"motion_caption": template}}},
     ):
         run = trained_run(data=data)
-        command = ["sample", str(run), "--prompt", "a cat", *size, str(tmp_path)]
+        command = ["sample", str(run), "--prompt", "a cat", *size, "--out", str(tmp_path)]
         assert main([*command, "--motion", "5"]) == 0
         shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
         assert shown["prompt"] == "a cat motion score: 5.0"
         assert main(command) == 0
         shown = read_metadata(tmp_path / f"0000_{file_stem('a cat')}_seed0.png")
         assert shown["prompt"] == "a cat"
+
+
+def test_what_is_there_is_kept_unless_it_is_to_be_replaced(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    run, out = trained_run(), tmp_path / "out"
+    size = ["--height", 32, "--width", 32]
+    assert _sample(run, out, *size) == 0
+    first = (out / "0000_p_seed0.png").read_bytes()
+    capsys.readouterr()
+    assert _sample(run, out, *size, "--steps", 2) == 0
+    assert capsys.readouterr().out == f"{out / '0000_p_seed0_2.png'}  p\n"
+    assert (out / "0000_p_seed0.png").read_bytes() == first
+    assert read_metadata(out / "0000_p_seed0_2.png")["steps"] == 2
+    assert _sample(run, out, *size, "--steps", 3, "--overwrite") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["0000_p_seed0.png", "0000_p_seed0_2.png"]
+    assert read_metadata(out / "0000_p_seed0.png")["steps"] == 3

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import math
 import re
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,7 +306,10 @@ def test_frames_that_cannot_be_used_are_refused(plain: Loaded, framed: Loaded) -
 
 @pytest.mark.slow
 def test_processes_that_share_tokens_agree_with_one(
-    trained_run: Callable[..., Path], tmp_path: Path, run_processes: Callable[..., str]
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    run_processes: Callable[..., str],
+    free_port: Callable[[], int],
 ) -> None:
     """Given frames, the held one and scaled positions are cut with the tokens."""
     script = Path(__file__).with_name("sampler_processes.py")
@@ -322,11 +324,8 @@ def test_processes_that_share_tokens_agree_with_one(
         loaded.model, loaded.vae, loaded.text.encode, cases.requests(first, last), cases.CONFIG, CPU
     )
     torch.save([first, last], tmp_path / "images.pt")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     arguments: dict[str, object] = {
-        "run": str(run), "images": str(tmp_path / "images.pt"), "port": port,
+        "run": str(run), "images": str(tmp_path / "images.pt"), "port": free_port(),
         "out": str(tmp_path / "latents.pt"),
     }  # fmt: skip
     run_processes(2, script, ("share_tokens", arguments), backend="none")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,12 +371,6 @@ def test_training_looks_at_it_first(
 # --- processes ------------------------------------------------------------------------------------
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_draw_the_same_bytes(
@@ -385,13 +378,14 @@ def test_processes_draw_the_same_bytes(
     trained_run: Callable[..., Path],
     tmp_path: Path,
     run_processes: Callable[..., str],
+    free_port: Callable[[], int],
 ) -> None:
     """3 cases of 2 steps, 2 of 3 steps: neither divides by 2 and by 3; weights sharded."""
     cases = [{"num_inference_steps": 3} | case for case in CASES]
     config, run = _config(trained_run, tmp_path / "alone", cases, guidance_image=1.5)
     folder, _ = _draw(config, run)
     config, _ = _config(trained_run, tmp_path / "several", cases, guidance_image=1.5)
-    call = ("validate", {"config": str(config), "run": str(run), "port": _port()})
+    call = ("validate", {"config": str(config), "run": str(run), "port": free_port()})
     run_processes(world, SCRIPT, call, backend="none")
     out = tmp_path / "several" / "out"
     assert _digests(out / "validation" / "step_0000007") == _digests(folder)
@@ -401,12 +395,15 @@ def test_processes_draw_the_same_bytes(
 
 @pytest.mark.slow
 def test_one_rank_that_cannot_write_does_not_hang_the_others(
-    trained_run: Callable[..., Path], tmp_path: Path, run_processes: Callable[..., str]
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    run_processes: Callable[..., str],
+    free_port: Callable[[], int],
 ) -> None:
     """Three cases; rank 1, whose folder is none, has the second."""
     cases = [case | {"num_inference_steps": 2} for case in CASES[2:]]
     config, run = _config(trained_run, tmp_path, cases)
-    arguments = {"config": str(config), "run": str(run), "port": _port(), "broken": 1}
+    arguments = {"config": str(config), "run": str(run), "port": free_port(), "broken": 1}
     run_processes(2, SCRIPT, ("validate", arguments), backend="none")
     events = read_log(tmp_path / "out" / "train.jsonl")
     assert [event["event"] for event in events] == ["validation"] * 2 + ["validation_failed"]
@@ -416,10 +413,13 @@ def test_one_rank_that_cannot_write_does_not_hang_the_others(
 @pytest.mark.long
 @pytest.mark.slow
 def test_one_case_on_three_ranks(
-    trained_run: Callable[..., Path], tmp_path: Path, run_processes: Callable[..., str]
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    run_processes: Callable[..., str],
+    free_port: Callable[[], int],
 ) -> None:
     config, run = _config(trained_run, tmp_path, CASES[:1])
-    call = ("validate", {"config": str(config), "run": str(run), "port": _port()})
+    call = ("validate", {"config": str(config), "run": str(run), "port": free_port()})
     run_processes(3, SCRIPT, call, backend="none")
     assert len(list((tmp_path / "out" / "validation" / "step_0000007").iterdir())) == 1
 

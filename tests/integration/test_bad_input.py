@@ -149,7 +149,12 @@ def test_operators_that_do_not_exist_are_named_before_any_work(
 
 
 def test_missing_config_file_and_one_that_is_no_yaml(refused: Any, tmp_path: Path) -> None:
-    refused(["absent.yaml", "No such file"], "train", tmp_path / "absent.yaml")
+    for verb in ("train", "doctor", "cache"):
+        what = ["text"] if verb == "cache" else []
+        absent = tmp_path / "absent.yaml"
+        words = [f"goku {verb}: {absent}: no such file or directory; allowed: a YAML file\n"]
+        refused(words, verb, *what, absent)
+    refused([f"{tmp_path}: is a directory; allowed: a YAML file"], "train", tmp_path)
     bad = tmp_path / "bad.yaml"
     bad.write_text("train: {steps: 3\n")
     refused(["bad.yaml", "must be YAML", "line 2"], "train", bad)
@@ -461,7 +466,9 @@ def test_the_doctor_tells_good_from_bad(
 def test_the_doctor_on_what_is_no_dataset(
     refused: Any, tmp_path: Path, write_config: WriteConfig, media: Path
 ) -> None:
-    refused(["absent", "no such file or folder"], "doctor", tmp_path / "absent")
+    refused(
+        ["absent: no such file or folder; allowed: a folder, or"], "doctor", tmp_path / "absent"
+    )
     (tmp_path / "empty").mkdir()
     refused(["empty", "no media found"], "doctor", tmp_path / "empty")
     refused(["max_frames: 4", "4k+1"], "doctor", media, "--max-frames", 4)

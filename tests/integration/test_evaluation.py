@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -113,13 +112,13 @@ def test_validation_knows_what_was_trained_on_and_wandb_ends_nothing(
 
 @pytest.mark.slow
 def test_nor_does_it_on_one_of_two_processes(
-    write_config: Callable[..., Path], tmp_path: Path, run_processes: Callable[..., Any]
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    run_processes: Callable[..., Any],
+    free_port: Callable[[], int],
 ) -> None:
     config = write_config(tmp_path / "s", train=SAMPLING)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    call = ("train", {"config": str(config), "port": port, "broken": 1})
+    call = ("train", {"config": str(config), "port": free_port(), "broken": 1})
     run_processes(2, SCRIPT, call, backend="none")
     events = read_log(tmp_path / "s" / "train.jsonl")
     failed = [e for e in events if e["event"] == "sample_failed"]

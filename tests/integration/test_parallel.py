@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,12 @@ SCRIPT = Path(__file__).with_name("parallel_processes.py")
 STEPS = 6
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def train(
-    write_config: Callable[..., Path], run_processes: Callable[..., str], tmp_path: Path
+    write_config: Callable[..., Path],
+    run_processes: Callable[..., str],
+    free_port: Callable[[], int],
+    tmp_path: Path,
 ) -> Callable[..., Path]:
     """train(name, world, *overrides) -> the run's folder; a name again resumes that run.
 
@@ -39,7 +35,7 @@ def train(
     ) -> Path:
         config = write_config(tmp_path / name)
         wanted = [f"train.steps={STEPS}", *overrides]
-        arguments = {"config": str(config), "overrides": wanted, "port": _free_port()}
+        arguments = {"config": str(config), "overrides": wanted, "port": free_port()}
         call = ("train", arguments | {"dtypes": dtypes, "losing": list(losing)})
         output = run_processes(world, SCRIPT, call, backend="none")
         (tmp_path / name / "output.txt").write_text(output)
@@ -186,6 +182,7 @@ def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
     train: Callable[..., Path],
     write_config: Callable[..., Path],
     run_processes: Any,
+    free_port: Callable[[], int],
     tmp_path: Path,
 ) -> None:
     """One process's losses but for bf16's rounding; and decisions that one rank brings about."""
@@ -199,7 +196,7 @@ def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
         assert a[step]["grad_norm"] == pytest.approx(b[step]["grad_norm"], rel=1e-2)
 
     config = write_config(tmp_path / "decided")
-    call = ("decisions", {"config": str(config), "port": _free_port()})
+    call = ("decisions", {"config": str(config), "port": free_port()})
     run_processes(4, SCRIPT, call, backend="none")
     assert [step["skipped"] for step in _steps(tmp_path / "decided").values()] == [0, 1, 0, 0]
     assert len(list((tmp_path / "decided" / "checkpoints").glob("step_*"))) == 1

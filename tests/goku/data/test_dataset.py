@@ -202,9 +202,9 @@ def test_nothing_left_is_an_error_even_when_bad_items_are_skipped(
     (empty / "a.png").touch()
     (empty / "a.txt").write_text("x")
     bad = replace(config, path=str(empty), skip_bad=True)
-    with pytest.raises(DataError, match="1 of 1 items"):
+    with pytest.raises(DataError, match="1 of 1 item cannot"):
         prepare(bad, vae, text, cache_dir=tmp_path / "cache")
-    with pytest.raises(DataError, match="1 of 1 items"):
+    with pytest.raises(DataError, match="1 of 1 item cannot"):
         decode_all(read_records(empty), bad)
 
 

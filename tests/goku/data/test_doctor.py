@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from goku.data import DataConfig, DataError, ShuffledStream, doctor, prepare
+from goku.data.html_report import page
 from goku.packing import PackingConfig, partition
 
 PACKING = PackingConfig(tokens_per_step=100, tokens_per_pack=70)
@@ -204,3 +206,31 @@ def test_limits_remarks_and_equal_files(
     quick = doctor(config, PACKING, quick=True)
     assert quick.ok
     assert len(quick.items) == len(report.items) + 1
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "images.txt"])
+def test_what_a_listing_names_and_is_not_there_is_named(
+    config: DataConfig, folder: Path, name: str, quick: bool
+) -> None:
+    """A missing file and a broken one, by their names and with why, in every form of the report."""
+    (folder / "broken.png").write_text("no picture")
+    rows = {"a.png": "a picture", "gone.jpg": "was here once", "broken.png": "broken"}
+    lines = {
+        "metadata.jsonl": [json.dumps({"path": path, "text": rows[path]}) for path in rows],
+        "metadata.csv": ["path,text", *(f"{path},{rows[path]}" for path in rows)],
+        "images.txt": list(rows),
+    }
+    (folder / name).write_text("\n".join(lines[name]) + "\n")
+    (folder / "prompt.txt").write_text("\n".join(rows.values()) + "\n")
+    report = doctor(config, PACKING, quick=quick)
+    assert (report.listed, len(report.items), report.dropped) == (3, 1, ())
+    reasons = {problem.name: problem.reason for problem in report.unusable}
+    assert list(reasons) == ["gone.jpg", "broken.png"]
+    assert reasons["gone.jpg"].startswith("media file missing")
+    text, shown = report.to_text(), page(report)
+    unusable = text[text.index("\nUnusable\n") :]
+    for path, reason in reasons.items():
+        assert f"\n  {path}: {reason}\n" in unusable
+        assert f"<td class='name'>{path}</td>" in shown
+        assert escape(reason) in shown

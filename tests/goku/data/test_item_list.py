@@ -155,7 +155,7 @@ def test_an_item_that_cannot_be_had_keeps_its_place(
     assert [(p.name, "is empty" in p.reason) for p in set_aside[1:]] == [("c.mp4", True)]
     (folder / "c.mp4").unlink()
     # More of them than may be lost, or where none may be left out: refused, by name.
-    with pytest.raises(DataError, match=r"1 items of the run are lost, over .* = 0\n  c\.mp4: "):
+    with pytest.raises(DataError, match=r"1 item of the run lost, over .* = 0\n  c\.mp4: "):
         get(items, max_lost=0)
     with pytest.raises(DataError, match=r"1 of 4 items cannot be used\n  c\.mp4: media file"):
         get(items, skip_bad=False)
