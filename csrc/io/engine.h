@@ -49,8 +49,9 @@ class Core {
   // The most that a request has, in bytes: whole chunks, at least one.
   std::size_t write_block(std::uint64_t chunk) const;
   std::size_t read_block(std::uint64_t chunk) const;
-  // Whose threads write a file.
+  // Whose threads write and read a file.
   Pool& writing(const File& file);
+  Pool& reading(const File& file);
 
   System& system;
   Options chosen;
@@ -65,8 +66,12 @@ class Core {
   mutable std::mutex mutex_;
   bool closed_ = false;
   std::vector<std::weak_ptr<Source>> sources_;
-  const bool few_do_;  // for files that are written through the page cache
-  std::unique_ptr<Pool> few_;
+  // Made when they are first asked for, where nobody has said how many threads there are to be: for
+  // files that are written through the page cache, and for those in memory that are read.
+  Pool& own(std::unique_ptr<Pool>* place, std::size_t threads);
+  const bool may_choose_;
+  std::unique_ptr<Pool> buffered_;
+  std::unique_ptr<Pool> near_;
 };
 
 // A reference to the core and to one of its sources. When it goes, what is under way is cancelled

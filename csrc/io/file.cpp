@@ -13,6 +13,7 @@ File::File(System& system, std::shared_ptr<Trace> trace, const std::string& path
       path_(std::make_shared<const std::string>(path)),
       fd_(fd) {
   if (fd_ < 0) throw IoError(-fd_, path);
+  in_memory_ = system_.in_memory(fd_);
 }
 
 File::~File() {
@@ -36,8 +37,7 @@ std::unique_ptr<File> File::create(System& system, std::shared_ptr<Trace> trace,
     // inside it do not. In memory blocks are pages, which one thread would clear here, and the
     // writes fill again: 0.35 s per GiB.
     begin = file->trace().now();
-    const bool in_memory = system.in_memory(file->fd_);
-    const int result = in_memory ? -EOPNOTSUPP : system.allocate(file->fd_, size);
+    const int result = file->in_memory_ ? -EOPNOTSUPP : system.allocate(file->fd_, size);
     if (result == -EOPNOTSUPP) {
       file->check(system.truncate(file->fd_, size));
       file->record(begin, "truncate", 0, size);
@@ -66,7 +66,7 @@ std::unique_ptr<File> File::duplicate(Direct direct) const {
 
 void File::enter_direct(Direct direct) {
   may_leave_direct_ = direct != Direct::on;
-  if (direct == Direct::off || (direct == Direct::automatic && system_.in_memory(fd_))) return;
+  if (direct == Direct::off || (direct == Direct::automatic && in_memory_)) return;
   const DirectLimits limits = system_.direct_limits(fd_);
   const bool fits = limits.memory != 0 && limits.offset != 0 && kAlignment % limits.memory == 0 &&
                     kAlignment % limits.offset == 0;

@@ -41,6 +41,8 @@ class File {
   const std::string& path() const noexcept { return *path_; }
   // Requests are O_DIRECT. May turn to false while requests are under way.
   bool direct() const noexcept { return direct_.load(std::memory_order_acquire); }
+  // On a file system that is memory: nothing is ever waited for.
+  bool in_memory() const noexcept { return in_memory_; }
   // What memory has to be aligned to for O_DIRECT.
   std::size_t memory_alignment() const noexcept { return memory_alignment_; }
   // The kernel has refused an O_DIRECT request (EINVAL): from now on buffered. false: not allowed.
@@ -70,6 +72,7 @@ class File {
   int fd_;
   std::atomic<bool> direct_{false};
   bool may_leave_direct_ = true;
+  bool in_memory_ = false;
   std::size_t memory_alignment_ = kAlignment;
 };
 

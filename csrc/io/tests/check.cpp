@@ -53,6 +53,8 @@ int FaultySystem::set_direct(int fd, bool on) {
 
 DirectLimits FaultySystem::direct_limits(int) { return limits; }
 
+bool FaultySystem::in_memory(int fd) { return memory || System::in_memory(fd); }
+
 int FaultySystem::uring_setup(unsigned entries, void* params) {
   return ring_error != 0 ? ring_error : System::uring_setup(entries, params);
 }

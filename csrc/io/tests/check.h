@@ -76,12 +76,14 @@ class FaultySystem final : public System {
   int ring_error = 0;
   int direct_error = 0;
   DirectLimits limits{4096, 4096};
+  bool memory = false;  // what every file lies in
 
   int allocate(int fd, std::uint64_t bytes) override;
   int sync(int fd) override;
   int close(int fd) override;
   int set_direct(int fd, bool on) override;
   DirectLimits direct_limits(int fd) override;
+  bool in_memory(int fd) override;
   int uring_setup(unsigned entries, void* params) override;
   std::int64_t read(int fd, void* memory, std::size_t length, std::uint64_t offset) override;
   std::int64_t write(int fd, const void* memory, std::size_t length, std::uint64_t offset) override;

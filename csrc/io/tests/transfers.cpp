@@ -96,34 +96,41 @@ void gathered(Folder& folder) {
   }
 }
 
-// Through the page cache no more than two threads of an engine write, unless it was told how many:
-// of those that were asked for more take part.
+// Through the page cache no more than two threads of an engine write, and from memory no more read
+// than there are processors, unless it was told how many: of those that were asked for more take part.
 void few_at_a_time(Folder& folder) {
   const Bytes data = noise(16 << 20);
-  for (const std::size_t asked : {0, 6}) {
+  const std::size_t processors = std::max<std::size_t>(2, std::thread::hardware_concurrency());
+  for (const std::size_t asked : {0, 64}) {
     FaultySystem system;
+    system.memory = true;
     std::mutex mutex;
-    std::set<std::thread::id> seen;
-    system.twist = [&](bool, std::uint64_t, std::size_t, std::int64_t result) {
+    std::set<std::thread::id> seen[2];
+    system.twist = [&](bool write, std::uint64_t, std::size_t, std::int64_t result) {
       {
         const std::lock_guard<std::mutex> lock(mutex);
-        seen.insert(std::this_thread::get_id());
+        seen[write ? 1 : 0].insert(std::this_thread::get_id());
       }
       // The others' turn.
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
       return result;
     };
     Options options;
-    options.direct = Direct::off;
     options.block_bytes = 1 << 16;
-    options.threads = asked;
+    options.threads = options.queue_depth = asked;
     Engine engine(options, system);
     const std::string path = folder.fresh();
     auto writer = engine.create(path, data.size(), kChunk, false, 0644);
     writer->submit(data.data(), 0, data.size());
     writer->finish();
-    CHECK(asked == 0 ? seen.size() == 2 : seen.size() > 2);
+    CHECK(!writer->direct());
     CHECK(content_of(path) == data);
+    auto checksum = engine.checksum(path, kChunk);
+    checksum->result();
+    CHECK(checksum->crc() == crc32c(0, data.data(), data.size()));
+    CHECK(asked == 0 ? seen[1].size() == 2 : seen[1].size() > 2);
+    CHECK(asked == 0 ? seen[0].size() >= 2 && seen[0].size() <= std::min<std::size_t>(processors, 16)
+                     : seen[0].size() > 2);
     engine.close();
     CHECK(errno_of([&] { engine.create(folder.fresh(), 1, kChunk, false, 0644); }, path) == -1);
   }
