@@ -144,12 +144,12 @@ compiled: $(DEV)  ## what the Triton kernels compile to: docs/compiled.md; TRITO
 .PHONY: shipped
 shipped: $(DEV)  ## compile and judge every shipped configuration; `make test` does so where sources changed since
 	@$(RUN) tests/kernels/compiled -m shipped $(ARGS)
-	@$(BIN)/python tests/kernels/verified.py shipped
+	@$(if $(ARGS),,$(BIN)/python tests/kernels/verified.py shipped)
 
 .PHONY: mutants
 mutants: $(DEV)  ## wrong kernels that the interpreter's tests have to find; `make test` does so where sources changed since
 	@$(RUN) tests/kernels/test_mutants.py -m mutants $(ARGS)
-	@$(BIN)/python tests/kernels/verified.py mutants
+	@$(if $(ARGS),,$(BIN)/python tests/kernels/verified.py mutants)
 
 .PHONY: venv
 venv: $(DEV)  ## set up .venv with everything for development

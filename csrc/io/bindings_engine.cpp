@@ -291,7 +291,8 @@ py::dict run_probe(py::handle directory, double seconds, std::int64_t bytes) {
   if (interrupted) throw py::error_already_set();
   py::list trials;
   for (const Trial& trial : result.trials) trials.append(trial_as_dict(trial, bytes));
-  const Options& best = result.trials[result.choice].options;
+  // As it was asked: an engine of these options is the one that was measured.
+  const Options& best = result.trials[result.choice].asked;
   py::dict choice;
   choice["backend"] = goku::io::name(best.backend);
   // Not "on": that would refuse the files for which it does not work.

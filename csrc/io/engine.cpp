@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "errors.h"
@@ -27,12 +29,12 @@ constexpr std::size_t kReadsPerBlock = 2;
 constexpr std::size_t kRingDepth = 32;
 constexpr std::size_t kThreads = 16;
 
-// Through the page cache a write is a copy that the thread itself makes, under a lock of the file:
-// one thread does that while another sums, and more only take turns on the cores. 1 GiB into tmpfs
+// Into a file system that is memory a write is a copy that the thread itself makes, under a lock of
+// the file: one thread does that while another sums, and more only take turns on the cores. 1 GiB
 // (2 cores, medians of 21): in one file 439 ms with 8 threads, 396 with 2, 478 with one; in two
-// files by two processes 308, 287 and 268. Reads from memory exclude nobody, and wait for nothing:
-// as many threads as processors (by two processes on 2 cores 213 ms with 16, 184 with 8, 165 with 2).
-constexpr std::size_t kBufferedThreads = 2;
+// files by two processes 308, 287 and 268. Reads from it exclude nobody, and wait for nothing: as
+// many threads as processors (by two processes on 2 cores 213 ms with 16, 184 with 8, 165 with 2).
+constexpr std::size_t kThreadsIntoMemory = 2;
 
 constexpr std::size_t kDeepest = 4096;
 constexpr std::size_t kSmallestBlock = std::size_t{64} << 10;
@@ -168,25 +170,34 @@ void Core::close() {
     if (const auto source = one.lock()) source->cancel();
   }
   if (pool != nullptr) pool->stop();
-  if (buffered_ != nullptr) buffered_->stop();
-  if (near_ != nullptr) near_->stop();
+  if (into_memory_ != nullptr) into_memory_->stop();
+  if (from_memory_ != nullptr) from_memory_->stop();
 }
 
 Pool& Core::writing(const File& file) {
-  return !may_choose_ || file.direct() ? *pool : own(&buffered_, kBufferedThreads);
+  if (!may_choose_ || !file.in_memory()) return *pool;
+  return own(&into_memory_, kThreadsIntoMemory, chosen.block_bytes);
 }
 
 Pool& Core::reading(const File& file) {
   if (!may_choose_ || !file.in_memory()) return *pool;
-  return own(&near_, std::clamp<std::size_t>(std::thread::hardware_concurrency(), 2, kThreads));
+  const std::size_t processors = std::thread::hardware_concurrency();
+  return own(&from_memory_, std::clamp<std::size_t>(processors, 2, kThreads),
+             chosen.block_bytes / kReadsPerBlock);
 }
 
-Pool& Core::own(std::unique_ptr<Pool>* place, std::size_t threads) {
+Pool& Core::own(std::unique_ptr<Pool>* place, std::size_t threads, std::size_t block) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) throw std::runtime_error("the engine is closed");
   if (*place == nullptr) {
-    *place = std::make_unique<Pool>(system, threads, chosen.block_bytes, threads,
-                                    std::vector<std::unique_ptr<Ring>>());
+    try {
+      *place = std::make_unique<Pool>(system, threads, block, threads,
+                                      std::vector<std::unique_ptr<Ring>>());
+    } catch (const std::system_error&) {  // no more threads: those that there are do, too
+      return *pool;
+    } catch (const std::bad_alloc&) {
+      return *pool;
+    }
   }
   return **place;
 }

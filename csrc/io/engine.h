@@ -66,12 +66,12 @@ class Core {
   mutable std::mutex mutex_;
   bool closed_ = false;
   std::vector<std::weak_ptr<Source>> sources_;
-  // Made when they are first asked for, where nobody has said how many threads there are to be: for
-  // files that are written through the page cache, and for those in memory that are read.
-  Pool& own(std::unique_ptr<Pool>* place, std::size_t threads);
+  // Made when they are first asked for, where nobody has said how many threads or requests there are
+  // to be, or how much memory: for files in memory that are written, and for those that are read.
+  Pool& own(std::unique_ptr<Pool>* place, std::size_t threads, std::size_t block);
   const bool may_choose_;
-  std::unique_ptr<Pool> buffered_;
-  std::unique_ptr<Pool> near_;
+  std::unique_ptr<Pool> into_memory_;
+  std::unique_ptr<Pool> from_memory_;
 };
 
 // A reference to the core and to one of its sources. When it goes, what is under way is cancelled

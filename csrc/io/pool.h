@@ -55,7 +55,7 @@ class Pool {
   std::condition_variable wake_;
   std::deque<std::shared_ptr<Source>> sources_;  // with requests to give, in turn
   std::vector<Slot*> free_;
-  // Bounce buffers, in one piece for the sake of huge pages: a request of 1 MiB in 4 KiB pages has
+  // Bounce buffers, in one piece for the sake of huge pages: of a request each MiB in 4 KiB pages has
   // 256 segments, more than a disk takes at once (virtio: 254), and is read 40% slower.
   Buffer arena_;
   std::vector<std::unique_ptr<Slot>> slots_;

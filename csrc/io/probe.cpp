@@ -40,8 +40,8 @@ class Prober {
   // Keeps the better of what the trial knows and this run.
   void run(Trial* trial) {
     try {
-      Engine engine(trial->options, system_);
-      trial->options = with_chosen(trial->options, engine.chosen());
+      Engine engine(trial->asked, system_);
+      trial->options = with_chosen(trial->asked, engine.chosen());
       run(engine, trial);
     } catch (const IoError& error) {
       const bool refused = error.path() == "io_uring" ||
@@ -126,7 +126,7 @@ ProbeResult probe(const std::string& directory, double seconds, std::uint64_t by
     const std::size_t first = result.trials.size();
     for (int run = 0; run < kRuns; ++run) {
       for (std::size_t way = 0; way < ways.size() && !over(); ++way) {
-        if (result.trials.size() <= first + way) result.trials.push_back({ways[way], 0, 0, {}});
+        if (result.trials.size() <= first + way) result.trials.push_back({ways[way], ways[way], 0, 0, {}});
         if (result.trials[first + way].error.empty()) prober.run(&result.trials[first + way]);
       }
     }
@@ -148,15 +148,19 @@ ProbeResult probe(const std::string& directory, double seconds, std::uint64_t by
   if (result.trials.empty() || interrupted) return {};
   ways.clear();
   for (const int shift : {-2, 2}) {
-    Options options = result.trials[result.choice].options;
-    options.block_bytes = shift < 0 ? options.block_bytes >> -shift : options.block_bytes << shift;
+    const Trial& best = result.trials[result.choice];
+    Options options = best.asked;
+    const std::size_t block = best.options.block_bytes;
+    options.block_bytes = shift < 0 ? block >> -shift : block << shift;
     ways.push_back(options);
   }
   attempt(ways);
   ways.clear();
   for (const int shift : {-1, 1}) {
-    Options options = result.trials[result.choice].options;
-    options.queue_depth = shift < 0 ? options.queue_depth >> -shift : options.queue_depth << shift;
+    const Trial& best = result.trials[result.choice];
+    Options options = best.asked;
+    const std::size_t depth = best.options.queue_depth;
+    options.queue_depth = shift < 0 ? depth >> -shift : depth << shift;
     // Without a ring the threads are the depth.
     if (options.backend == Backend::threads) options.threads = 0;
     ways.push_back(options);

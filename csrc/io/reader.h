@@ -50,7 +50,8 @@ class Reader final : public Source {
   void finish(const Request& request) override;
   void cancel() override;
   // The work comes after the transfer: a worker with several of them done would sum and copy one
-  // after another while others have nothing to do. Measured: see engine.cpp.
+  // after another while others have nothing to do (8 requests in all: 0.87 to 0.90 of the raw rate with
+  // several a worker, 1.01 with one).
   std::size_t most_in_ring() const override { return 1; }
 
  private:

@@ -163,9 +163,9 @@ class Engine:
     queue_depth: requests under way at once; block_bytes: the most that a write has, and twice
         the most that a read has (a multiple of 4096, 65536 to 2**30; larger where a chunk is);
         threads: that transfer and compute checksums. 0: the default. Unless one of queue_depth,
-        threads and memory_budget is given, files that are written through the page cache get two
-        threads of their own (more would wait for the file's lock), and files in memory (tmpfs) that
-        are read as many as there are processors.
+        threads and memory_budget is given, files in memory (tmpfs) have threads, requests and bounce
+        buffers of their own: two where they are written (more would wait for the file's lock), as
+        many as processors, 2 to 16, where they are read.
     memory_budget: bytes of bounce buffers (queue_depth * block_bytes otherwise; lowers the depth).
     trace: keep what was asked of the file system.
 

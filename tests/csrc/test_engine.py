@@ -357,7 +357,12 @@ def test_the_probe_measures_and_leaves_nothing(tmp_path):
     assert all(trial["write_gib_s"] is None for trial in trials if trial["error"] is not None)
     with _io.Engine(**found["choice"]) as engine:
         assert engine.backend == found["choice"]["backend"]
-        assert engine.queue_depth == found["choice"]["queue_depth"]
+        assert found["choice"]["queue_depth"] in (0, engine.queue_depth)
+        assert found["choice"]["threads"] in (0, engine.threads)
+        described = engine.describe()
+    # It is one of those that were measured.
+    names = ("queue_depth", "block_bytes", "threads")
+    assert {k: described[k] for k in names} in [{k: t[k] for k in names} for t in ran]
 
 
 def test_the_probe_ends_in_time(tmp_path):

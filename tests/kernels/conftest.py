@@ -12,7 +12,8 @@ def pytest_collection_modifyitems(items):
     )
     verified = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(verified)
-    known = [name for name in verified.TESTS if verified.is_verified(name)]
-    for item in items:
-        if any(item.get_closest_marker(name) is not None for name in known):
-            item.add_marker(pytest.mark.long)
+    for name in verified.TESTS:
+        marked = [item for item in items if item.get_closest_marker(name) is not None]
+        if marked and verified.is_verified(name):
+            for item in marked:
+                item.add_marker(pytest.mark.long)

@@ -48,14 +48,36 @@ class Gate {
   std::size_t most_ = 0;
 };
 
-void cancelled_in_the_middle(Folder& folder) {
+// An engine as it comes, for files on a disk and for files in memory, which threads of their own move.
+struct Life {
+  explicit Life(const Kind& kind) : options(small(kind)) {}
+  Life() {
+    options.block_bytes = 65536;
+    system.memory = true;
+  }
+  Options options;
+  FaultySystem system;
+};
+
+// Calls `test` with each.
+template <typename Test>
+void for_all(const Test& test) {
   for (const Kind& kind : kinds()) {
-    FaultySystem system;
+    Life life(kind);
+    test(life);
+  }
+  Life life;
+  test(life);
+}
+
+void cancelled_in_the_middle(Folder& folder) {
+  for_all([&](Life& life) {
+    FaultySystem& system = life.system;
     Gate gate;
     system.twist = [&](bool, std::uint64_t, std::size_t, std::int64_t result) {
       return gate.pass(result);
     };
-    Engine engine(small(kind), system);
+    Engine engine(life.options, system);
     Bytes data = noise(1 << 20);
     const std::string path = folder.fresh();
     auto writer = engine.create(path, data.size(), kChunk, true, 0644);
@@ -80,7 +102,7 @@ void cancelled_in_the_middle(Folder& folder) {
     CHECK(errno_of([&] { writer->finish(); }, path) == ECANCELED);
     CHECK(errno_of([&] { writer->wait(rest, 0.0); }, path) == ECANCELED);
     CHECK(errno_of([&] { writer->submit(data.data(), 0, kChunk); }, path) == ECANCELED);
-  }
+  });
 }
 
 void no_more_than_the_depth_at_once(Folder& folder) {
@@ -100,9 +122,9 @@ void no_more_than_the_depth_at_once(Folder& folder) {
 }
 
 void ended_in_the_middle(Folder& folder) {
-  for (const Kind& kind : kinds()) {
+  for_all([&](Life& life) {
     for (int round = 0; round < 10; ++round) {
-      auto engine = std::make_unique<Engine>(small(kind));
+      auto engine = std::make_unique<Engine>(life.options, life.system);
       Bytes data = noise(1 << 20, static_cast<std::uint64_t>(round) + 1);
       auto writer = std::make_unique<Handle<Writer>>(
           engine->create(folder.fresh(), data.size(), kChunk, false, 0644));
@@ -113,12 +135,41 @@ void ended_in_the_middle(Folder& folder) {
       // Nobody reads it any more, whoever went first.
       for (auto& byte : data) byte = 0;
     }
-  }
+  });
+}
+
+// While one thread closes the engine another still makes files and reads them: each is refused, or ends.
+void closed_while_used(Folder& folder) {
+  for_all([&](Life& life) {
+    for (int round = 0; round < 10; ++round) {
+      const Bytes data = noise(1 << 18);
+      Engine engine(life.options, life.system);
+      std::thread user([&] {
+        for (int number = 0; number < 100; ++number) {
+          const std::string path = folder.fresh();
+          const int error = errno_of(
+              [&] {
+                auto writer = engine.create(path, data.size(), kChunk, false, 0644);
+                writer->submit(data.data(), 0, data.size());
+                writer->finish();
+                engine.checksum(path, kChunk)->result();
+              },
+              path);
+          CHECK(error == 0 || error == ECANCELED || error == -1);
+          if (error != 0) return;
+        }
+        CHECK(false);  // it was closed long before
+      });
+      std::this_thread::sleep_for(std::chrono::milliseconds(round));
+      engine.close();
+      user.join();
+    }
+  });
 }
 
 void closed_from_two_sides(Folder& folder) {
-  for (const Kind& kind : kinds()) {
-    Engine engine(small(kind));
+  for_all([&](Life& life) {
+    Engine engine(life.options, life.system);
     const Bytes data = noise(1 << 20);
     const std::string path = folder.fresh();
     auto writer = engine.create(path, data.size(), kChunk, false, 0644);
@@ -131,13 +182,13 @@ void closed_from_two_sides(Folder& folder) {
     engine.close();
     other.join();
     finisher.join();
-  }
+  });
 }
 
 void forked(Folder& folder) {
 #if !defined(__SANITIZE_THREAD__)  // which does not follow a fork of several threads
-  for (const Kind& kind : kinds()) {
-    Engine engine(small(kind));
+  for_all([&](Life& life) {
+    Engine engine(life.options, life.system);
     const Bytes data = noise(1 << 20);
     auto writer = engine.create(folder.fresh(), data.size(), kChunk, false, 0644);
     writer->submit(data.data(), 0, data.size());
@@ -163,7 +214,7 @@ void forked(Folder& folder) {
     CHECK(::waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     writer->finish();
-  }
+  });
 #else
   (void)folder;
 #endif
@@ -177,6 +228,7 @@ void test_life() {
   no_more_than_the_depth_at_once(folder);
   ended_in_the_middle(folder);
   closed_from_two_sides(folder);
+  closed_while_used(folder);
   forked(folder);
 }
 
