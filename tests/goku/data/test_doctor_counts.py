@@ -247,12 +247,16 @@ def test_clips_by_hand(recipe: Recipe, clips: Path, cut: bool) -> None:
 
 def test_lengths_are_those_of_the_file_at_the_rate_of_training(clips: Path) -> None:
     config = DataConfig(path=str(clips), video_pixels=1024, max_frames=13, workers=0)
-    report = doctor(config, PackingConfig(tokens_per_step=96, tokens_per_pack=32))
+    report = doctor(config, PackingConfig(tokens_per_step=72, tokens_per_pack=32))
     assert [item.source[0] for item in report.items] == [5, 9, 9, 13]
     assert [item.source_seconds for item in report.items] == pytest.approx(
         [n / 12 for n in (5, 9, 9, 13)]
     )
     assert not any("max_frames" in note for note in report.all_notes())
+    # A step of 72 tokens is more than one round of these 48, and fewer than two.
+    assert any("smaller than a step" in note for note in report.all_notes())
+    assert report.packing is not None
+    assert 4 < report.packing.samples_per_step < 8
     # At half the rate 13 frames are 7, of which 5 are encoded: what is not seen is counted at that rate.
     slow = doctor(
         replace(config, fps=6.0, max_frames=5),
