@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from goku.data import MixedStream
+from goku.data import DataConfig, MixedStream, doctor
 from goku.data.html_report import page
 from goku.data.mixing import Group
 from goku.data.stage_report import STAGE_HEAD
-from goku.packing import partition, sample_cost
+from goku.packing import PackingConfig, partition, sample_cost
 from goku.recipe import Recipe, load_recipe
 from goku.recipe_doctor import doctor_recipe
 
@@ -121,6 +122,8 @@ def test_the_caches_by_hand(recipe: Recipe) -> None:
     assert first.cache.texts == sum(len(caption) + 1 for caption in captions) * 8 * 4
     assert second.cache.shared == second.cache.total > 0
     assert first.cache.shared == 0
+    (cut, _) = doctor_recipe(load_recipe(dict(recipe.tree), ["text.max_tokens=5"])).stages
+    assert cut.cache.texts == sum(min(len(caption) + 1, 5) for caption in captions) * 8 * 4
 
 
 def test_the_text_says_each_number_in_its_place(recipe: Recipe) -> None:
@@ -194,3 +197,95 @@ def test_items_that_do_not_fit_are_named_or_counted(
         assert reason.startswith(name)
         assert "over tokens_per_pack=3" in reason
     assert list(stage.reasons[3:]) == [f"the same of {words}" for words in more]
+
+
+@pytest.fixture
+def clips(tmp_path: Path, write_video: Any, gradient: Any) -> Path:
+    """Four clips of 5, 9, 9 and 13 frames at 12 a second; the table says more of the second than it has."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rows = []
+    for n, frames in enumerate((5, 9, 9, 13)):
+        write_video(folder / f"{n}.mp4", gradient(frames, 32, 32), fps=12)
+        rows.append(
+            {"path": f"{n}.mp4", "text": f"clip {n}"} | ({"num_frames": 99} if n == 1 else {})
+        )
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_clips_by_hand(recipe: Recipe, clips: Path, cut: bool) -> None:
+    """A latent frame of 32 x 32 pixels is 4 tokens; a pack of 8 cuts to two latent frames, 5 frames."""
+    tree = dict(recipe.tree)
+    tree["sources"] = {"clips": {"path": str(clips)}}
+    packing = {"tokens_per_pack": 8, "overlong": "cut"} if cut else {}
+    tree["stages"] = {
+        "only": {
+            "mix": {"clips": {"video": 1}},
+            "data": {"video_pixels": "32x32", "max_frames": 13},
+            "packing": packing,
+        }
+    }
+    (told,) = doctor_recipe(load_recipe(tree)).stages
+    frames = [5, 5, 5, 5] if cut else [5, 9, 9, 13]
+    assert told.tokens_in_all == sum(4 * ((n - 1) // 4 + 1) for n in frames)
+    sizes = {f"video {n} x 32 x 32": frames.count(n) for n in frames}
+    assert dict(told.sizes) == sizes
+    seconds = [n / 12 for n in frames]
+    assert told.seconds == pytest.approx(
+        {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
+    )
+    assert told.durations == (
+        (("0.25 - 0.5 s", 4),) if cut else (("0.25 - 0.5 s", 1), ("0.5 - 1 s", 2), ("1 - 2 s", 1))
+    )
+    assert any("3 clips cut to tokens_per_pack" in note for note in told.notes) == cut
+    # What is encoded is not cut: 2, 3 and 4 latent frames of 4 x 4 cells, 4 channels, mean and logvar; the two clips of
+    # 9 frames have equal pixels, and one file.
+    assert (told.cache.latent_files, told.cache.latents) == (3, (2 + 3 + 4) * 4 * 4 * 4 * 2 * 4)
+
+
+def test_lengths_are_those_of_the_file_at_the_rate_of_training(clips: Path) -> None:
+    config = DataConfig(path=str(clips), video_pixels=1024, max_frames=13, workers=0)
+    report = doctor(config, PackingConfig(tokens_per_step=72, tokens_per_pack=32))
+    assert [item.source[0] for item in report.items] == [5, 9, 9, 13]
+    assert [item.source_seconds for item in report.items] == pytest.approx(
+        [n / 12 for n in (5, 9, 9, 13)]
+    )
+    assert not any("max_frames" in note for note in report.all_notes())
+    # A step of 72 tokens is more than one round of these 48, and fewer than two.
+    assert any("smaller than a step" in note for note in report.all_notes())
+    assert report.packing is not None
+    assert 4 < report.packing.samples_per_step < 8
+    # At half the rate 13 frames are 7, of which 5 are encoded: what is not seen is counted at that rate.
+    slow = doctor(
+        replace(config, fps=6.0, max_frames=5),
+        PackingConfig(tokens_per_step=96, tokens_per_pack=32),
+    )
+    assert [item.unused_frames for item in slow.items] == [2, 0, 0, 2]
+
+
+def test_clips_at_another_rate_share_no_latents(recipe: Recipe, clips: Path) -> None:
+    """Their sizes are equal, their frames are not; the captions are."""
+    tree = dict(recipe.tree)
+    tree["sources"] = {"clips": {"path": str(clips)}}
+    sizes = {"video_pixels": "32x32", "image_pixels": "32x32", "max_frames": 5}
+    tree["stages"] = {f"at{fps}": {"data": {**sizes, "fps": float(fps)}} for fps in (12, 6)}
+    tree["stages"]["again"] = tree["stages"]["at12"]
+    fast, slow, again = doctor_recipe(load_recipe(tree)).stages
+    assert fast.cache.shared == 0
+    assert slow.cache.shared == slow.cache.texts == fast.cache.texts
+    assert again.cache.shared == again.cache.total == fast.cache.total
+
+
+def test_a_dataset_of_which_the_limits_leave_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    config = DataConfig(path=str(tmp_path / "small"), min_image_pixels=5000, workers=0)
+    report = doctor(config, PackingConfig(tokens_per_step=96, tokens_per_pack=32))
+    assert (report.listed, len(report.dropped), report.unusable) == (10, 10, ())
+    assert not report.ok
+    assert report.to_text().splitlines()[-1] == "Not ready for training."
+    # One line of the page for all that one limit leaves out, whatever their sizes.
+    (limit,) = {dropped.reason.rpartition(", ")[2] for dropped in report.dropped}
+    assert len({dropped.reason for dropped in report.dropped}) == 2
+    assert limit.endswith("min_image_pixels = 5,000")
+    assert f"<td class='name'>10  {limit}</td>" in page(report)
