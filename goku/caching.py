@@ -215,7 +215,7 @@ class _Shown:
             self._store = dist.PrefixStore(f"goku/cache/{name}", store)
         self._log: RunLog | None = None
         self._total = 0
-        self._mine = self._told = self._drawn = (0, 0)  # items, bytes
+        self._mine = self._others = self._told = self._drawn = (0, 0)  # items, bytes
         self._sized = False
         self._last = self._begin = time.monotonic()
         self._ended = threading.Event()
@@ -275,12 +275,13 @@ class _Shown:
     def _add(self, items: int, nbytes: int) -> tuple[int, int]:
         """Add to the counters of the ranks but the main one; what they are then."""
         if self._store is None:
-            return 0, 0
+            return self._others
         try:
-            return self._store.add("items", items), self._store.add("bytes", nbytes)
-        except dist.DistError:  # a peer has died, which ends the work; not here
+            self._others = self._store.add("items", items), self._store.add("bytes", nbytes)
+            return self._others
+        except dist.DistError:  # the process that holds it is gone, which ends the work; not here
             self._store = None
-            return 0, 0
+            return self._others
 
 
 def _rate(done: int, total: int, nbytes: int | None, seconds: float) -> str:

@@ -143,7 +143,8 @@ def save(
     kind, data = media_bytes(video, fps=fps, metadata=metadata)
     path = stem.with_name(stem.name + (".png" if kind == "image/png" else ".mp4"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{uuid.uuid4().hex}")
+    # One that replaces has the name to itself, and what a kill left of it; others may come for the same name.
+    partial = path.with_name(f".partial-{path.name if overwrite else uuid.uuid4().hex}")
     try:
         partial.write_bytes(data)
         if overwrite:

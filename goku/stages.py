@@ -271,6 +271,9 @@ def run_recipe(
         check_validation(left, context)
         begun = {state.stage.name for state in found if state.begun}
         # Where a stream goes on the list of the stage that began it decides, whatever has come since.
+        for stage in recipe.stages:
+            if stage.carry.stream and stage.start in begun:
+                begun.add(stage.name)  # and of those that go on from it
         carried = [s.config for s in wanted if s.carry.stream and s.start in begun]
         check_sources([config for config in left if config not in carried], context)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))

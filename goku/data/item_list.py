@@ -177,18 +177,19 @@ def hold(
     """The outcomes of a source as the list wants them: exactly its items, in its order.
 
     An item that is not on it is left out, or is a duplicate where one before it has its content and captions. One
-    that is on it and cannot be used now is trained from its cached latent
-    where its media are at fault and the latent is there; else it is lost, as is one that is listed no more. None when
-    no such change gives the listed items: one of them has become another (its captions, its media, its name, what the
-    limits make of it).
+    that is on it and cannot be used now is trained from its cached latent where its media are at fault and the latent
+    is there; else it is lost, as is one that is listed no more. None when no such change gives the listed items: one of
+    them has become another (its captions, its media, its name), or the limits or the mix leave it out.
     """
     rows = {row[0]: row for row in kept.rows}
     now: dict[str, Entry] = {}
     bad = {problem.name: problem for problem in source.problems}
     rest: list[Problem | Dropped] = []
     twins: list[Problem] = []
-    first: dict[tuple[str, tuple[str, ...]], str] = {}  # of a latent and captions
+    # Of a latent, the frames that are asked of the file and captions.
+    first: dict[tuple[str, int | None, tuple[str, ...]], str] = {}
     extra: set[str] = set()
+    records = {record.name: record for record in source.records}
     # A run that leaves out what cannot be used has done so since it began; in another one that has come since.
     since = not source.config.skip_bad
     for outcome in outcomes:
@@ -198,9 +199,9 @@ def hold(
                 if row_of(outcome) != rows[name]:
                     return None
                 now[name] = outcome
-                first.setdefault((outcome.key, outcome.record.prompts), name)
-            elif not since and (outcome.key, outcome.record.prompts) in first:
-                twins.append(duplicate(name, first[outcome.key, outcome.record.prompts]))
+                first.setdefault(_content(outcome), name)
+            elif not since and _content(outcome) in first:
+                twins.append(duplicate(name, first[_content(outcome)]))
             else:
                 rest.append(Dropped(name, LEFT_OUT))
                 extra.add(outcome.key)
@@ -209,17 +210,18 @@ def hold(
             if outcome.name not in rows:
                 # What has come since is left out, whole or not: perhaps it is still being written.
                 rest.append(Dropped(outcome.name, LEFT_OUT) if since else outcome)
-            else:
+            elif (record := records.get(outcome.name)) is not None:
                 row = rows[outcome.name]
-                first.setdefault((row[3], _prompts(row)), outcome.name)
+                first.setdefault((row[3], record.num_frames, _prompts(row)), outcome.name)
         elif outcome.name in rows:
             return None
         else:
             rest.append(outcome)
-    records = {record.name: record for record in source.records}
     known = {problem.name for problem in source.problems}
     entries: list[Entry] = []
     lost: dict[str, Problem] = {}
+    if any(dropped.name in rows for dropped in source.dropped):
+        return None  # it is there, and not wanted any more
     for row, geometry in zip(kept.rows, kept.geometries, strict=True):
         name, key = row[0], row[3]
         if name in now:
@@ -243,6 +245,10 @@ def hold(
 def duplicate(name: str, twin: str) -> Problem:
     """Of an item whose content, range and captions an earlier one has."""
     return Problem(name, f"duplicate of {twin} (same content and caption)", "duplicate")
+
+
+def _content(entry: Entry) -> tuple[str, int | None, tuple[str, ...]]:
+    return entry.key, entry.record.num_frames, entry.record.prompts
 
 
 def _prompts(row: Row) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 import triton
 
 HERE = Path(__file__).parent
@@ -23,6 +25,7 @@ def loaded():
 def verified(tmp_path, monkeypatch):
     """The module, looking at copies of the kernels and of the tests."""
     module = loaded()
+    shutil.copy(HERE.parent / "conftest.py", tmp_path)
     for name in ("KERNELS", "HERE"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         copied = shutil.copytree(getattr(module, name), tmp_path / name, ignore=ignored)
@@ -42,6 +45,7 @@ def test_copies_elsewhere_are_the_same_sources(verified, name):
         ("shipped", "compiled/conftest.py"),
         ("mutants", "interpreter/conftest.py"),
         ("mutants", "test_mutants.py"),
+        ("mutants", "../conftest.py"),
     ],
 )
 def test_any_change_of_a_kernel_a_configuration_or_a_test_is_seen(verified, name, test):
@@ -79,6 +83,16 @@ def test_another_version_of_triton_has_verified_nothing(verified, monkeypatch, n
     monkeypatch.setattr(triton, "__version__", "9.9.9")
     assert not verified.is_verified(name)
     verified.main(name)
+    assert "triton 9.9.9" in verified.versions(name)
     assert json.loads(verified.RECORD.read_text()) == {
-        name: first | {"9.9.9": verified.fingerprint(name)}
+        name: first | {verified.versions(name): verified.fingerprint(name)}
     }
+
+
+def test_mutants_depend_on_what_computes_them(verified, monkeypatch):
+    for module in (torch, numpy):
+        with monkeypatch.context() as patch:
+            before = {name: verified.versions(name) for name in NAMES}
+            patch.setattr(module, "__version__", "0.0.1")
+            assert verified.versions("mutants") != before["mutants"]
+            assert verified.versions("shipped") == before["shipped"]

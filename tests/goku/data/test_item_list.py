@@ -310,3 +310,35 @@ def test_of_several_sources_each_has_its_own(
     assert items.differences(after.item_list()) == [
         "two:d.mkv: its caption was 'this is d', is 'another'"
     ]
+
+
+def test_what_the_mix_leaves_out_is_not_lost(
+    tmp_path: Path, folder: Path, config: DataConfig, vae: Any, text: Any
+) -> None:
+    from goku.config import parse
+
+    def get(items: ItemList | None = None, **weights: int) -> Dataset:
+        tree = {"sources": {"one": {"path": str(folder)}}, "mix": {"one": weights}, "workers": 0}
+        tree |= {"image_pixels": 1024, "video_pixels": 1024, "max_frames": 5}
+        mixed = parse(DataConfig, tree)
+        return prepare(mixed, vae, text, cache_dir=tmp_path / "cache", items=items)
+
+    items = get(image=1, video=1).item_list()
+    # Every item is there, and may be left out without skip_bad.
+    after = get(items, video=1)
+    assert (names(after), after.skipped, dict(after.lost)) == (["c.mp4", "d.mkv"], (), {})
+    assert items.differences(after.item_list())[0] == "a.png: is no longer there"
+
+
+def test_the_same_file_asked_for_otherwise_is_no_duplicate(folder: Path, get: Any) -> None:
+    """The latents are equal, since both are cut; a start takes both, and so they are not told as duplicates later."""
+    table(folder, NAMES)
+    before = get()
+    shutil.copy(folder / "c.mp4", folder / "x.mp4")
+    row = {"path": "x.mp4", "text": "this is c", "num_frames": 7}
+    with (folder / "metadata.jsonl").open("a") as listing:
+        listing.write(json.dumps(row) + "\n")
+    assert names(get()) == [*NAMES, "x.mp4"]
+    after = get(before.item_list())
+    assert (after.items, after.skipped) == (before.items, ())
+    assert [(d.name, d.reason) for d in after.report.dropped] == [("x.mp4", LEFT_OUT)]
