@@ -307,6 +307,7 @@ def test_import_kernels_is_the_installed_package(tmp_path):
     assert output.split() == ["theirs", str(package / "__init__.py")]
 
 
+@pytest.mark.long
 def test_transformers_beside_the_folder(tmp_path):
     script = "from transformers import T5EncoderModel; print(T5EncoderModel.__name__)"
     assert run([sys.executable, "-c", script], cwd=ROOT).split()[-1] == "T5EncoderModel"

@@ -202,7 +202,7 @@ def test_bf16_parameters_are_gathered_in_bf16_but_for_conditioning(
     assert len(list((tmp_path / "decided" / "checkpoints").glob("step_*"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_one_process_loses_has_no_weight_on_any_that_shares_its_pack(
     train: Callable[..., Path],
 ) -> None:
