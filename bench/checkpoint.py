@@ -53,7 +53,7 @@ _LIKE_DCP = (peers.DCP_THREADS, peers.DCP_ASYNC, peers.DCP_PROCESS)
 _HUGE = (peers.OURS, peers.OURS_BOUNDED, peers.DCP, peers.DCP_TUNED)
 EXAMPLES = """\
 examples, from the repository with the packages installed:
-  python -m bench.checkpoint                             everything but 8 GiB, under ten minutes
+  python -m bench.checkpoint                             everything but 8 GiB, twelve minutes
   python -m bench.checkpoint --large                     and 8 GiB on the disk, staged in 1 GiB
   python -m bench.checkpoint --disk /mnt/nvme/bench      another disk than the working directory's
   python -m bench.checkpoint rates --only "64 x" P=1 tmpfs --peers DCP
@@ -91,7 +91,7 @@ def works(*, large: bool, cores: int, rounds: int) -> list[Work]:
             names = [name for name in names if name not in _LIKE_DCP]
         if case.kind == HUGE:
             names = list(_HUGE)
-        # Ten minutes are to be enough: three rounds of the first case, two of the others.
+        # Twelve minutes are to be enough: three rounds of the first case, two of the others.
         fewer = 0 if case == Case(LARGE, 1, "disk") else 1
         found.append(Work("rates", case, {"peers": names, "rounds": max(1, rounds - fewer)}))
     for kind in (LARGE, SMALL):
@@ -197,9 +197,14 @@ def _row(
     if work.what != "planning":
         shape["file_system"] = file_system(folder)
     ceiling = timing.Ceiling("nothing", 1.0, "byte/s")
-    if work.what == "rates":
+    if peer == EMPTY:  # a time and no rate
+        nbytes = 8.0 * KINDS[case.kind].count * case.processes
+        shape["bytes"] = nbytes
+        if took is not None:
+            ceiling = timing.Ceiling("itself", nbytes / (1e-3 * took.median_ms), "byte/s")
+    elif work.what == "rates":
         # A stall is rated against the copy, in rows of its own.
-        reads = direction in ("load", "verify", "empty load")
+        reads = direction in ("load", "verify")
         limit = rates.get((RAW, "load" if reads else "save"))
         if limit is not None and limit["seconds"]:
             median = 1e-3 * timing.summary([1e3 * each for each in limit["seconds"]]).median_ms
@@ -225,8 +230,6 @@ def _row(
         ceiling = timing.Ceiling(f"{allowed:g} s", COUNT / allowed, "tensor/s")
     elif took is not None:  # memory: a rate says nothing there
         ceiling = timing.Ceiling("itself", nbytes / (1e-3 * took.median_ms), "byte/s")
-    if peer == EMPTY:
-        nbytes = 8.0 * KINDS[case.kind].count * case.processes
     if work.what == "memory":
         direction = f"memory, {direction}"
     elif work.what in ("partial", "planning"):

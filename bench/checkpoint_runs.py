@@ -142,8 +142,7 @@ class Rates:
         with self.stack:
             for number in range(rounds + _EXTRA_ROUNDS):
                 self._raw(RAW, work=False)
-                if self.case.kind != HUGE:
-                    self._raw(WORK, work=True)
+                self._raw(WORK, work=True)
                 for name, peer in self.peers.items():
                     if isinstance(peer, str) or self.results.of(name, "save").status != "measured":
                         continue

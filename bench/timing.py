@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,11 +158,11 @@ def time_calls(
 
 
 def summary(times_ms: Sequence[float]) -> Timing:
-    """Median, 20th and 80th percentile by nearest rank."""
+    """Median (of an even number the mean of the middle two), 20th and 80th percentile by nearest rank."""
     ordered = sorted(times_ms)
     last = len(ordered) - 1
-    median, p20, p80 = (ordered[round(share * last)] for share in (0.5, 0.2, 0.8))
-    return Timing(median, p20, p80, len(ordered))
+    p20, p80 = (ordered[round(share * last)] for share in (0.2, 0.8))
+    return Timing(statistics.median(ordered), p20, p80, len(ordered))
 
 
 def synchronise(device: torch.device) -> None:

@@ -260,9 +260,11 @@ py::dict trial_as_dict(const Trial& trial, std::int64_t bytes) {
   py::dict said;
   said["backend"] = name(trial.options.backend);
   said["direct"] = name(trial.options.direct);
-  said["queue_depth"] = trial.options.queue_depth;
+  // None: files in memory have threads of their own.
+  const bool own = trial.own_threads;
+  said["queue_depth"] = own ? py::object(py::none()) : py::object(py::int_(trial.options.queue_depth));
   said["block_bytes"] = trial.options.block_bytes;
-  said["threads"] = trial.options.threads;
+  said["threads"] = own ? py::object(py::none()) : py::object(py::int_(trial.options.threads));
   said["write_gib_s"] = rate(trial.write_seconds);
   said["read_gib_s"] = rate(trial.read_seconds);
   said["error"] = trial.error.empty() ? py::object(py::none()) : py::str(trial.error);

@@ -35,13 +35,19 @@ Buffer noise() {
 class Prober {
  public:
   Prober(const std::string& directory, std::uint64_t bytes, System& system)
-      : directory_(directory), bytes_(bytes), system_(system), noise_(noise()) {}
+      : directory_(directory), bytes_(bytes), system_(system), noise_(noise()) {
+    in_memory_ = create(std::make_shared<Trace>(false), kChunk, Direct::off)->in_memory();
+  }
+
+  bool in_memory() const noexcept { return in_memory_; }
 
   // Keeps the better of what the trial knows and this run.
   void run(Trial* trial) {
     try {
       Engine engine(trial->asked, system_);
       trial->options = with_chosen(trial->asked, engine.chosen());
+      trial->own_threads =
+          in_memory_ && trial->asked.threads == 0 && trial->asked.queue_depth == 0;
       run(engine, trial);
     } catch (const IoError& error) {
       const bool refused = error.path() == "io_uring" ||
@@ -59,19 +65,25 @@ class Prober {
     return options;
   }
 
-  void run(Engine& engine, Trial* trial) {
+  // A file that has lost its name already.
+  std::unique_ptr<File> create(std::shared_ptr<Trace> trace, std::uint64_t bytes, Direct direct) {
     const std::string path = directory_ + "/.goku-probe-" + std::to_string(::getpid()) + "-" +
                              std::to_string(monotonic_ns());
-    auto trace = std::make_shared<Trace>(false);
-    std::int64_t begin = monotonic_ns();
     std::unique_ptr<File> file;
     try {
-      file = File::create(system_, trace, path, bytes_, trial->options.direct, 0600, true);
+      file = File::create(system_, trace, path, bytes, direct, 0600, true);
     } catch (const IoError&) {
       system_.unlink(path.c_str());  // a full disk leaves the empty file
       throw;
     }
     system_.unlink(path.c_str());
+    return file;
+  }
+
+  void run(Engine& engine, Trial* trial) {
+    auto trace = std::make_shared<Trace>(false);
+    std::int64_t begin = monotonic_ns();
+    std::unique_ptr<File> file = create(trace, bytes_, trial->options.direct);
     auto again = file->duplicate(trial->options.direct);
     {
       auto writer = engine.write(std::move(file), bytes_, kChunk, true);
@@ -98,6 +110,7 @@ class Prober {
   const std::uint64_t bytes_;
   System& system_;
   const Buffer noise_;
+  bool in_memory_ = false;
 };
 
 }  // namespace
@@ -126,16 +139,44 @@ ProbeResult probe(const std::string& directory, double seconds, std::uint64_t by
     const std::size_t first = result.trials.size();
     for (int run = 0; run < kRuns; ++run) {
       for (std::size_t way = 0; way < ways.size() && !over(); ++way) {
-        if (result.trials.size() <= first + way) result.trials.push_back({ways[way], ways[way], 0, 0, {}});
+        if (result.trials.size() <= first + way) result.trials.push_back({ways[way], ways[way], false, 0, 0, {}});
         if (result.trials[first + way].error.empty()) prober.run(&result.trials[first + way]);
       }
     }
     choose();
   };
 
+  const auto ask_blocks = [&] {
+    std::vector<Options> sizes;
+    for (const int shift : {-2, 2}) {
+      const Trial& best = result.trials[result.choice];
+      Options options = best.asked;
+      const std::size_t block = best.options.block_bytes;
+      options.block_bytes = shift < 0 ? block >> -shift : block << shift;
+      sizes.push_back(options);
+    }
+    attempt(sizes);
+  };
+
   // One question after the other, each asked of the winner of the last: which system calls,
   // requests of what size, how many at a time.
   std::vector<Options> ways;
+  if (prober.in_memory()) {
+    // No device: neither a ring nor O_DIRECT passes by anything. The threads that the engine keeps for
+    // such files, and pools as they are on a disk.
+    ways.emplace_back();
+    for (const std::size_t depth : {2, 8}) {
+      Options options;
+      options.backend = Backend::threads;
+      options.queue_depth = depth;
+      ways.push_back(options);
+    }
+    attempt(ways);
+    if (result.trials.empty() || interrupted) return {};
+    ask_blocks();
+    if (interrupted) return {};
+    return result;
+  }
   for (const Backend backend : {Backend::io_uring, Backend::threads}) {
     for (const Direct direct : {Direct::on, Direct::off}) {
       Options options;
@@ -146,15 +187,7 @@ ProbeResult probe(const std::string& directory, double seconds, std::uint64_t by
   }
   attempt(ways);
   if (result.trials.empty() || interrupted) return {};
-  ways.clear();
-  for (const int shift : {-2, 2}) {
-    const Trial& best = result.trials[result.choice];
-    Options options = best.asked;
-    const std::size_t block = best.options.block_bytes;
-    options.block_bytes = shift < 0 ? block >> -shift : block << shift;
-    ways.push_back(options);
-  }
-  attempt(ways);
+  ask_blocks();
   ways.clear();
   for (const int shift : {-1, 1}) {
     const Trial& best = result.trials[result.choice];

@@ -12,6 +12,7 @@ namespace goku::io {
 struct Trial {
   Options asked;    // 0: left to the engine, which then chooses by file, too
   Options options;  // what that came to
+  bool own_threads = false;  // files in memory have their own, whatever options.threads says
   double write_seconds = 0;  // the best of its runs; with preallocation, checksums and fsync
   double read_seconds = 0;   // with checksums; 0 and `error` if it could not be run
   std::string error;

@@ -55,7 +55,8 @@ def test_all_peers_of_one_process_have_rows_and_a_page(tmp_path):
         assert raw["repeats"] == ours["repeats"] == 2  # one more than the others
         assert found[case, "disk", direction, WORK]["repeats"] == 2
         empty = found[case, "disk", f"empty {direction}", EMPTY]
-        assert (empty["work"], empty["ceiling"]) == (8 * 8, raw["ceiling"])
+        assert (empty["work"], empty["shape"]["bytes"]) == (8 * 8, 8 * 8)
+        assert empty["ceiling"]["what"] == "itself"  # no rate of the medium's
     assert not any((tmp_path / "disk").iterdir())
 
     (page,) = checkpoint_report.write(tmp_path / "out", tmp_path / "docs")
@@ -131,6 +132,7 @@ def test_a_wrong_result_of_ours_is_a_row_and_bad():
         (106.0, 0.0, False),
         (150.0, 45.0, True),
         (150.0, 44.0, False),
+        (150.0, 160.0, True),
     ],
 )
 def test_a_target_missed_is_explained_by_the_loop_and_the_bare_call(ours, empty, explained):
@@ -145,7 +147,24 @@ def test_a_target_missed_is_explained_by_the_loop_and_the_bare_call(ours, empty,
     found = checkpoint_report.Rows(checkpoint_report.Shown.of([], harness.ROOT), records)
     said = checkpoint_report._bound(found, "c", "disk", "save", row("save", peers.OURS, ours))
     assert said.startswith("not explained") is not explained
-    assert (f"{empty:.0f} of its {ours:.0f} ms" in said) is bool(empty)
+    part = f"{empty:.0f}" if empty < ours else "all"
+    assert (f"{part} of its {ours:.0f} ms" in said) is bool(empty)
+
+
+def test_a_ratio_to_a_peer_is_told_beside_the_loops():
+    def row(peer, ms):
+        return {
+            "case": "c", "pack": "disk", "direction": "load", "peer": peer, "status": "measured",
+            "median_ms": ms, "percent_of_ceiling": 5000 / ms, "extra": {},
+        }  # fmt: skip
+
+    records = [row(RAW, 50.0), row(WORK, 80.0), row(peers.OURS, 60.0), row(peers.DCP, 120.0)]
+    page = checkpoint_report.targets(
+        checkpoint_report.Rows(checkpoint_report.Shown.of([], harness.ROOT), records)
+    )
+    (line,) = (line for line in page.splitlines() if ">= 3 x DCP" in line)
+    assert "| 2.00 | **no** |" in line
+    assert f"beside this peer: {RAW} 2.40, {WORK} 1.50 |" in line
 
 
 def test_the_raw_loop_writes_and_reads_its_memory(tmp_path):

@@ -11,7 +11,9 @@ CPU = torch.device("cpu")
 
 
 def test_percentiles():
-    assert timing.summary([5, 1, 4, 2, 3, 6]) == timing.Timing(3, 2, 5, 6)
+    assert timing.summary([5, 1, 4, 2, 3, 6]) == timing.Timing(3.5, 2, 5, 6)
+    assert timing.summary([3, 1]) == timing.Timing(2, 1, 3, 2)
+    assert timing.summary([9, 1, 2]).median_ms == 2
     assert timing.summary([7]) == timing.Timing(7, 7, 7, 1)
 
 

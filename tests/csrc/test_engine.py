@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from goku_runtime import _io
+from goku_runtime.checkpoint.tools.probing import Probed
 
 MIB = 1 << 20
 
@@ -363,6 +365,18 @@ def test_the_probe_measures_and_leaves_nothing(tmp_path):
     # It is one of those that were measured.
     names = ("queue_depth", "block_bytes", "threads")
     assert {k: described[k] for k in names} in [{k: t[k] for k in names} for t in ran]
+
+
+def test_the_probe_of_files_in_memory_names_no_threads_that_were_not_used():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        found = _io.probe(directory, seconds=5, bytes=MIB)
+        assert os.listdir(directory) == []
+    assert [trial["threads"] for trial in found["trials"][:3]] == [None, 2, 8]
+    assert [trial["queue_depth"] for trial in found["trials"][:3]] == [None, 2, 8]
+    assert all(trial["write_gib_s"] > 0 and trial["error"] is None for trial in found["trials"])
+    own = sum(trial["threads"] is None for trial in found["trials"])
+    assert Probed(found).to_text().split().count("own") == 2 * own
+    _io.Engine(**found["choice"]).close()
 
 
 def test_the_probe_ends_in_time(tmp_path):

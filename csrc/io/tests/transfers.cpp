@@ -192,6 +192,19 @@ void probing(Folder& folder) {
   CHECK(found.trials[found.choice].read_seconds > 0);
   CHECK(std::filesystem::is_empty(directory));
   CHECK(probe(directory, 1.0, 1 << 20, [] { return false; }).trials.empty());
+
+  FaultySystem system;
+  system.memory = true;
+  const ProbeResult memory = probe(directory, 5.0, 1 << 20, [] { return true; }, system);
+  CHECK(memory.trials.size() == 5);
+  CHECK(memory.trials[0].own_threads && memory.trials[0].asked.threads == 0);
+  for (const Trial& trial : memory.trials) {
+    CHECK(trial.error.empty() && trial.read_seconds > 0);
+    // Numbers that were given are those that were measured.
+    CHECK(trial.own_threads == (trial.asked.queue_depth == 0));
+    CHECK(trial.own_threads || trial.options.threads == trial.asked.queue_depth);
+  }
+  CHECK(std::filesystem::is_empty(directory));
 }
 
 void joiner_equals_combine() {

@@ -22,7 +22,8 @@ class CheckpointOptions:
         direct: "on" writes past the page cache (O_DIRECT), "off" through it, "auto" past it where
             the file system allows that.
         queue_depth, block_bytes, threads: requests in flight, bytes of one, threads that copy and
-            sum; 0 takes the engine's defaults. `goku ckpt probe` measures them for a directory.
+            sum; 0 takes the engine's defaults. `goku ckpt probe` measures them for a directory. Files in
+            memory (tmpfs) have threads of their own, unless queue_depth or threads is given.
         fsync: hand files and directories to the device before a checkpoint gets its name. Without it a
             power failure can leave a checkpoint that `verify` finds damaged.
         staging_bytes: the most host memory in which `async_save` keeps a copy of what this rank

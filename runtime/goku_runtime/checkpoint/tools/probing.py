@@ -29,13 +29,15 @@ class Probed:
         ]
         for each in self.content["trials"]:
             lines.append(
-                f"  {each['backend']:9} {each['direct']:6} {each['queue_depth']:5} "
-                f"{size_text(each['block_bytes']):>10} {each['threads']:7} "
+                f"  {each['backend']:9} {each['direct']:6} {_count(each['queue_depth']):>5} "
+                f"{size_text(each['block_bytes']):>10} {_count(each['threads']):>7} "
                 f"{_rate(each['write_gib_s']):>11} {_rate(each['read_gib_s']):>10}"
                 + (f"  {each['error']}" if each.get("error") else "")
             )
         choice = self.content["choice"]
         arguments = ", ".join(f"{name}={value!r}" for name, value in choice.items())
+        if any(each["threads"] is None for each in self.content["trials"]):
+            lines.append("  own: the threads that the engine keeps for files in memory")
         return "\n".join([*lines, f"choice: CheckpointOptions({arguments})"])
 
     def to_json(self) -> str:
@@ -62,6 +64,10 @@ def probe(path: str | os.PathLike[str], *, seconds: float = 1.0, nbytes: int = 6
     from goku_runtime import _io
 
     return Probed(_io.probe(str(Path(path)), seconds=seconds, bytes=nbytes))
+
+
+def _count(value: int | None) -> str:
+    return "own" if value is None else str(value)
 
 
 def _rate(value: float | None) -> str:
