@@ -172,9 +172,9 @@ class BatchBuilder:
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
         latents, embeddings, conditions, lost = [], [], [], []
-        for row, index in enumerate(indices):
-            caption = texts[row]
-            sample, whole = self._read(index, caption or 0)
+        with self.dataset.reading():
+            read = [self._read(i, caption or 0) for i, caption in zip(indices, texts, strict=True)]
+        for row, (index, (sample, whole)) in enumerate(zip(indices, read, strict=True)):
             lost.append(not whole)
             latent = sample.mean
             if posterior_positions is not None:
@@ -186,7 +186,7 @@ class BatchBuilder:
             latents.append(patchify(self.vae.normalise(latent[None])[0][:, :frames]))
             if given is not None:
                 conditions.append(self._condition(index, sample, given[row]))
-            embeddings.append(self._empty_text if caption is None else sample.text)
+            embeddings.append(self._empty_text if texts[row] is None else sample.text)
         packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
         text_lengths = tuple(len(text) for text in embeddings)
         x1, shard = torch.cat(latents), None
@@ -246,7 +246,7 @@ class BatchBuilder:
         """The sample, and whether it is what was cached."""
         if self.lost is None:
             return self.dataset.read(index, caption), True
-        return self.lost.read(self.dataset, index, self.vae, caption)
+        return self.lost.read(self.dataset, index, self.vae, self._empty_text, caption)
 
     def _condition(self, index: int, sample: CachedSample, given: tuple[int, ...]) -> Tensor:
         """(tokens, condition_dim) of an item that is given these pixel frames.

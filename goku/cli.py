@@ -7,8 +7,11 @@ Those of ckpt are in `goku_runtime.cli`, which it is forwarded to.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from goku.commands import cache, demo, doctor, export, sample, train
 from goku_runtime.cli import add_ckpt, run_ckpt
@@ -48,18 +51,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         root.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
-    if args.verb == "ckpt":
-        return run_ckpt(args)
+    with _every_name_printed(), _plain_warnings():
+        if args.verb == "ckpt":
+            return _done(args, _run_on_stages)
+        return _done(args, VERBS[args.verb].run)
+
+
+def _run_on_stages(args: argparse.Namespace) -> int:
+    """A ckpt command. In the paths that it reads, a recipe's folder stands for the last checkpoint of the last stage
+    that has one, as it does in the other commands; the runtime, whose command it is, knows no recipes."""
+    for name in ("path", "a", "b") if args.command != "probe" else ():
+        path = getattr(args, name, None)
+        if path is not None and (path / "recipe.yaml").is_file():
+            from goku.trained import last_stage
+
+            found = last_stage(path)
+            if found is not None:
+                print(f"goku ckpt: of {path} it is {found}", file=sys.stderr)
+                setattr(args, name, found)
+    return run_ckpt(args)
+
+
+def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
     try:
-        return VERBS[args.verb].run(args)
+        return run(args)
     except (ValueError, OSError, ImportError) as error:
         # Bad input, a missing part, or a machine that says no (disk full): nothing half-written stays, and what was
         # complete before is still there.
-        print(f"goku {args.verb}: {error}", file=sys.stderr)
+        print(f"goku {args.verb}: {_in_words(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # the VAE's training diverged
         print(f"goku {args.verb}: {error}", file=sys.stderr)
         return 1
+
+
+def _in_words(error: Exception) -> str:
+    """What Python says of a file, without its number of the error."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it a warning is one line in words: where in the source it comes from is nothing to a user."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"goku: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@contextmanager
+def _every_name_printed() -> Iterator[None]:
+    """Within it standard output shows what it has no bytes for (a file name that is not UTF-8, half an emoji) as an
+    escape, as standard error and the doctor's page always do; else one name would cost the whole report."""
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper) or stdout.errors != "strict":
+        yield  # text that is kept as text, or what the caller asked for
+        return
+    stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stdout.reconfigure(errors="strict")
 
 
 if __name__ == "__main__":

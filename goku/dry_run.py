@@ -59,7 +59,7 @@ def describe(config: RunConfig) -> str:
             f"{str(dtype).removeprefix('torch.')} products, fp32 weights, on {device.type}",
         ),
         ("processes", _processes(dims)),
-        ("data", f"{config.data.path} (not looked at; goku doctor does)"),
+        ("data", f"{_data(config)} (not looked at; goku doctor does)"),
         ("VAE", _vae(config)),
         ("text encoder", _text(config)),
         ("caches", _caches(config)),
@@ -114,7 +114,8 @@ def describe_recipe(recipe: Recipe, only: str | None = None) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     table = "\n".join(line.rstrip() for line in lines)
-    return f"{table}\n\n# stage {shown.name}\n{describe(shown.config)}"
+    which = "" if only is not None else ", the one of the largest packs; --stage NAME shows another"
+    return f"{table}\n\n# stage {shown.name}{which}\n{describe(shown.config)}"
 
 
 def _stage_row(stage: Stage, status: str) -> tuple[str, ...]:
@@ -245,6 +246,12 @@ def _has_vae(config: RunConfig) -> bool:
 
 def _has_text(config: RunConfig) -> bool:
     return config.text.path is None or (Path(config.text.path) / "config.json").is_file()
+
+
+def _data(config: RunConfig) -> str:
+    if config.data.sources is None:
+        return str(config.data.path)
+    return ", ".join(f"{name}: {source.path}" for name, source in config.data.sources.items())
 
 
 def _vae(config: RunConfig) -> str:

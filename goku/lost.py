@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from goku.data import CachedSample, Dataset, DecodeError, Problem
+from goku.data.record import counted
 from goku.vae import VideoVAE
 
 __all__ = ["LostItems", "TooManyLost"]
@@ -57,10 +59,13 @@ class LostItems:
         return {loss.name: loss.reason for loss in self._lost.values()}
 
     def read(
-        self, dataset: Dataset, index: int, vae: VideoVAE, caption: int = 0
+        self, dataset: Dataset, index: int, vae: VideoVAE, empty_text: Tensor, caption: int = 0
     ) -> tuple[CachedSample, bool]:
-        """(sample, True); or, for a lost item, (zeros of its shapes with its text, False): it is to have weight 0 in
+        """(sample, True); or, for a lost item, (zeros of its shapes with empty_text, False): it is to have weight 0 in
         the step, whose denominator stays.
+
+        empty_text: (length, dim) embedding of the empty prompt, which the caller holds: to read it here could fail, in
+        the middle of a step.
 
         A read that fails (ValueError: damaged, OSError: removed or unreadable) is tried again from the media. A lost
         item is not tried a second time: a run's steps must not depend on when its media come back.
@@ -90,14 +95,16 @@ class LostItems:
             else:
                 self._tell("repaired", dataset.items[index].name, reason)
                 return sample, True
-        return _zeros(dataset, index, vae), False
+        return _zeros(dataset, index, vae, empty_text), False
 
     def check(self, lost: Mapping[str, str]) -> None:
         """Raise TooManyLost when the items lost by any process (`names`, united) are more than the limit."""
         if len(lost) <= self.limit:
             return
         some = "; ".join(f"{name}: {reason}" for name, reason in list(lost.items())[:3])
-        raise TooManyLost(f"{len(lost)} items are lost, over data.max_lost = {self.limit}: {some}")
+        raise TooManyLost(
+            f"{counted(len(lost), 'item')} lost, over data.max_lost = {self.limit}: {some}"
+        )
 
     def _lose(
         self, dataset: Dataset, index: int, reason: str, problem: Problem | None = None
@@ -115,10 +122,10 @@ class LostItems:
             self._report(kind, {"name": name, "reason": reason.removeprefix(f"{name}: ")})
 
 
-def _zeros(dataset: Dataset, index: int, vae: VideoVAE) -> CachedSample:
+def _zeros(dataset: Dataset, index: int, vae: VideoVAE, empty_text: Tensor) -> CachedSample:
     t, h, w = dataset.items[index].grid
     mean = torch.zeros(vae.channels, t, 2 * h, 2 * w)
     frame = mean[:, :1]
     frames = {} if dataset.items[index].frames == 1 else {0: frame, -1: frame}
     # Its caption may be unreadable too; with weight 0 any text does.
-    return CachedSample(mean, torch.zeros_like(mean), dataset.empty_text, frames)
+    return CachedSample(mean, torch.zeros_like(mean), empty_text, frames)

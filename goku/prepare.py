@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +18,22 @@ from goku.data import (
     Quarantine,
     Record,
     SourceConfig,
-    decode_all,
     list_records,
     prepare,
     quarantine_message,
 )
 from goku.data.filler import FROM_CACHE
 from goku.data.item_list import LEFT_OUT
-from goku.data.record import some
+from goku.data.record import counted, some
 from goku.data.sources import check_listing
 from goku.data.survey import Scans
 from goku.media_log import check_places
 from goku.metrics import RunLog, progress_bar
-from goku.packing import cut_grid
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 from goku.text import LazyTextEncoder, TextCache, TextEncoder, load_text_encoder
 from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae, vae_folder
+from goku.vae_items import decode_vae_items
 from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
 
@@ -51,8 +49,13 @@ __all__ = [
 ]
 
 
-def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
+def prepare_vae(
+    config: RunConfig, context: ParallelContext, runs: Sequence[RunConfig] = ()
+) -> VideoVAE:
     """Load the VAE at config.vae.path; when there is none and `vae.train` is given, train one on the data first.
+
+    runs: those that the VAE is for where config only covers their data; a new one is trained on what they take
+    (`goku.vae_items.decode_vae_items`).
 
     Training runs on the main rank and the others wait; what fails there is raised everywhere. Raises ValueError when
     the folder is absent without `vae.train`, or its number of latent channels is not that of `vae.model` (of an
@@ -66,7 +69,7 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
             f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"
         )
     if absent:
-        context.on_main(lambda: _train(config, context, path))
+        context.on_main(lambda: _train(config, runs or (config,), context, path))
     vae = load_vae(path, dtype=config.vae.dtype)
     if vae.channels != config.vae.model.channels:
         raise ValueError(
@@ -76,21 +79,13 @@ def prepare_vae(config: RunConfig, context: ParallelContext) -> VideoVAE:
     return vae.to(context.device).eval().requires_grad_(False)
 
 
-def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
+def _train(
+    config: RunConfig, runs: Sequence[RunConfig], context: ParallelContext, path: Path
+) -> None:
     assert config.vae.train is not None
     _check_text(config, load_text_encoder(config.text))
-    decoded = decode_all(list_records(config.data), config.data)
-    for record, clip in decoded:
-        # What training would refuse is better refused before minutes of work.
-        frames, height, width = clip.shape[1:]
-        grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
-        kept = cut_grid(grid, config.packing.tokens_per_pack, record.name, config.packing.overlong)
-        if math.prod(kept) < config.parallel.sp:
-            raise ValueError(
-                f"{record.name} has {math.prod(kept)} tokens; allowed: parallel.sp = "
-                f"{config.parallel.sp} or more"
-            )
-    clips = [clip for _, clip in decoded]
+    # What training would refuse is better refused before minutes of work.
+    clips = decode_vae_items(config, runs)
     vae = GokuVAE(config.vae.model, seed=config.seed).to(context.device)
     log = RunLog(Path(config.out) / "vae.jsonl", total_steps=config.vae.train.steps, what="VAE")
 
@@ -100,7 +95,8 @@ def _train(config: RunConfig, context: ParallelContext, path: Path) -> None:
         log.progress(step, f"loss {fields['loss']:.4f}  reconstruction {fields['psnr']:.1f} dB")
 
     log.message(
-        f"training the VAE on {len(clips)} items: {config.vae.train.steps} steps, kept in {path}"
+        f"training the VAE on {counted(len(clips), 'item')}: {counted(config.vae.train.steps, 'step')}, "
+        f"kept in {path}"
     )
     try:
         train_vae(vae, clips, config.vae.train, seed=config.seed, log=on_step)
@@ -187,8 +183,13 @@ def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> 
     context.on_main(lambda: check_places(tuple(places)))
 
 
-def check_sources(configs: Sequence[RunConfig], context: ParallelContext) -> None:
+def check_sources(
+    configs: Sequence[RunConfig], context: ParallelContext, carried: Sequence[RunConfig] = ()
+) -> None:
     """Lists the datasets of these runs, held-out ones too, before hours of other work; decodes nothing.
+
+    carried: those of them that go on in the stream of another run. Theirs and those of runs that have begun are not
+    listed, but for held-out ones: the list of items of whoever began the stream decides, whatever has come since.
 
     Raises what `goku.data.sources.check_listing` raises, on every process.
     """
@@ -199,9 +200,9 @@ def check_sources(configs: Sequence[RunConfig], context: ParallelContext) -> Non
 
     def look() -> None:
         for config in configs:
-            if any((Path(config.out) / "checkpoints").glob("step_*")):
-                continue  # its own list of items decides, whatever has come since
-            check_listing(config.data, scans)
+            begun = any((Path(config.out) / "checkpoints").glob("step_*"))
+            if not begun and config not in carried:
+                check_listing(config.data, scans)
             held_out = unseen_data(config, listed)
             if held_out is not None:
                 listed(held_out)
@@ -347,7 +348,7 @@ def _prepare(
             cached and f"{len(cached)} with unusable media {FROM_CACHE}: {some(cached)}",
             new and f"{len(new)} left out, which the run did not begin with: {some(new)}",
             lost
-            and f"{len(lost)} of the run's items lost, in its steps with weight 0: {some(lost)}",
+            and f"{len(lost)} of {counted(len(dataset), 'item')} lost, in the run's steps with weight 0: {some(lost)}",
         ):
             if line:
                 _say(f"{label}: {line}")

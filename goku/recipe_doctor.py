@@ -15,6 +15,7 @@ from goku.data import DataConfig, DataError, Dataset, MixedDataset, MixedStream,
 from goku.data.cached import CachedDataset
 from goku.data.dataset import dataset_of, joined, nothing_left
 from goku.data.doctor import item_report
+from goku.data.errors import SKIP_BAD
 from goku.data.layout import Layout, lay_out
 from goku.data.mixing import BLOCK
 from goku.data.record import counted
@@ -313,10 +314,8 @@ class _Examination:
 
     def _refused(self, error: DataError, called: str, *, skip_bad: bool = False) -> None:
         where = f"{called}: " if called else ""
-        hint = ""
-        if error.problems and not (skip_bad or self.config.data.skip_bad):
-            hint = "; data.skip_bad: true goes on without them"
-        reason = f"{where}{error.summary}{hint}"
+        told = SKIP_BAD in error.summary or skip_bad or self.config.data.skip_bad
+        reason = f"{where}{error.summary}{SKIP_BAD if error.problems and not told else ''}"
         if reason not in self.reasons:
             self.reasons.append(reason)
 

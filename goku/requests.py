@@ -12,6 +12,7 @@ from torch import Tensor
 
 from goku import config as parser
 from goku.data import images
+from goku.data.record import not_unicode
 from goku.data.transform import snapped_size
 
 __all__ = ["Request", "RequestDefaults", "read_requests"]
@@ -48,6 +49,10 @@ class Request:
     fps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            fault = not_unicode(getattr(self, name))
+            if fault is not None:
+                raise ValueError(f"{name} {getattr(self, name)!a} {fault}")
         for name in ("height", "width"):
             value = getattr(self, name)
             if value < 16 or value % 16:
@@ -82,8 +87,9 @@ class RequestDefaults:
 
     height, width: both or neither; without them a request has the largest size of its shape within an area: `pixels`
     for clips, `image_pixels` (None: the same) for images. A request with an image has the image's shape, another one
-    `shape`, height to width. given_frames: frames of a request that is given some, None for `frames`. seed_step: what
-    the n-th entry of a file adds to seed, times n. Other fields as in `Request`.
+    `shape`, height to width; no side is above that of `most`, (height, width) in pixels. given_frames: frames of a
+    request that is given some, None for `frames`. seed_step: what the n-th entry of a file adds to seed, times n. Other
+    fields as in `Request`.
     """
 
     height: int | None = None
@@ -91,6 +97,7 @@ class RequestDefaults:
     pixels: int = 128 * 128
     image_pixels: int | None = None
     shape: tuple[int, int] = (1, 1)
+    most: tuple[int, int] | None = None
     frames: int = 1
     given_frames: int | None = None
     seed: int = 0
@@ -126,7 +133,7 @@ class RequestDefaults:
             else:
                 height, width = image.shape[1:]
             break
-        return snapped_size(height, width, pixels, upscale=True)
+        return snapped_size(height, width, pixels, upscale=True, most=self.most)
 
 
 @dataclass(frozen=True, kw_only=True)

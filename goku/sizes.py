@@ -77,12 +77,16 @@ def request_defaults(
     """What a request to this model has where nothing says it, so that by default nothing lies beyond training.
 
     Without a size: the area that images, or clips, were trained in, in the shape of the given image, else in that of
-    the largest trained grid. frames: of every request; None is an image, or the trained length where frames are given.
+    the largest trained grid; less of it where a side would be beyond that grid's, as of a portrait after training on
+    landscapes alone: it keeps its shape, and no position is new. frames: of every request; None is an image, or the
+    trained length where frames are given.
     """
     pixels, image_pixels, shape, length = about.pixels, about.image_pixels, (1, 1), None
+    sides: tuple[int, int] | None = None
     if about.limits is not None:
         t, h, w = about.limits
         shape, length = (h, w), 4 * (t - 1) + 1
+        sides = (16 * h, 16 * w)
         # Sources that were smaller than the budget were not enlarged.
         most = 256 * (h * w if about.area is None else about.area)
         pixels, image_pixels = min(pixels, most), min(image_pixels, most)
@@ -92,6 +96,7 @@ def request_defaults(
         pixels=pixels,
         image_pixels=image_pixels,
         shape=shape,
+        most=sides,
         frames=1 if frames is None else frames,
         given_frames=length if frames is None else None,
         seed=seed,

@@ -275,7 +275,7 @@ def run_recipe(
             if stage.carry.stream and stage.start in begun:
                 begun.add(stage.name)  # and of those that go on from it
         carried = [s.config for s in wanted if s.carry.stream and s.start in begun]
-        check_sources([config for config in left if config not in carried], context)
+        check_sources(left, context, carried)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None
         for stage in wanted:
@@ -289,7 +289,9 @@ def run_recipe(
                 log.message(f"stage {stage.name} is finished at step {state.step}")
                 continue
             if parts is None:
-                parts = prepare_vae(recipe.vae, context), prepare_text(recipe.vae, context)
+                runs = [each.config for each in recipe.stages]
+                vae = prepare_vae(recipe.vae, context, runs)
+                parts = vae, prepare_text(recipe.vae, context)
             outcome = _run_stage(recipe, stage, found, context, stop, parts, log, profile)
             # A stage's model must be gone before the next one's is built: cycles would keep it.
             gc.collect()
@@ -363,7 +365,7 @@ def _run_stage(
         # Now with the data's.
         _start(recipe, stage, found, context, trainer.fingerprints, training.item_list())
     note = Path(config.out) / STAGE_NOTE
-    if start is not None:
+    if stage.start is not None:  # a stage that has begun, too: its checkpoints may be moved away
         command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"
         said = json.dumps({"stage": stage.name, "command": command})
         context.on_main(lambda: write_whole(note, f"{said}\n"))

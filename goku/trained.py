@@ -119,7 +119,7 @@ def read_checkpoint(run: Path) -> Trained:
         )
     path = run if (run / "manifest.json").exists() else find_checkpoint(run / "checkpoints")
     if path is None and (run / "recipe.yaml").is_file():
-        path = _last_stage(run)
+        path = last_stage(run)
     if path is None:
         below = [child for child in sorted(run.iterdir()) if (child / "checkpoints").is_dir()]
         hint = f"; did you mean {below[0]}?" if below else ""
@@ -164,7 +164,7 @@ def _motion_caption(data: Mapping[str, Any]) -> str | None:
     return next((t["motion_caption"] for t in templates if t.get("motion_caption")), None)
 
 
-def _last_stage(out: Path) -> Path | None:
+def last_stage(out: Path) -> Path | None:
     """The last checkpoint of the last stage, in the recipe's order, that has one."""
     stages = parser.load(out / "recipe.yaml").get("stages")
     for name in reversed(list(stages) if isinstance(stages, Mapping) else []):

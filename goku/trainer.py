@@ -258,14 +258,15 @@ class Trainer:
         return "finished"
 
     def _check_start(self) -> None:
-        """A stage that has yet to begin from something is begun by its recipe alone: here it would begin fresh."""
+        """A stage that begins from something, and has no checkpoint (any more), is begun by its recipe alone: here it
+        would begin fresh."""
 
         def check() -> None:
             note = self.out / STAGE_NOTE
             if self.start is None and note.is_file():
                 command = json.loads(note.read_text(encoding="utf-8"))["command"]
                 raise ValueError(
-                    f"{self.out} is a stage that begins from another one, and has no checkpoint yet; begin it by: "
+                    f"{self.out} is a stage that begins from another one, and has no checkpoint; begin it by: "
                     f"{command}"
                 )
 

@@ -47,20 +47,28 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.config, args.overrides)
         stages = recipe.stages if args.stage is None else (recipe.stage(args.stage),)
         shared, configs = recipe.vae, [stage.config for stage in stages]
+        runs = [stage.config for stage in recipe.stages]
     elif args.stage is not None:
         raise ValueError(
             f"--stage is {args.stage!r}, but {args.config} is one run; allowed: with a recipe, which has `stages`"
         )
     else:
         shared = load_run_config(args.config, args.overrides)
-        configs = [shared]
+        configs = runs = [shared]
     # Every process works alone: how training arranges them does not matter here.
     with parallel_context(shared.train.device) as context, stop_signals():
-        _fill(args.what, shared, configs, context)
+        _fill(args.what, shared, configs, runs, context)
     return 0
 
 
-def _fill(what: str, shared: RunConfig, configs: list[RunConfig], context: ParallelContext) -> None:
+def _fill(
+    what: str,
+    shared: RunConfig,
+    configs: list[RunConfig],
+    runs: list[RunConfig],
+    context: ParallelContext,
+) -> None:
+    """configs: those to cache for; runs: all that the VAE is for."""
     # A frame of its own: what refers to process groups is gone before they are destroyed.
     from dataclasses import asdict
 
@@ -72,7 +80,7 @@ def _fill(what: str, shared: RunConfig, configs: list[RunConfig], context: Paral
         text = prepare_text(shared, context)
         parts = [cache_text(config, context, text, told) for config in configs]
     else:
-        vae = prepare_vae(shared, context)
+        vae = prepare_vae(shared, context, runs)
         parts = [cache_latents(config, context, vae, told) for config in configs]
     if context.is_main:
         print(json.dumps({"cache": what} | asdict(sum(parts, CacheSummary()))), flush=True)

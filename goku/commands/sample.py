@@ -61,7 +61,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     asked.add_argument(
         "--height",
         type=int,
-        help="default: the trained area, in the image's shape or that of the largest trained size",
+        help="default: the trained area, in the image's shape (no side beyond the trained ones) or that of the largest "
+        "trained size",
     )
     asked.add_argument("--width", type=int, help="the same; both or neither")
     asked.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from torch import Tensor
 
@@ -55,6 +56,12 @@ class CachedDataset:
         """What stands behind each item."""
         return self._entries
 
+    def reading(self) -> AbstractContextManager[None]:
+        """Reads within it share the text encoder that the first damaged caption loads. It goes at the end: its memory
+        is that of the steps."""
+        encoder = None if self._text is None else self._text.encoder
+        return encoder.borrowed() if isinstance(encoder, LazyTextEncoder) else nullcontext()
+
     def read(self, index: int, caption: int = 0) -> CachedSample:
         """The cached sample `index` with its caption number `caption` (0: the heaviest). ValueError naming the file
         when it was damaged since `prepare` (which makes it anew), FileNotFoundError when it was removed."""
@@ -95,15 +102,11 @@ class CachedDataset:
     def _embedding(self, prompt: str) -> Tensor:
         if self._text is None:
             raise ValueError("this dataset was prepared without captions (texts=False)")
-        encoder = self._text.encoder
-        lazy = encoder if isinstance(encoder, LazyTextEncoder) and not encoder.loaded else None
-        try:
-            return self._text.get([prompt])[0]
-        except RuntimeError as error:  # no memory left for an encoder, say
-            raise ValueError(f"the caption {prompt!r} cannot be encoded: {error}") from error
-        finally:
-            if lazy is not None and lazy.loaded:
-                lazy.release()  # read for this one damaged file: its memory is that of the steps
+        with self.reading():
+            try:
+                return self._text.get([prompt])[0]
+            except RuntimeError as error:  # no memory left for an encoder, say
+                raise ValueError(f"the caption {prompt!r} cannot be encoded: {error}") from error
 
     def stream(self, seed: int) -> SampleStream:
         """Every item once an epoch, shuffled."""
@@ -150,6 +153,13 @@ class MixedDataset:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def reading(self) -> AbstractContextManager[object]:
+        """As `CachedDataset.reading`."""
+        with ExitStack() as stack:
+            for _, part in self.parts:
+                stack.enter_context(part.reading())
+            return stack.pop_all()
 
     def read(self, index: int, caption: int = 0) -> CachedSample:
         """As `CachedDataset.read`."""

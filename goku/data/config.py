@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from goku.data.record import not_unicode
+
 SNAP = 16
 """Pixel sizes are multiples of this: VAE stride 8 times patch 2 (height and width)."""
 
@@ -156,3 +158,6 @@ def _check_template(template: str | None) -> None:
         ) from error
     if "\0" not in told:
         raise ValueError(f"motion_caption: {template!r} must hold {{caption}}")
+    fault = not_unicode(template)
+    if fault is not None:
+        raise ValueError(f"motion_caption: {template!r} {fault}")

@@ -16,11 +16,11 @@ from torch import Tensor
 from goku.data.cached import CachedDataset, MixedDataset
 from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
-from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark
+from goku.data.errors import SKIP_BAD, DataError, DecodeError, Dropped, Problem, Remark
 from goku.data.filler import Entry, Filler, Found, Progress, record_name
 from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, duplicate, hold
 from goku.data.items import Dataset, PrepareReport
-from goku.data.latents import LatentCache
+from goku.data.latents import LatentCache, Plan, plan_of
 from goku.data.media import Decoded
 from goku.data.record import Record, counted
 from goku.data.shares import Share, Told, check_alike
@@ -150,15 +150,21 @@ def joined(
     have none and hence no items."""
     datasets = [dataset for _, dataset in built]
     problems = [problem for dataset in datasets for problem in dataset.report.problems]
+    lost = [problem for dataset in datasets for problem in dataset.lost.values()]
     empty = [each for each in built if latents and not each[1].report.used]
     where = config.path or "data.sources"
     all_bad = len(empty) == len(built) and not any(each.report.dropped for each in datasets)
     if problems and (not config.skip_bad or (empty and all_bad)):
         listed = sum(dataset.report.listed for dataset in datasets)
-        raise DataError(
-            f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used", problems
-        )
-    lost = [problem for dataset in datasets for problem in dataset.lost.values()]
+        what = f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used"
+        if lost and not config.skip_bad:
+            what += (
+                f"; the run began with {len(lost)} of them: put back what is missing, or data.skip_bad: true goes on "
+                "with weight 0 in its place"
+            )
+        elif not config.skip_bad:
+            what += SKIP_BAD
+        raise DataError(what, problems)
     if len(lost) > config.max_lost:
         limit = f"over data.max_lost = {config.max_lost}"
         raise DataError(f"{where}: {counted(len(lost), 'item')} of the run lost, {limit}", lost)
@@ -288,7 +294,7 @@ def dataset_of(
     held = None if kept is None or filler is None else hold(kept, source, outcomes, filler)
     missing = {} if held is None else held.lost
     outcomes = outcomes if held is None else held.outcomes
-    entries, duplicates, remarks = by_content(outcomes, source.prefix)
+    entries, duplicates, remarks = by_content(outcomes, source.prefix, all_wanted=held is not None)
     listed = list(source.problems)
     dropped = [*source.dropped, *(o for o in outcomes if isinstance(o, Dropped))]
     if held is not None and kept is not None and not source.config.skip_bad:
@@ -318,9 +324,13 @@ def dataset_of(
 
 
 def by_content(
-    outcomes: Sequence[Outcome], prefix: str
+    outcomes: Sequence[Outcome], prefix: str, *, all_wanted: bool = False
 ) -> tuple[list[Entry], list[Problem], list[Remark]]:
-    """The entries without those whose content, range and captions an earlier one has; those; every remark."""
+    """The entries without those whose content, range and captions an earlier one has; those; every remark.
+
+    all_wanted: the entries are those of a run that goes on. They were none of another's duplicates when it began, and
+    of one that is listed no more the range is not known.
+    """
     entries: list[Entry] = []
     duplicates: list[Problem] = []
     remarks: list[Remark] = []
@@ -331,7 +341,7 @@ def by_content(
         record = entry.record
         same = seen.setdefault((entry.identity, record.start_frame, record.num_frames), [])
         twin = next((o.record.name for o in same if o.record.prompts == record.prompts), None)
-        if twin is not None:
+        if twin is not None and not all_wanted:
             duplicates.append(duplicate(record.name, twin))
             continue
         others = [o.record.name for o in same if o.record.path != record.path]
@@ -344,21 +354,30 @@ def by_content(
     return entries, duplicates, remarks
 
 
-def decode_all(records: Sequence[Record], config: DataConfig) -> list[tuple[Record, Tensor]]:
+def decode_all(
+    records: Sequence[Record],
+    config: DataConfig,
+    left_out: Callable[[Record, Plan], bool] | None = None,
+) -> list[tuple[Record, Tensor]]:
     """Every record, in order, with its `decode`, uint8 (3, T, H, W), by config.workers processes.
 
-    DataError listing every record that cannot be decoded; with skip_bad they are left out.
+    left_out: asked for every record that can be decoded; those of which it says True are not kept.
+
+    DataError listing every record that cannot be decoded; with skip_bad they are left out, as long as there are others.
     """
     clips: list[tuple[Record, Tensor]] = []
+    decoded = 0
     problems: list[Problem] = []
     work = partial(_decode_one, config)
     results = ordered_map(work, records, name=record_name, workers=config.workers)
     for record, result in zip(records, results, strict=True):
         if isinstance(result, Decoded):
-            clips.append((record, as_tensor(result)))
+            decoded += 1
+            if left_out is None or not left_out(record, plan_of(result.media)):
+                clips.append((record, as_tensor(result)))
         else:
             problems.append(Problem(record.name, result.reason))
-    if problems and not (config.skip_bad and clips):
+    if problems and not (config.skip_bad and decoded):
         raise DataError(
             f"{len(problems)} of {counted(len(records), 'item')} cannot be used", problems
         )

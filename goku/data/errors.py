@@ -9,6 +9,8 @@ from typing import Literal
 
 _MOST_LINES = 50
 
+SKIP_BAD = "; data.skip_bad: true goes on without them"
+
 Kind = Literal["damaged", "caption", "duplicate", "outside", "too large", "listing"]
 """What sort of fault: the media file; its caption; listed or stored twice; a link out of the dataset's folder; too many
 pixels; a row of the manifest."""

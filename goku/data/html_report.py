@@ -121,7 +121,6 @@ def _dataset(report: DoctorReport) -> str:
         quarantined=len(report.unusable),
     )
     verdict = "Ready for training." if report.ok else "Not ready for training."
-    why = [] if report.ok else [f"{counted(len(report.unusable), 'item')} cannot be used"]
     clips = [item for item in items if item.modality == "video"]
     rows: list[tuple[str, str]] = []
     if clips:
@@ -149,7 +148,7 @@ def _dataset(report: DoctorReport) -> str:
     remarks = [NamedReport("", remark.name, remark.text, ()) for remark in report.remarks]
     return "".join(
         [
-            _verdict(report.ok, verdict, why),
+            _verdict(report.ok, verdict, report.reasons),
             _sources([source]),
             _facts(rows),
             charts,

@@ -19,7 +19,7 @@ from typing import Any
 from goku.data.errors import Dropped, Problem
 from goku.data.filler import FROM_CACHE, Entry, Filler
 from goku.data.latents import FileIdentity, Plan
-from goku.data.record import Record
+from goku.data.record import Record, counted
 from goku.data.sources import Source
 from goku.data.transform import Geometry
 
@@ -142,7 +142,7 @@ class ItemList:
             new += [f"{prefix}{name}: is new" for name in found]
         lines += [*gone, *new]  # which alone are no hindrance
         more = len(lines) - _SHOWN
-        return [*lines[:_SHOWN], *([f"and {more:,} more items"] if more > 0 else [])]
+        return [*lines[:_SHOWN], *([f"and {counted(more, 'more item')}"] if more > 0 else [])]
 
 
 _GONE = "is no longer there"
@@ -178,8 +178,9 @@ def hold(
 
     An item that is not on it is left out, or is a duplicate where one before it has its content and captions. One
     that is on it and cannot be used now is trained from its cached latent where its media are at fault and the latent
-    is there; else it is lost, as is one that is listed no more. None when no such change gives the listed items: one of
-    them has become another (its captions, its media, its name), or the limits or the mix leave it out.
+    is there; else it is lost. So is one that is listed no more, whatever is cached of it: it may have been taken out on
+    purpose, and is not to be trained on then. None when no such change gives the listed items: one of them has become
+    another (its captions, its media, its name), or the limits or the mix leave it out.
     """
     rows = {row[0]: row for row in kept.rows}
     now: dict[str, Entry] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -111,6 +112,10 @@ class Dataset(Protocol):
     @property
     def empty_text(self) -> Tensor:
         """(length, dim) embedding of the empty prompt."""
+        ...
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Reads within it share what only damage needs, a text encoder; it goes at the end."""
         ...
 
     def read(self, index: int, caption: int = 0) -> CachedSample:

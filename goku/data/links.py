@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from goku.data.errors import DataError
+from goku.data.record import not_unicode
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,16 @@ class Root:
             # A link that leads nowhere too: it is a file that is missing, not one that nobody listed.
             elif entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
                 yield Path(entry.path)
+
+
+def no_file_name(path: str) -> str | None:
+    """Why no file can have the path, None where one can. Opening such a path is no OSError but a ValueError."""
+    try:
+        name = os.fsencode(path)  # a name that is not UTF-8 has bytes, half an emoji has none
+    except UnicodeEncodeError:
+        fault = not_unicode(path) or f"cannot be written in {sys.getfilesystemencoding()}"
+        return f"media path {path!a} {fault}"
+    return f"media path {path!a} holds a null character" if b"\0" in name else None
 
 
 def _within(path: str, folder: str) -> bool:

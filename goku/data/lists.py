@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from goku.data.errors import DataError, Problem
-from goku.data.links import Root
+from goku.data.links import Root, no_file_name
 from goku.data.record import MEDIA_SUFFIXES, Record, Scan, counted
 
 MEDIA_LISTS = ("videos.txt", "video.txt", "images.txt", "image.txt")
@@ -70,6 +70,9 @@ def _record(
         return Problem(where, f"the line is not UTF-8: {error}", "listing")
     if not name:
         return Problem(where, "missing media path: the line is blank", "listing")
+    fault = no_file_name(name)
+    if fault is not None:
+        return Problem(where, fault, "listing")
     file = root.folder / name
     if file.suffix.lower() not in MEDIA_SUFFIXES:
         reason = f"{file.suffix or 'no suffix'} is not a media file; allowed are "

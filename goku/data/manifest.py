@@ -23,6 +23,7 @@ from goku.data.record import (
     Scan,
     counted,
     unique,
+    with_sound_captions,
 )
 from goku.data.shards import expand, is_shard_name, scan_shards
 from goku.data.sidecars import scan_sidecars
@@ -67,17 +68,22 @@ def scan(path: str | Path, form: Form = "auto", *, follow_links: bool = False) -
     """
     if form not in get_args(Form):
         raise ValueError(f"form is {form!r}; allowed: {', '.join(get_args(Form))}")
+    return unique(with_sound_captions(_scan(path, form, follow_links)))
+
+
+def _scan(path: str | Path, form: Form, follow_links: bool) -> Scan:
+    """What the listing says, as it says it."""
     source = Path(path).expanduser().absolute()
     if source.is_dir():
-        return unique(_scan_folder(Root(source, follow_links), form))
+        return _scan_folder(Root(source, follow_links), form)
     root = Root(source.parent, follow_links)
     archives = expand(str(source)) if is_shard_name(source.name) else []
     if not any(file.exists() for file in archives or [source]):
         raise DataError(f"{source}: no such file or folder; allowed: {_ALLOWED}")
     if archives and form in ("auto", "webdataset"):
-        return unique(scan_shards(archives, root))
+        return scan_shards(archives, root)
     if source.suffix.lower() in (".jsonl", ".json", ".csv") and form in ("auto", "table"):
-        return unique(scan_table(source, root, whole_folder=False))
+        return scan_table(source, root, whole_folder=False)
     if form != "auto":
         raise DataError(f"{source}: is no dataset of the form {form}")
     raise DataError(f"{source}: is no dataset; allowed: {_ALLOWED}")

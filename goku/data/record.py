@@ -133,6 +133,33 @@ def finite(field_name: str, value: object, needed: str = "a finite number") -> f
     return float(number)
 
 
+def not_unicode(text: str) -> str | None:
+    """What is wrong with a text that UTF-8, and so a tokenizer, has no bytes for; None when nothing is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Python allows such a thing in a string: JSON's "\\ud83d" alone is one, and so is a byte of a file's name.
+        return (
+            f"is not valid Unicode: {text[error.start]!a} at character {error.start + 1} is one half of a "
+            "character (such as an emoji that another tool cut in two), or a byte that is not UTF-8"
+        )
+    return None
+
+
+def with_sound_captions(found: Scan) -> Scan:
+    """Without the records of which a caption is not Unicode: each is a problem of its own. Every form's captions come
+    by here, however they were written."""
+    records: list[Record] = []
+    problems = list(found.problems)
+    for record in found.records:
+        faults = [fault for text in record.prompts if (fault := not_unicode(text))]
+        if faults:
+            problems.append(Problem(record.name, f"its caption {faults[0]}", "caption"))
+        else:
+            records.append(record)
+    return Scan(tuple(records), tuple(problems), found.notes)
+
+
 def unique(found: Scan) -> Scan:
     """Duplicate names: the same media listed again with another caption gets " #2" and so on; the
     same id, or the very same item, twice is an error (the later one is the problem)."""

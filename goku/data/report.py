@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from goku.data.errors import Dropped, Problem, Remark
+from goku.data.errors import SKIP_BAD, Dropped, Problem, Remark
 from goku.data.layout import PackingReport
 from goku.data.record import counted
 
@@ -65,7 +65,19 @@ class DoctorReport:
 
     @property
     def ok(self) -> bool:
-        return bool(self.items) and not self.unusable
+        return not self.reasons
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is not ready for training, a sentence each; () when it is."""
+        reasons = []
+        if self.unusable:
+            reasons.append(f"{counted(len(self.unusable), 'item')} cannot be used")
+        if not self.items:
+            of = f"{len(self.dropped):,} of {counted(self.listed, 'item')}"
+            dropped = f"; the limits dropped {of}" if self.dropped else ""
+            reasons.append(f"nothing is left to train on{dropped}")
+        return tuple(reasons)
 
     def counts(self) -> dict[str, int]:
         """Usable items by modality."""
@@ -95,7 +107,8 @@ class DoctorReport:
             "cache_bytes": self.cache_bytes,
             "items": [asdict(item) for item in self.items],
         }
-        return json.dumps(content, indent=2, ensure_ascii=False)
+        # ASCII, so that a name that is no Unicode is JSON's own escape, whatever it is printed or written to.
+        return json.dumps(content, indent=2)
 
     def to_text(self) -> str:
         """A readable page, at most 100 columns wide but for paths and reasons."""
@@ -124,7 +137,14 @@ class DoctorReport:
             lines += ["", "Dropped", *some_lines(self.dropped)]
         if self.unusable:
             lines += ["", "Unusable", *(f"  {problem}" for problem in self.unusable)]
-        lines += ["", "Ready for training." if self.ok else "Not ready for training."]
+        verdict = (
+            "Ready for training."
+            if self.ok
+            else f"Not ready for training: {'; '.join(self.reasons)}."
+        )
+        if self.unusable and self.items:
+            verdict = verdict[:-1] + SKIP_BAD + "."
+        lines += ["", verdict]
         return "\n".join(lines)
 
     def _size_lines(self) -> list[str]:

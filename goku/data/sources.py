@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from goku.data.config import DataConfig, SourceConfig
-from goku.data.errors import DataError, Dropped, Problem
+from goku.data.errors import SKIP_BAD, DataError, Dropped, Problem
 from goku.data.limits import dropped_by_suffix
 from goku.data.manifest import scan
 from goku.data.record import Record, Scan, counted, with_motion
@@ -65,9 +65,9 @@ def list_records(config: DataConfig, scanner: Scanner = scan) -> list[Record]:
     if problems and not (config.skip_bad and records):
         listed = sum(source.listed for source in sources)
         where = config.path or "data.sources"
-        raise DataError(
-            f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used", problems
-        )
+        what = f"{where}: {len(problems)} of {counted(listed, 'item')} cannot be used, by what is listed alone "
+        what += "(goku doctor opens the files, too)"
+        raise DataError(what + ("" if config.skip_bad else SKIP_BAD), problems)
     return records
 
 

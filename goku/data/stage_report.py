@@ -214,7 +214,8 @@ class RecipeReport:
             "cache": {**asdict(self.cache), "total": self.cache.total},
             "notes": list(self.notes),
         }
-        return json.dumps(content, indent=2, ensure_ascii=False)
+        # ASCII, so that a name that is no Unicode is JSON's own escape, whatever it is printed or written to.
+        return json.dumps(content, indent=2)
 
     def to_text(self) -> str:
         """A table of the stages, then each of them, then every quarantined item and the first remarks."""

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from goku.data.errors import DataError, Kind, Problem
-from goku.data.links import Root
+from goku.data.links import Root, no_file_name
 from goku.data.record import (
     MEDIA_SUFFIXES,
     Record,
@@ -138,6 +138,9 @@ def _record(row: Mapping[str, object], root: Root) -> Record:
     path = values["path"]
     if not isinstance(path, str) or not path.strip():
         raise ValueError(_missing("media path", "path", path))
+    fault = no_file_name(path)
+    if fault is not None:
+        raise ValueError(fault)
     try:
         captions = row_captions(values)
     except _Bad as error:
@@ -178,13 +181,15 @@ def _record(row: Mapping[str, object], root: Root) -> Record:
 
 def _unlisted(table: Path, root: Root, rows: Sequence[_Row]) -> tuple[str, ...]:
     """A note on the media in the table's folder that no row names, a bad row included."""
-    listed = {
-        os.path.normpath(_located(value, root.folder))
-        for _, row in rows
-        if not isinstance(row, _Bad)
-        for value in (row.get(name) for name in ALIASES["path"])
-        if isinstance(value, str)
-    }
+    listed = set()
+    for _, row in rows:
+        given = [] if isinstance(row, _Bad) else [row.get(name) for name in ALIASES["path"]]
+        for value in given:
+            if isinstance(value, str):
+                try:
+                    listed.add(os.path.normpath(_located(value, root.folder)))
+                except ValueError:
+                    continue  # a home folder that nobody has: no file of this folder
     others = [
         relative.as_posix()
         for relative, file in root.files()
@@ -240,8 +245,10 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
 
 
 def _json_rows(path: Path) -> Iterator[_Row]:
+    text = _text(path)
+    whole = _is_utf8(text)
     try:
-        content = json.loads(_text(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if isinstance(content, dict):
@@ -249,7 +256,8 @@ def _json_rows(path: Path) -> Iterator[_Row]:
     if not isinstance(content, list):
         raise DataError(f'{path}: a list of items is needed, or {{"data": [...]}}')
     for number, value in enumerate(content):
-        spoilt = not _is_utf8(json.dumps(value, ensure_ascii=False))
+        # Where the file is UTF-8, such a character was written as an escape, as in a .jsonl.
+        spoilt = not whole and not _is_utf8(json.dumps(value, ensure_ascii=False))
         bad = _Bad("the item is not UTF-8 text", "caption")
         yield f"{path.name}[{number}]", bad if spoilt else _row(value)
 

@@ -61,9 +61,16 @@ def usable_frames(available: int, max_frames: int) -> int:
     return (min(available, max_frames) - 1) // 4 * 4 + 1
 
 
-def snapped_size(height: int, width: int, pixels: int, *, upscale: bool = False) -> tuple[int, int]:
+def snapped_size(
+    height: int,
+    width: int,
+    pixels: int,
+    *,
+    upscale: bool = False,
+    most: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """The (height, width) to train at: multiples of 16, at most `pixels` in area, neither side
-    above the source's unless `upscale`. Of these, the size into which the whole source fits
+    above the source's unless `upscale`, nor above those of `most`. Of these, the size into which the whole source fits
     largest (max of min(w / width, h / height)); ties go to the smallest area, which crops least.
 
     Exact in integers. ValueError when the source is smaller than 16 on a side and not `upscale`.
@@ -82,6 +89,12 @@ def snapped_size(height: int, width: int, pixels: int, *, upscale: bool = False)
     widest = _floor(pixels // SNAP)
     if not upscale:
         highest, widest = min(highest, _floor(height)), min(widest, _floor(width))
+    if most is not None:
+        if min(most) < SNAP:
+            raise ValueError(
+                f"most: {most[0]}x{most[1]} (height x width) is less than {SNAP}x{SNAP}"
+            )
+        highest, widest = min(highest, _floor(most[0])), min(widest, _floor(most[1]))
     best: tuple[int, int, int, int] | None = None
     # Above _ceil(ideal) the width that the budget leaves only shrinks, so no size there is better.
     for h in range(SNAP, max(highest, SNAP) + 1, SNAP):

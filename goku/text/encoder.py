@@ -164,8 +164,8 @@ class T5TextEncoder:
             tokens.append(ids)
         if cut:
             warnings.warn(
-                f"{len(cut)} of {len(tokens)} prompts are longer than max_tokens="
-                f"{self._max_tokens} and were cut, the first of them {cut[0]!r}",
+                f"prompts longer than max_tokens={self._max_tokens} are cut: "
+                f"{len(cut)} of {len(tokens)}, the first of them {cut[0]!r}",
                 stacklevel=3,
             )
         return tokens

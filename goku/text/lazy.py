@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ class LazyTextEncoder:
         self.device = torch.device(device)
         self._facts: tuple[int, str] | None = None  # dim, fingerprint
         self._encoder: T5TextEncoder | None = None
+        self._borrowers = 0
         self._path: Path | None = None
         if config.path is not None:
             if not Path(config.path).is_dir():
@@ -82,6 +84,21 @@ class LazyTextEncoder:
         self._encoder = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Weights that are read within go at its end; those that were in memory before stay.
+
+        May be nested: the outermost decides.
+        """
+        keep = self.loaded or self._borrowers > 0
+        self._borrowers += 1
+        try:
+            yield
+        finally:
+            self._borrowers -= 1
+            if not keep and self.loaded:
+                self.release()
 
     def _known(self) -> tuple[int, str]:
         if self._facts is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +113,10 @@ def a_shared_batch(rank: int, world: int) -> None:
         for i, (t, h, w) in enumerate(grids)
     ]  # fmt: skip
     dataset: Any = SimpleNamespace(
-        items=items, read=lambda index, caption: samples[index], empty_text=torch.zeros(1, 12)
+        items=items,
+        read=lambda index, caption: samples[index],
+        reading=nullcontext,
+        empty_text=torch.zeros(1, 12),
     )
     vae = GokuVAE(VAEConfig(channels=2, stem_width=8, width=8, encoder_depth=1, decoder_depth=1))
     packing = PackingConfig(tokens_per_step=40, tokens_per_pack=40)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,8 +36,16 @@ class FakeDataset:
     items: list[Item]
     samples: list[CachedSample]
     empty_text: Tensor
+    scopes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self.scopes.append("")
+        yield
+        self.scopes.append("end")
 
     def read(self, index: int, caption: int = 0) -> CachedSample:
+        assert self.scopes[-1:] == [""], "one scope for the reads of a pack"
         sample = self.samples[index]
         # Of several captions each is unlike the others.
         return replace(sample, text=sample.text + 10.0 * caption) if caption else sample

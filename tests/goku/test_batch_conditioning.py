@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class FakeDataset:
     items: list[Item]
     samples: list[CachedSample]
     empty_text: Tensor
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def read(self, index: int, caption: int = 0) -> CachedSample:
         return self.samples[index]

@@ -156,3 +156,24 @@ def test_help_is_there_without_importing_torch() -> None:
     assert result.returncode == 0, result.stderr
     assert "examples" not in result.stderr
     assert result.stdout.startswith("usage: goku")
+
+
+def test_what_python_says_of_a_file_is_said_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code("sample", "--show", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"goku sample: {tmp_path}: Is a directory\n"
+
+
+def test_a_warning_is_one_line_without_source(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a process prints it; pytest keeps warnings to itself."""
+    code = (
+        "import warnings, goku.cli\n"
+        "goku.cli.VERBS['doctor'].run = lambda args: warnings.warn('a cache is damaged') or 0\n"
+        "goku.cli.main(['doctor', '.'])\n"
+        "warnings.warn('outside')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *rest = done.stderr.splitlines()
+    assert first == "goku: warning: a cache is damaged"
+    assert rest[0].endswith("UserWarning: outside")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from goku import config as parser
 from goku.data import DataError
 from goku.parallelize import ParallelContext
 from goku.prepare import check_sources, prepare_datasets, prepare_vae
@@ -92,6 +93,17 @@ def test_an_item_too_large_is_named_where_others_are_left_out(
         prepare_vae(run, ALONE)
 
 
+def test_a_vae_is_trained_on_what_the_limits_leave(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture of one token is too small for two processes, but the run takes none of that size."""
+    folder = pictures(tmp_path / "small", [16, 32, 48], 2)
+    vae = tree["vae"] | {"path": str(tmp_path / "new"), "train": {"steps": 1}}
+    data = tree["data"] | {"path": str(folder), "min_image_pixels": 1024}
+    prepare_vae(load_run_config(tree | {"vae": vae, "data": data, "parallel": {"sp": 2}}), ALONE)
+    assert "training the VAE on 2 items" in capsys.readouterr().err
+
+
 def test_limits_may_leave_nothing_that_is_unseen(tree: dict[str, Any], capsys: Any) -> None:
     run = loaded(tree, min_image_pixels=64 * 64)
     training, unseen, _ = prepare_datasets(run, ALONE, prepare_vae(run, ALONE))
@@ -130,6 +142,17 @@ def test_sources_are_listed_before_anything_else(tree: dict[str, Any], tmp_path:
     (tmp_path / "media/0.txt").unlink()
     refused("1 of 2 items cannot be used", skip_bad=False)
     check_sources([loaded(tree)], ALONE)
+    # Of a run that goes on in a stream, or has begun, the list of items decides; of held-out data there is none.
+    gone = loaded(tree, path=str(tmp_path / "nowhere"))
+    check_sources([gone], ALONE, carried=[gone])
+    begun = load_run_config(
+        tree | {"out": str(tmp_path / "begun"), "data": parser.to_dict(gone)["data"]}
+    )
+    (tmp_path / "begun/checkpoints/step_1").mkdir(parents=True)
+    check_sources([begun], ALONE)
     shutil.rmtree(tmp_path / "unseen")
+    for config, carried in ((gone, [gone]), (begun, [])):
+        with pytest.raises(DataError, match="unseen: no such file or folder"):
+            check_sources([config], ALONE, carried)
     with pytest.raises(DataError, match="unseen: no such file or folder"):
         check_sources([loaded(tree)], ALONE)

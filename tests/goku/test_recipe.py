@@ -389,7 +389,8 @@ def test_the_dry_run_is_a_table_and_one_run() -> None:
     assert by_name["i2v"]["steps"] == "300"
     assert by_name["i2v"]["image pixels"] == by_name["t2i"]["video pixels"] == "-"
     assert {row["status"] for row in by_name.values()} == {"fresh"}
-    assert run.startswith("t2i\nout: absent/stages/t2i\n")
+    which = "the one of the largest packs; --stage NAME shows another"
+    assert run.startswith(f"t2i, {which}\nout: absent/stages/t2i\n")
     assert "frames dropped" not in run
     chosen = describe_recipe(recipe, "i2v")
     shares = "text alone 8.55%, frames alone 8.55%, both 5.95%"

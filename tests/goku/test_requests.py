@@ -74,6 +74,8 @@ def test_json_forms_say_the_same(form: str, tmp_path: Path) -> None:
         ("p.json", '[{"prompt": "a", "seed": "one"}]', ["seed", "'one'", "integer"]),
         ("p.json", '[{"prompt": "a", "steps": 0}]', ["steps is 0"]),
         ("p.json", '[{"prompt": "a", "seed": -1}]', ["seed is -1"]),
+        ("p.json", r'[{"prompt": "a \ud83d"}]', ["entry 1", r"prompt 'a \ud83d' is not valid Unicode", "character 3"]),
+        ("p.jsonl", r'{"prompt": "a", "negative": "\ud83d"}', ["line 1", r"negative '\ud83d' is not valid Unicode"]),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_say(name: str, content: str, words: list[str], tmp_path: Path) -> None:

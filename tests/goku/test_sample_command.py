@@ -295,3 +295,20 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(
     assert _sample(run, out, *size, "--steps", 3, "--overwrite") == 0
     assert sorted(path.name for path in out.iterdir()) == ["0000_p_seed0.png", "0000_p_seed0_2.png"]
     assert read_metadata(out / "0000_p_seed0.png")["steps"] == 3
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    """A byte of the command line that is not UTF-8 comes as a lone surrogate; nothing could embed it."""
+    run, out = trained_run(), tmp_path / "out"
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(r'[{"prompt": "cut \ud83d"}]')
+    for arguments, said in (
+        (["--prompt", "caf\udce9"], r"prompt 'caf\udce9' is not valid Unicode"),
+        (["--negative", "caf\udce9"], r"negative 'caf\udce9' is not valid Unicode"),
+        (["--prompts", prompts], rf"{prompts}, entry 1: prompt 'cut \ud83d' is not valid Unicode"),
+    ):
+        assert _sample(run, out, *arguments) == 2
+        assert said in capsys.readouterr().err
+    assert not out.exists()

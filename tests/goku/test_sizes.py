@@ -85,11 +85,39 @@ def test_what_is_drawn_by_default_was_trained(
     assert beyond_limits(request, about.limits, about.area) is None
 
 
-def test_a_given_image_has_its_own_shape_in_the_trained_area(trained_run: Make) -> None:
-    about = _about(trained_run, 64 * 64, 128 * 128, [3, 4, 7], 28)
-    square = torch.zeros(3, 100, 100, dtype=torch.uint8)
-    request = request_defaults(about, given={0: square}).request("a")
-    assert (request.height, request.width, request.frames) == (80, 80, 9)
+@pytest.mark.parametrize(
+    ("limits", "area", "picture", "size"),
+    [
+        # Landscapes alone were trained: a portrait, and a square, are no higher than they were.
+        ([3, 18, 32], 18 * 32, (1600, 900), (288, 176)),
+        ([3, 18, 32], 18 * 32, (700, 700), (288, 288)),
+        ([3, 32, 18], 18 * 32, (900, 1600), (176, 288)),
+        # No less than before where both sides are within.
+        ([3, 18, 32], 18 * 32, (90, 160), (288, 512)),
+        ([3, 18, 32], 18 * 32, (100, 200), (256, 512)),
+        # Both shapes were trained, and a square in their area is within both.
+        ([3, 32, 32], 18 * 32, (1600, 900), (512, 288)),
+        ([3, 32, 32], 18 * 32, (700, 700), (384, 384)),
+        # As thin as the largest side lets it be.
+        ([3, 18, 32], 18 * 32, (4000, 20), (288, 16)),
+    ],
+)
+def test_a_given_image_keeps_its_shape_within_the_trained_sides(
+    limits: list[int],
+    area: int,
+    picture: tuple[int, int],
+    size: tuple[int, int],
+    trained_run: Make,
+) -> None:
+    about = _about(trained_run, 288 * 512, 288 * 512, limits, area)
+    image = torch.zeros(3, *picture, dtype=torch.uint8)
+    request = request_defaults(about, given={0: image}).request("a")
+    assert (request.height, request.width, request.frames) == (*size, 9)
+    assert beyond_limits(request, about.limits, about.area) is None
+    # What is asked for in numbers is drawn so, and said to be beyond.
+    asked = request_defaults(about, given={0: image}, height=1024, width=16).request("a")
+    assert (asked.height, asked.width) == (1024, 16)
+    assert beyond_limits(asked, about.limits, about.area) is not None
 
 
 def test_how_long_a_clip_is_by_default(trained_run: Make, tmp_path: Path) -> None:

@@ -114,8 +114,13 @@ def test_cases_in_the_shared_form(tmp_path: Path) -> None:
         ({"num_frame": 5}, "did you mean"),
         ({"frame_rate": 12.5}, "fps is 12.5"),
         ({"fps": 0}, "fps is 0"),
+        ({"prompt": "cut \ud83d"}, "prompt .* is not valid Unicode"),
     ):
-        path.write_text(json.dumps({"data": [*CASES[:1], {"caption": "x"} | extra]}))
+        path.write_text(
+            json.dumps(
+                {"data": [*CASES[:1], ({} if "prompt" in extra else {"caption": "x"}) | extra]}
+            )
+        )
         with pytest.raises(ValueError, match=words) as caught:
             read_cases(path, RequestDefaults())
         assert "entry 2" in str(caught.value)

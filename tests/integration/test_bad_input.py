@@ -441,7 +441,7 @@ def test_the_doctor_tells_good_from_bad(
     assert main(["doctor", str(copied_media), *options]) == 2
     printed, error = capfd.readouterr()
     assert error == ""
-    _assert_clear(printed, ["5 listed", "3 unusable", "Not ready for training."])
+    _assert_clear(printed, ["5 listed", "3 unusable", "Not ready for training: "])
     _assert_clear(printed, ["clip1.mp4: ", "image1.png: ", "image2.png: missing caption"])
 
     result = goku("doctor", copied_media, "--json", *options)

@@ -25,6 +25,7 @@ import yaml
 
 from goku.carry import checkpoint_id
 from goku.cli import main
+from goku.data import DataError
 from goku.metrics import read_log
 from goku.parallelize import parallel_context
 from goku.recipe import Recipe, load_recipe
@@ -372,6 +373,13 @@ def _drop(out: Path, *names: str) -> None:
         shutil.rmtree(out / "stages" / name)
 
 
+def _drop_latest(stage: Path) -> None:
+    """A stage that has begun, then, and is not finished."""
+    latest = checkpoint.latest(stage / "checkpoints")
+    assert latest is not None
+    shutil.rmtree(latest)
+
+
 def test_a_start_that_is_not_finished_is_refused(copied: tuple[Path, Path]) -> None:
     path, out = copied
     _drop(out, "i2v", "tune-t2v")
@@ -514,11 +522,30 @@ def test_the_command_says_refusals_and_trains_nothing(
     assert [(row[0], row[-1]) for row in rows[1:]] == [
         (name, "fresh" if name == "joint-288" else "finished") for name in NAMES
     ]
+    assert main(["train", str(path), "--dry-run", "--stage", "t2i"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n# stage t2i\n" in shown
+    assert f"stills: {load_recipe(path).stages[0].config.data.sources['stills'].path}" in shown
     assert main(["train", str(path), "--stage", "joint"]) == 2
     assert "stage is 'joint'; did you mean joint-" in capsys.readouterr().err
     # A run has no stages.
     assert main(["train", str(out / "stages" / "t2i" / "config.yaml"), "--stage", "t2i"]) == 2
     assert "--stage is 't2i', but" in capsys.readouterr().err
+
+
+def test_a_recipes_folder_stands_for_its_last_stage_in_ckpt(
+    copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = copied
+    last = checkpoint.latest(out / "stages" / "i2v" / "checkpoints")
+    assert main(["ckpt", "verify", str(out)]) == 0
+    said = capsys.readouterr()
+    assert str(last) in said.out
+    assert said.err.startswith(f"goku ckpt: of {out} it is {last}\n")
+    assert main(["ckpt", "diff", str(out), str(out / "stages" / "i2v")]) == 0
+    # What is written is never another place than the one named.
+    assert main(["ckpt", "export", str(out / "stages" / "i2v"), str(out)]) == 2
+    assert f"{out} exists already" in capsys.readouterr().err
 
 
 def test_a_stage_is_a_run_that_goes_on_without_the_recipe(copied: tuple[Path, Path]) -> None:
@@ -537,12 +564,23 @@ def test_a_stage_that_has_yet_to_begin_is_begun_by_its_recipe_alone(
     copied: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its config.yaml is there before its first checkpoint, and as a run it would begin from random weights."""
-    _, out = copied
+    path, out = copied
     shutil.rmtree(out / "stages" / "i2v" / "checkpoints")
     config = str(out / "stages" / "i2v" / "config.yaml")
     assert main(["train", config, f"out={out / 'stages' / 'i2v'}"]) == 2
     assert "--stage i2v" in capsys.readouterr().err
     assert not (out / "stages" / "i2v" / "checkpoints").exists()
+    # So it is with one that was resumed before its checkpoints went.
+    stage = out / "stages" / "tune-t2v"
+    _drop(out, "i2v")
+    _drop_latest(stage)
+    _run(path, only="tune-t2v")
+    assert [
+        event["step"] for event in read_log(stage / "train.jsonl") if event["event"] == "resume"
+    ] == [2]
+    shutil.rmtree(stage / "checkpoints")
+    assert main(["train", str(stage / "config.yaml"), f"out={stage}"]) == 2
+    assert "--stage tune-t2v" in capsys.readouterr().err
     # One that begins from nothing may begin anywhere.
     shutil.rmtree(out / "stages" / "t2i" / "checkpoints")
     config = str(out / "stages" / "t2i" / "config.yaml")
@@ -561,6 +599,29 @@ def test_a_later_stage_without_data_is_refused_before_anything_is_trained(
     assert main(["train", str(path)]) == 2
     assert str(empty) in capsys.readouterr().err
     assert not (tmp_path / "out" / "stages").exists()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["begun", "carried"])
+def test_held_out_data_that_have_gone_are_missed_before_anything_is_prepared(
+    copied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Of a stage that has begun, or goes on in a stream, only the items to train on are already known."""
+    path, out = copied
+    how = ["unseen=nowhere"]
+    if stream:
+        _drop(out, "joint-480", "tune-t2v", "i2v")
+        how += [f"stages.joint-480.data.{kind}_pixels=16x32" for kind in ("image", "video")]
+        how.append("stages.joint-480.carry.stream=true")
+    else:
+        _drop(out, "tune-t2v", "i2v")
+        _drop_latest(out / "stages" / "joint-480")
+
+    def prepared(*_: Any) -> None:
+        raise AssertionError("hours of work")
+
+    monkeypatch.setattr("goku.stages.prepare_vae", prepared)
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        _run(path, *how, only="joint-480")
 
 
 def test_two_recipes_do_not_share_a_folder(copied: tuple[Path, Path]) -> None:
@@ -619,11 +680,36 @@ def test_a_carried_stream_keeps_its_items(
     assert before == states(recipe)[1]
 
 
+def test_a_carried_stream_is_held_over_stages_that_have_yet_to_begin(
+    copied: tuple[Path, Path], written: dict[str, Any], media: Path, tmp_path: Path
+) -> None:
+    """joint-480 goes on in joint-288's stream and tune-t2v in joint-480's: what has gone since stops neither."""
+    path, out = copied
+    _drop(out, "joint-480", "tune-t2v", "i2v")
+    folder = shutil.copytree(media, tmp_path / "media")
+    shutil.copy(folder / "image0.png", folder / "without-a-caption.png")  # has come since
+    stages = dict(written["stages"])
+    del stages["i2v"]
+    for name in ("joint-480", "tune-t2v"):
+        stages[name] = {**stages["joint-288"], "carry": {"optimizer": True, "stream": True}}
+    _write({**written, "stages": stages, "unseen": str(media)}, out)
+    how = [f"sources.{name}.path={folder}" for name in ("stills", "clips")]
+    recipe = _run(path, *how)
+    first, second, third = states(recipe)[1:]
+    assert second.run["position"] < third.run["position"]
+    assert third.run["fingerprints"]["data"] == first.run["fingerprints"]["data"]
+    # Without the stream a stage takes what is there, and says so before the others train.
+    _drop(out, "joint-480", "tune-t2v")
+    with pytest.raises(DataError, match="without-a-caption"):
+        _run(path, *how, "stages.tune-t2v.carry.stream=false")
+    assert not (out / "stages" / "joint-480" / "checkpoints").exists()
+
+
 def test_a_vae_of_the_recipes_own_is_trained_once_on_all_sources(
-    written: dict[str, Any], tmp_path: Path
+    written: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = copy.deepcopy(written)
-    recipe["data"]["cache"] = str(tmp_path / "cache")
+    recipe["data"] |= {"cache": str(tmp_path / "cache"), "min_image_pixels": 32 * 48}
     recipe["vae"] = written["vae"] | {
         "path": str(tmp_path / "vae"),
         "train": {"steps": 2, "frames": 5, "positions": 8},
@@ -631,6 +717,8 @@ def test_a_vae_of_the_recipes_own_is_trained_once_on_all_sources(
     path = _write(recipe, tmp_path / "out")
     steps = ["train.steps=1", "train.eval_every=0"]
     _run(path, *steps, only="t2i")
+    # Two clips, and two stills of three: the smallest is taken by no stage.
+    assert "training the VAE on 4 items" in capsys.readouterr().err
     made = (tmp_path / "vae" / "config.json").stat().st_mtime_ns
     log = read_log(tmp_path / "out" / "vae.jsonl")
     assert log[-1]["step"] == 2

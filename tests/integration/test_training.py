@@ -394,6 +394,6 @@ def test_items_that_are_lost_have_no_weight_and_are_listed(
     assert {row["name"] for row in listed} == lost
     assert {row["kind"] for row in listed} == {"damaged"}
     assert all(event["loss"] > 0 for event in _steps(trainer.out).values())
-    with pytest.raises(TrainingStopped, match=r"2 items are lost, over data.max_lost = 1"):
+    with pytest.raises(TrainingStopped, match=r"2 items lost, over data.max_lost = 1"):
         strict.run(threading.Event())
     assert [event["lost"] for event in _events(strict.out, "gave_up")] == [2]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from goku.data import DataConfig
+from goku.packing import partition
 
 
 def moving_gradient(frames: int, height: int, width: int) -> np.ndarray:
@@ -172,3 +173,16 @@ def plain(folder: Path) -> DataConfig:
     return DataConfig(
         path=str(folder), image_pixels=64 * 96, video_pixels=48 * 64, max_frames=17, workers=0
     )
+
+
+@pytest.fixture
+def partitioned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[float]]]:
+    """(lengths, costs) of every step that the doctor lays out into packs."""
+    seen: list[tuple[list[int], list[float]]] = []
+
+    def recorded(lengths: list[int], costs: list[float], *rest: Any) -> Any:
+        seen.append((lengths, costs))
+        return partition(lengths, costs, *rest)
+
+    monkeypatch.setattr("goku.data.layout.partition", recorded)
+    return seen

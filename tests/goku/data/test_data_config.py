@@ -32,6 +32,7 @@ from goku.data import DataConfig, DataError, DecodeError, MixConfig, Problem, So
         ("motion_caption", "{caption} {speed}", "motion_caption: .* cannot be filled in"),
         ("motion_caption", "{motion", "motion_caption: .* cannot be filled in"),
         ("motion_caption", "score {motion}", "must hold {caption}"),
+        ("motion_caption", "{caption} \ud83d", "motion_caption: .* is not valid Unicode"),
     ],
 )
 def test_bad_values_are_named(field: str, value: Any, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from goku.data import DataConfig, DataError, ShuffledStream, doctor, prepare
 from goku.data.html_report import page
-from goku.packing import PackingConfig, partition
+from goku.packing import PackingConfig
 
 PACKING = PackingConfig(tokens_per_step=100, tokens_per_pack=70)
 
@@ -83,7 +83,7 @@ def test_text_and_json_say_it_all(config: DataConfig, folder: Path) -> None:
         "notes.md",
         "video 17 x 48 x 64",
         "9 / 21 / 60, 111 in all",
-        "Not ready for training.",
+        "Not ready for training: 2 items cannot be used; data.skip_bad: true goes on without them.",
         "1 clip longer than max_frames: the rest is not seen",
     ):
         assert part in text
@@ -141,6 +141,7 @@ def test_nothing_usable(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "bad/a.txt").write_text("x")
     report = doctor(replace(config, path=str(tmp_path / "bad")), PACKING)
     assert not report.ok
+    assert report.reasons == ("1 item cannot be used", "nothing is left to train on")
     assert report.packing is None
     assert "0 images and 0 videos usable, 1 unusable" in report.to_text()
     assert json.loads(report.to_json())["tokens"] == {}
@@ -153,22 +154,15 @@ def test_slow_clips_are_noted(config: DataConfig) -> None:
 
 
 def test_packs_are_balanced_by_the_given_cost(
-    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+    config: DataConfig, partitioned: list[tuple[list[int], list[float]]]
 ) -> None:
-    seen: list[tuple[list[int], list[float]]] = []
-
-    def recorded(lengths: list[int], costs: list[float], *rest: Any) -> Any:
-        seen.append((lengths, costs))
-        return partition(lengths, costs, *rest)
-
-    monkeypatch.setattr("goku.data.layout.partition", recorded)
     doctor(config, PACKING)
-    assert seen
-    assert all(costs == [length**2 for length in lengths] for lengths, costs in seen)
-    seen.clear()
+    assert partitioned
+    assert all(costs == [length**2 for length in lengths] for lengths, costs in partitioned)
+    partitioned.clear()
     doctor(config, PACKING, cost=lambda length: 3.0 * length + 1)
-    assert seen
-    assert all(costs == [3.0 * length + 1 for length in lengths] for lengths, costs in seen)
+    assert partitioned
+    assert all(costs == [3.0 * length + 1 for length in lengths] for lengths, costs in partitioned)
 
 
 def test_an_unlisted_file_is_shown(config: DataConfig, folder: Path) -> None:

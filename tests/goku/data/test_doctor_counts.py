@@ -16,7 +16,7 @@ from goku.data import DataConfig, MixedStream, doctor
 from goku.data.html_report import page
 from goku.data.mixing import Group
 from goku.data.stage_report import STAGE_HEAD
-from goku.packing import PackingConfig, partition, sample_cost
+from goku.packing import PackingConfig, sample_cost
 from goku.recipe import Recipe, load_recipe
 from goku.recipe_doctor import doctor_recipe
 
@@ -160,18 +160,11 @@ def test_the_text_says_each_number_in_its_place(recipe: Recipe) -> None:
 
 
 def test_packs_are_balanced_by_the_trainers_cost(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, partitioned: list[tuple[list[int], list[float]]]
 ) -> None:
-    seen: list[tuple[list[int], list[float]]] = []
-
-    def recorded(lengths: list[int], costs: list[float], *rest: Any) -> Any:
-        seen.append((lengths, costs))
-        return partition(lengths, costs, *rest)
-
-    monkeypatch.setattr("goku.data.layout.partition", recorded)
     doctor_recipe(recipe, stage="first")
-    assert seen
-    for lengths, costs in seen:
+    assert partitioned
+    for lengths, costs in partitioned:
         assert costs == [sample_cost(length, 32, text_dim=8) for length in lengths]
 
 
@@ -283,7 +276,12 @@ def test_a_dataset_of_which_the_limits_leave_nothing(recipe: Recipe, tmp_path: P
     report = doctor(config, PackingConfig(tokens_per_step=96, tokens_per_pack=32))
     assert (report.listed, len(report.dropped), report.unusable) == (10, 10, ())
     assert not report.ok
-    assert report.to_text().splitlines()[-1] == "Not ready for training."
+    assert report.to_text().splitlines()[-1] == f"Not ready for training: {report.reasons[0]}."
+    assert report.reasons == ("nothing is left to train on; the limits dropped 10 of 10 items",)
+    (verdict,) = re.findall(r"<div class='verdict failed'>.*?</div>", page(report))
+    assert "Not ready for training." in verdict
+    assert report.reasons[0] in verdict
+    assert "cannot be used" not in verdict
     # One line of the page for all that one limit leaves out, whatever their sizes.
     (limit,) = {dropped.reason.rpartition(", ")[2] for dropped in report.dropped}
     assert len({dropped.reason for dropped in report.dropped}) == 2

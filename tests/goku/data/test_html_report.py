@@ -167,7 +167,10 @@ def test_the_page_of_a_dataset(
 ) -> None:
     target = tmp_path / "report.html"
     assert main(["doctor", str(folder), "--html", str(target), "--workers", "0"]) == 2
-    assert "Not ready for training." in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "Not ready for training: 2 items cannot be used; data.skip_bad: true goes on without them."
+    )
     parsed = standing_alone(target.read_text(encoding="utf-8"))
     for part in ("Not ready for training.", "2 items cannot be used", "bad & <i>worse<_i>.png"):
         assert part in parsed.text

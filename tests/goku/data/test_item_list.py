@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from goku.config import parse
 from goku.data import DataConfig, DataError, Dataset, DecodeError, ItemList, Problem, prepare
 from goku.data.filler import FROM_CACHE
 from goku.data.item_list import LEFT_OUT
@@ -144,25 +145,25 @@ def test_an_item_that_cannot_be_had_keeps_its_place(
     lost = LostItems(
         1, lambda kind, fields: told.append(f"{kind} {fields['name']}"), set_aside.append
     )
-    zeros, usable = lost.read(after, 2, vae)
+    zeros, usable = lost.read(after, 2, vae, after.empty_text)
     assert (usable, zeros.mean.shape, told) == (False, sample.mean.shape, ["lost c.mp4"])
-    assert all(lost.read(after, i, vae)[1] for i in (0, 1, 3))
+    assert all(lost.read(after, i, vae, after.empty_text)[1] for i in (0, 1, 3))
     assert set_aside == [problem]  # whose line it has
     # Another fault is another line.
     changed = get(items)
     (folder / "c.mp4").write_bytes(b"")
-    LostItems(1, quarantine=set_aside.append).read(changed, 2, vae)
+    LostItems(1, quarantine=set_aside.append).read(changed, 2, vae, changed.empty_text)
     assert [(p.name, "is empty" in p.reason) for p in set_aside[1:]] == [("c.mp4", True)]
     (folder / "c.mp4").unlink()
     # More of them than may be lost, or where none may be left out: refused, by name.
     with pytest.raises(DataError, match=r"1 item of the run lost, over .* = 0\n  c\.mp4: "):
         get(items, max_lost=0)
-    with pytest.raises(DataError, match=r"1 of 4 items cannot be used\n  c\.mp4: media file"):
+    with pytest.raises(DataError, match=r"1 of 4 items cannot be used; .*\n  c\.mp4: media file"):
         get(items, skip_bad=False)
     # It may come back while the run goes on.
     again = get(items)
     shutil.move(tmp_path / "c.mp4", folder / "c.mp4")
-    found, usable = LostItems(0).read(again, 2, vae)
+    found, usable = LostItems(0).read(again, 2, vae, again.empty_text)
     assert usable
     assert torch.equal(found.mean, sample.mean)
     assert again.lost == {}
@@ -176,9 +177,36 @@ def test_an_item_that_is_listed_no_more_is_not_trained_on(folder: Path, get: Any
     assert after.skipped == (Problem("b.jpg", "is no longer listed", "listing"),)
     assert (after.report.listed, after.report.used) == (4, 3)
     # Its latent is there: who takes an item out of a dataset does not want it used.
-    assert not LostItems(1).read(after, 1, vae)[1]
-    with pytest.raises(DataError, match=r"1 of 4 items cannot be used\n  b\.jpg: is no longer"):
+    assert not LostItems(1).read(after, 1, vae, after.empty_text)[1]
+    with pytest.raises(DataError, match=r"1 of 4 items cannot be used; .*\n  b\.jpg: is no longer"):
         get(before.item_list(), skip_bad=False)
+
+
+def test_a_file_that_is_gone_from_a_folder_is_listed_no_more(folder: Path, get: Any) -> None:
+    """The files themselves are the list: none tells one that was lost from one that was taken out."""
+    (folder / "metadata.jsonl").unlink()
+    before = get(skip_bad=False)
+    (folder / "a.png").unlink()
+    (folder / "e.png").write_bytes(b"")
+    (folder / "e.txt").write_text("bad")
+    with pytest.raises(DataError) as error:
+        get(before.item_list(), skip_bad=False)
+    assert str(error.value) == (
+        f"{folder}: 1 of 5 items cannot be used; the run began with 1 of them: put back what is missing, or "
+        "data.skip_bad: true goes on with weight 0 in its place\n  a.png: is no longer listed"
+    )
+    # What does not concern the run has no such remedy.
+    with pytest.raises(DataError, match=r"1 of 4 items cannot be used; .*\n  e\.png"):
+        get(skip_bad=False)
+    after = get(before.item_list())
+    assert (after.items, after.fingerprint()) == (before.items, before.fingerprint())
+    assert {i: str(p) for i, p in after.lost.items()} == {0: "a.png: is no longer listed"}
+    # A table that names it says that it is wanted.
+    table(folder, NAMES)
+    after = get(before.item_list(), skip_bad=False)
+    assert (after.items, after.fingerprint()) == (before.items, before.fingerprint())
+    assert torch.equal(after.read(0).mean, before.read(0).mean)
+    assert [r.name for r in after.report.remarks if r.text.endswith(FROM_CACHE)] == ["a.png"]
 
 
 def test_an_item_that_has_come_since_is_left_out(folder: Path, get: Any) -> None:
@@ -271,7 +299,7 @@ def test_items_that_have_become_others_are_named(
     found = items.differences(after.item_list())
     assert found[0].startswith(line)
     if how == "vae":
-        assert (len(found), found[3]) == (4, "and 1 more items")
+        assert (len(found), found[3]) == (4, "and 1 more item")
 
 
 def test_of_several_sources_each_has_its_own(
@@ -280,8 +308,6 @@ def test_of_several_sources_each_has_its_own(
     second = tmp_path / "second"
     shutil.copytree(folder, second)
     sources = {"one": {"path": str(folder)}, "two": {"path": str(second)}}
-    from goku.config import parse
-
     tree = {"sources": sources, "image_pixels": 1024, "video_pixels": 1024, "max_frames": 5}
     tree |= {"workers": 0, "skip_bad": True, "mix": {"one": {"image": 1}, "two": {"video": 2}}}
     mixed = parse(DataConfig, tree)
@@ -315,8 +341,6 @@ def test_of_several_sources_each_has_its_own(
 def test_what_the_mix_leaves_out_is_not_lost(
     tmp_path: Path, folder: Path, config: DataConfig, vae: Any, text: Any
 ) -> None:
-    from goku.config import parse
-
     def get(items: ItemList | None = None, **weights: int) -> Dataset:
         tree = {"sources": {"one": {"path": str(folder)}}, "mix": {"one": weights}, "workers": 0}
         tree |= {"image_pixels": 1024, "video_pixels": 1024, "max_frames": 5}
@@ -342,3 +366,34 @@ def test_the_same_file_asked_for_otherwise_is_no_duplicate(folder: Path, get: An
     after = get(before.item_list())
     assert (after.items, after.skipped) == (before.items, ())
     assert [(d.name, d.reason) for d in after.report.dropped] == [("x.mp4", LEFT_OUT)]
+
+
+def test_what_a_run_began_with_never_becomes_a_duplicate(folder: Path, get: Any) -> None:
+    """Two ranges that are cut to the same frames are two items, also when the ranges are not known any more."""
+    shutil.copy(folder / "c.mp4", folder / "x.mp4")
+
+    def list_clips(*frames: int, other: int) -> None:
+        table(folder, ["a.png"])
+        rows = [{"path": "c.mp4", "text": "this is c", "num_frames": count} for count in frames]
+        rows.append({"path": "x.mp4", "text": "this is c", "num_frames": other})
+        with (folder / "metadata.jsonl").open("a") as listing:
+            listing.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    list_clips(5, 6, other=7)
+    before = get()
+    clips = ["c.mp4", "c.mp4 #2", "x.mp4"]
+    assert names(before) == ["a.png", *clips]
+    assert len({entry.key for entry in before.entries}) == 2
+    table(folder, ["a.png"])
+    after = get(before.item_list())
+    assert (after.items, after.fingerprint()) == (before.items, before.fingerprint())
+    gone = [Problem(name, "is no longer listed", "listing") for name in clips]
+    assert after.skipped == tuple(gone)
+    assert after.lost == dict(enumerate(gone, 1))
+    assert (after.report.listed, after.report.used) == (4, 1)
+    # They are listed with one range, of which a start would take the first alone.
+    list_clips(5, 6, other=5)
+    assert names(get()) == ["a.png", *clips[:2]]
+    after = get(before.item_list())
+    assert (after.items, after.fingerprint()) == (before.items, before.fingerprint())
+    assert (after.skipped, after.lost) == ((), {})

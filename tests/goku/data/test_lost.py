@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from goku.batch import BatchBuilder
 from goku.data import CachedDataset, DataConfig, DecodeError, Problem, prepare
+from goku.flow import FlowConfig
 from goku.lost import LostItems, TooManyLost
+from goku.packing import PackingConfig
 from goku.text import LazyTextEncoder, TextCache, TextConfig, load_text_encoder
 
 Report = list[tuple[str, dict[str, Any]]]
@@ -58,14 +61,14 @@ def test_it_is_made_again_with_the_same_bits(
         victim.write_bytes(victim.read_bytes()[:-1] + b"\x7f")
     report: Report = []
     lost = LostItems(0, lambda kind, fields: report.append((kind, fields)))
-    sample, usable = lost.read(dataset, index, vae)
+    sample, usable = lost.read(dataset, index, vae, dataset.empty_text)
     assert usable
     assert same(sample, before)
     assert cached(dataset, index).read_bytes() == content
     assert [(kind, fields["name"]) for kind, fields in report] == [
         ("repaired", dataset.items[index].name)
     ]
-    lost.read(dataset, index, vae)
+    lost.read(dataset, index, vae, dataset.empty_text)
     assert (len(report), lost.count) == (1, 0)
 
 
@@ -80,7 +83,7 @@ def test_media_that_are_gone_cost_the_item_and_no_more(
     lost = LostItems(1, lambda *event: report.append(event), set_aside.append)
     for _ in range(2):
         for index in (0, 2):
-            sample, usable = lost.read(dataset, index, vae)
+            sample, usable = lost.read(dataset, index, vae, dataset.empty_text)
             t, h, w = dataset.items[index].grid
             assert not usable
             assert sample.mean.shape == sample.logvar.shape == (4, t, 2 * h, 2 * w)
@@ -90,13 +93,13 @@ def test_media_that_are_gone_cost_the_item_and_no_more(
     assert [kind for kind, _ in report] == ["lost", "lost"]
     assert [problem.name for problem in set_aside] == ["a.png", "c.mp4"]
     assert all("media file missing" in problem.reason for problem in set_aside)
-    assert lost.read(dataset, 1, vae)[1]
+    assert lost.read(dataset, 1, vae, dataset.empty_text)[1]
     lost.check({"a.png": "gone"})
-    with pytest.raises(TooManyLost, match=r"2 items are lost, over data\.max_lost = 1: a\.png: "):
+    with pytest.raises(TooManyLost, match=r"2 items lost, over data\.max_lost = 1: a\.png: "):
         lost.check(lost.names)
     # Media that come back do not change the run that lost them.
     Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(folder / "a.png")
-    assert not lost.read(dataset, 0, vae)[1]
+    assert not lost.read(dataset, 0, vae, dataset.empty_text)[1]
 
 
 def test_other_media_are_not_taken_for_the_old(
@@ -106,7 +109,7 @@ def test_other_media_are_not_taken_for_the_old(
     Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(folder / "a.png")
     with pytest.raises(DecodeError, match="changed since training began"):
         dataset.repair(0, vae)
-    assert not LostItems(5).read(dataset, 0, vae)[1]
+    assert not LostItems(5).read(dataset, 0, vae, dataset.empty_text)[1]
 
 
 def test_a_damaged_caption_leaves_no_encoder_in_memory(
@@ -114,9 +117,10 @@ def test_a_damaged_caption_leaves_no_encoder_in_memory(
 ) -> None:
     """One of gigabytes would stay beside the model that trains."""
     made: list[weakref.ref[Any]] = []
+    full = False
 
     def load(config: TextConfig, **how: Any) -> Any:
-        if len(made) == 3:
+        if full:
             raise RuntimeError("out of memory")
         encoder = load_text_encoder(config, **how)
         made.append(weakref.ref(encoder))
@@ -136,7 +140,7 @@ def test_a_damaged_caption_leaves_no_encoder_in_memory(
 
     damage()
     with pytest.warns(UserWarning, match="is damaged"):
-        sample, usable = LostItems(0).read(found, 0, vae)
+        sample, usable = LostItems(0).read(found, 0, vae, found.empty_text)
     assert usable
     assert same(sample, before)
     gc.collect()
@@ -149,11 +153,29 @@ def test_a_damaged_caption_leaves_no_encoder_in_memory(
         assert same(found.read(0), before)
     assert text.loaded
     text.release()
+    # Reads of one pack share it, whatever is nested; after them it is gone.
+    loads = len(made)
+    with found.reading():
+        for _ in range(2):
+            damage()
+            with pytest.warns(UserWarning, match="is damaged"):
+                assert same(found.read(0), before)
+            assert text.loaded
+    assert len(made) == loads + 1
+    assert not text.loaded
     # Where there is no room for it, the item is lost and no more.
+    full = True
     damage()
     lost = LostItems(1)
+    packing = PackingConfig(tokens_per_step=1000, tokens_per_pack=1000)
+    builder = BatchBuilder(found, vae, FlowConfig(), packing, 0, torch.device("cpu"), lost=lost)
+    empty = found.empty_text
+    # The empty prompt's embedding is asked for before the steps alone.
+    cache.path("").unlink()
     with pytest.warns(UserWarning, match="is damaged"):
-        assert not lost.read(found, 0, vae)[1]
+        batch = builder.fixed([0, 1], [0.5, 0.5])
+    assert batch.lost == (True, False)
+    assert torch.equal(batch.text[: len(empty)], empty)
     assert "out of memory" in lost.names["a.png"]
 
 

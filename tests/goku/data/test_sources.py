@@ -31,6 +31,7 @@ from goku.data import (
     quarantine_message,
 )
 from goku.data.quarantine import read_quarantine
+from goku.text import LazyTextEncoder, TextCache, TextConfig
 
 
 @pytest.fixture
@@ -109,6 +110,24 @@ def test_several_sources_are_one_dataset(
     # One source by name has no prefix.
     one = parse(DataConfig, {"sources": {"extra": {"path": str(extra)}}, "workers": 0})
     assert names(prepare(one, vae, text, cache_dir=tmp_path / "cache")) == names(alone)
+
+
+def test_damaged_captions_of_one_pack_share_an_encoder(
+    tmp_path: Path, plain: DataConfig, folder: Path, extra: Path, vae: Any
+) -> None:
+    encoder = LazyTextEncoder(TextConfig(tiny_dim=8, tiny_heads=2))
+    cache = TextCache(tmp_path / "cache/text", encoder)
+    dataset = prepare(several(plain, folder, extra), vae, cache, cache_dir=tmp_path / "cache")
+    before = [dataset.read(index).text for index in (0, 4)]
+    encoder.release()
+    for caption in ("this is a", "picture 0"):
+        cache.path(caption).write_bytes(b"")
+    with dataset.reading():
+        for index, text in zip((0, 4), before, strict=True):
+            with pytest.warns(UserWarning, match="is damaged"):
+                assert torch.equal(dataset.read(index).text, text)
+            assert encoder.loaded
+    assert not encoder.loaded
 
 
 def test_the_mix(

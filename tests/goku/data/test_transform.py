@@ -41,13 +41,22 @@ def test_the_size_is_the_best_of_all_allowed_ones(height: int, width: int, pixel
 
 
 @settings(max_examples=30)
-@given(height=sizes, width=sizes, pixels=st.integers(256, 4000))
-def test_enlarging_too_is_the_best_of_all(height: int, width: int, pixels: int) -> None:
+@given(
+    height=sizes,
+    width=sizes,
+    pixels=st.integers(256, 4000),
+    most=st.none() | st.tuples(st.integers(16, 250), st.integers(16, 250)),
+)
+def test_enlarging_too_is_the_best_of_all(
+    height: int, width: int, pixels: int, most: tuple[int, int] | None
+) -> None:
     allowed = every_size(height, width, pixels, upscale=True)
+    if most is not None:
+        allowed = [size for size in allowed if size[0] <= most[0] and size[1] <= most[1]]
     best = max(
         allowed, key=lambda size: (min(size[1] * height, size[0] * width), -size[0] * size[1])
     )
-    found = snapped_size(height, width, pixels, upscale=True)
+    found = snapped_size(height, width, pixels, upscale=True, most=most)
     assert found in allowed
     assert min(found[1] * height, found[0] * width) == min(best[1] * height, best[0] * width)
 
@@ -113,6 +122,11 @@ def test_too_small_is_an_error_unless_enlarged(size: tuple[int, int]) -> None:
         snapped_size(*size, 4096)
     if min(size):
         assert min(snapped_size(*size, 4096, upscale=True)) >= 16
+
+
+def test_sides_that_leave_no_size_are_named() -> None:
+    with pytest.raises(ValueError, match=r"most: 15x64 .* is less than 16x16"):
+        snapped_size(64, 64, 4096, most=(15, 64))
 
 
 def test_pixels_are_those_of_a_resize_and_a_crop() -> None:
