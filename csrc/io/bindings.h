@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 namespace goku::io {
@@ -45,6 +46,18 @@ inline std::uint64_t as_count(std::int64_t value, const char* name) {
                           "; allowed is 0 and above");
   }
   return static_cast<std::uint64_t>(value);
+}
+
+// `number` says `columns` in words.
+inline void check_rows(const ContiguousView& view, const std::string& name, std::size_t columns,
+                       const char* number) {
+  const char* const format = view.view().format == nullptr ? "B" : view.view().format;
+  const bool integers =
+      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
+  if (!integers || view.size() % (columns * sizeof(std::int64_t)) != 0) {
+    throw py::value_error(name + " has " + std::to_string(view.size()) + " bytes of format '" +
+                          format + "'; allowed are rows of " + number + " int64");
+  }
 }
 
 // str, bytes or os.PathLike, as the system's bytes and back.

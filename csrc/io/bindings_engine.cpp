@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <optional>
 
 #include "bindings.h"
@@ -115,17 +114,6 @@ py::list events(const Engine& engine) {
                                from_path(*event.path), event.offset, event.length));
   }
   return list;
-}
-
-void check_rows(const ContiguousView& view, const std::string& name, std::size_t columns,
-                const char* number) {
-  const char* const format = view.view().format == nullptr ? "B" : view.view().format;
-  const bool integers =
-      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
-  if (!integers || view.size() % (columns * sizeof(std::int64_t)) != 0) {
-    throw py::value_error(name + " has " + std::to_string(view.size()) + " bytes of format '" +
-                          format + "'; allowed are rows of " + number + " int64");
-  }
 }
 
 // ---- reading ----

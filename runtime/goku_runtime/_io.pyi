@@ -30,6 +30,16 @@ def crc32c_combine(crc1: int, crc2: int, len2: int) -> int:
 def crc32c_implementation() -> str:
     """What `crc32c` runs on this processor: "sse4.2", "armv8" or "portable"."""
 
+def copy(moves: BufferObject, threads: int) -> None:
+    """Copy memory, as staging does: many places at once, without the interpreter's lock.
+
+    moves: C-contiguous int64 rows (address of the target, of the source, length in bytes). No target
+        may overlap another's target or any source. From 8 MiB in all on, stores go past the caches.
+    threads: that share the work, the calling one among them.
+
+    Raises ValueError for a negative length or threads < 1.
+    """
+
 # ---- the file engine -----------------------------------------------------------------------------
 #
 # Memory is named by its address: it has to stay where it is, and unchanged (writing) or unread

@@ -100,6 +100,7 @@ const std::vector<Kind>& kinds();
 // Small enough that files of some hundred KiB have many requests.
 Options small(const Kind& kind);
 
+void test_copies();
 void test_transfers();
 void test_life();
 void test_faults();

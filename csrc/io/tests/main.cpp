@@ -7,8 +7,8 @@ int main() {
   for (const Kind& kind : kinds())
     std::printf("%s, direct %s\n", goku::io::name(kind.backend), goku::io::name(kind.direct));
   for (const auto& [words, test] :
-       {std::pair("transfers", &test_transfers), std::pair("life", &test_life),
-        std::pair("faults", &test_faults)}) {
+       {std::pair("copies", &test_copies), std::pair("transfers", &test_transfers),
+        std::pair("life", &test_life), std::pair("faults", &test_faults)}) {
     std::printf("%s\n", words);
     test();
   }

@@ -107,14 +107,24 @@ class Window:
             else:
                 target = memory.bytes[low - start : high - start]
                 self._parts.append(_Part(target, number, low - first, high - first))
-        # A window of all of the image is copied again and again; others have been used up soon, and
-        # to make a view takes longer than to copy a small tensor.
-        self._views = [self._view(record) for _, record in self._whole] if self._all else []
+        # For `_io.copy`, but for where the tensors are.
+        base = memory.address - start
+        self._moves = array("q")
+        for _, record in self._whole:
+            self._moves.extend((base + record.payload, 0, record.nbytes))
+        # Kept: a window of all of the image is copied again and again, and to make a view takes longer
+        # than to copy a small tensor.
+        self._views: dict[int, Tensor] = {}
 
-    def _view(self, record: Record) -> Tensor:
-        begin = record.payload - self.start
-        target = self._memory.bytes[begin : begin + record.nbytes]
-        return target.view(record.dtype).view(record.shape)
+    def _view(self, place: int) -> Tensor:
+        """Of self._whole: the payload as a tensor."""
+        view = self._views.get(place)
+        if view is None:
+            record = self._whole[place][1]
+            begin = record.payload - self.start
+            target = self._memory.bytes[begin : begin + record.nbytes]
+            view = self._views[place] = target.view(record.dtype).view(record.shape)
+        return view
 
     def copy(self, sources: Sequence[Tensor], *, non_blocking: bool = False) -> None:
         """Copies what this window holds of the tensors, in the order of the image's records.
@@ -123,33 +133,38 @@ class Window:
             sources: the local tensors, any strides, any device.
             non_blocking: return before copies from a GPU are done.
         """
+        from goku_runtime import _io
+
         # Windows are copied one after another while the engine's threads sum and write the ones
-        # before: torch's threads, which wait for each other, would lose more than they gain.
-        alone = not (self._all or non_blocking)
+        # before: more threads, which wait for each other, would lose more than they gain.
+        threads = torch.get_num_threads() if self._all else 1
+        found = [sources[number] for number, _ in self._whole]
+        # 0: what is no plain memory of this process, or asked for without waiting, is torch's to copy.
+        addresses = [0 if non_blocking or not _is_dense(s) else s.data_ptr() for s in found]
+        others = [place for place, address in enumerate(addresses) if not address]
+        moves = self._moves[:]
+        moves[1::3] = array("q", addresses)
+        for place in others:
+            moves[3 * place + 2] = 0
+        kept = []  # pieces made dense, until they were copied
         with torch.no_grad():
-            if self._whole and not alone:
-                # One call: 20,000 tensors of 400 bytes take 11 ms, one by one ten times that.
-                torch._foreach_copy_(
-                    self._views or [self._view(record) for _, record in self._whole],
-                    [sources[number] for number, _ in self._whole],
-                    non_blocking=non_blocking,
-                )
-            elif self._whole:
-                base = self._memory.address - self.start
-                for number, record in self._whole:
-                    source = sources[number]
-                    if _is_dense(source):
-                        ctypes.memmove(base + record.payload, source.data_ptr(), record.nbytes)
-                    else:
-                        self._view(record).copy_(source)
             for part in self._parts:
                 # A view for dense tensors; others are made dense once for each window.
                 flat = sources[part.tensor].contiguous().reshape(-1).view(torch.uint8)
                 piece = flat[part.start : part.stop]
-                if alone and _is_dense(piece):
-                    ctypes.memmove(part.target.data_ptr(), piece.data_ptr(), piece.nbytes)
+                if not non_blocking and _is_dense(piece):
+                    moves.extend((part.target.data_ptr(), piece.data_ptr(), piece.nbytes))
+                    kept.append(piece)
                 else:
                     part.target.copy_(piece, non_blocking=non_blocking)
+            if others:
+                # One call: 20,000 tensors of 400 bytes take 11 ms, one by one ten times that.
+                torch._foreach_copy_(
+                    [self._view(place) for place in others],
+                    [found[place] for place in others],
+                    non_blocking=non_blocking,
+                )
+            _io.copy(moves, threads)
 
 
 def _is_dense(source: Tensor) -> bool:
@@ -158,7 +173,7 @@ def _is_dense(source: Tensor) -> bool:
     Then memmove copies them: in the calling thread and without the interpreter's lock.
     """
     kind = type(source) is Tensor or type(source) is torch.nn.Parameter
-    plain = kind and source.device.type == "cpu" and source.is_contiguous()
+    plain = kind and source.is_cpu and source.is_contiguous()
     return plain and not (source.is_conj() or source.is_neg())
 
 
