@@ -56,14 +56,19 @@ class CacheSummary:
 
 
 def cache_text(
-    config: RunConfig, context: ParallelContext, text: TextEncoder, told: Told | None = None
+    config: RunConfig,
+    context: ParallelContext,
+    text: TextEncoder,
+    told: Told | None = None,
+    *,
+    stage: str = "",
 ) -> CacheSummary:
     """Embeddings of every caption of the run's datasets, of its validation's cases and of the empty prompt.
 
     Rank r takes prompts r, r + world, ... of those that differ. told: what names the items that cannot be used, one for
-    all stages of a recipe; None names those of this run. Raises DataError, once everything good
-    is cached, when the listing has problems and data.skip_bad is false; OSError when the cache cannot be
-    written; what `read_validation` and the encoder raise.
+    all stages of a recipe; None names those of this run. stage: whose items they are, for the bar. Raises DataError,
+    once everything good is cached, when the listing has problems and data.skip_bad is false; OSError when the cache
+    cannot be written; what `read_validation` and the encoder raise.
     """
 
     datasets = _datasets(config, context)
@@ -96,7 +101,7 @@ def cache_text(
         )
         return mine, problems
 
-    with _Shown(config, context, "captions") as shown:
+    with _Shown(config, context, "captions", stage) as shown:
         mine, problems = context.together(work)
     if problems and not config.data.skip_bad:
         raise DataError(f"{counted(len(problems), 'listed item')} cannot be used", problems)
@@ -105,18 +110,23 @@ def cache_text(
 
 
 def cache_latents(
-    config: RunConfig, context: ParallelContext, vae: VideoVAE, told: Told | None = None
+    config: RunConfig,
+    context: ParallelContext,
+    vae: VideoVAE,
+    told: Told | None = None,
+    *,
+    stage: str = "",
 ) -> CacheSummary:
     """Latents of every item of the run's datasets, those of single frames included that the run is given.
 
-    Rank r takes items r, r + world, ... of each source. told: as in `cache_text`. Raises what `goku.data.prepare`
-    raises, once everything good is cached.
+    Rank r takes items r, r + world, ... of each source. told, stage: as in `cache_text`. Raises what
+    `goku.data.prepare` raises, once everything good is cached.
     """
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     total, told = CacheSummary(), told or Told(context)
     for data in _datasets(config, context):
         begin = time.monotonic()
-        with _Shown(config, context, "latents") as shown:
+        with _Shown(config, context, "latents", stage) as shown:
 
             def work(data: DataConfig = data, shown: _Shown = shown) -> PrepareReport:
                 dataset = prepare(
@@ -204,10 +214,12 @@ class _Shown:
     together, and leave when all have done their work.
     """
 
-    def __init__(self, config: RunConfig, context: ParallelContext, what: str) -> None:
+    def __init__(self, config: RunConfig, context: ParallelContext, what: str, stage: str) -> None:
         self._file, self._what = config.cache_folder / f"{what}.jsonl", what
         self._main = context.is_main
         self._label = what if context.world == 1 else f"{what} of {context.world} ranks"
+        if stage:
+            self._label = f"{stage}: {self._label}"
         self._store: dist.Store | None = None
         if context.host_group is not None:
             name = context.gather(uuid.uuid4().hex)[0]  # of this work alone

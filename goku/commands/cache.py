@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if is_recipe(args.config):
         recipe = load_recipe(args.config, args.overrides)
         stages = recipe.stages if args.stage is None else (recipe.stage(args.stage),)
-        shared, configs = recipe.vae, [stage.config for stage in stages]
+        shared, configs = recipe.vae, {stage.name: stage.config for stage in stages}
         runs = [stage.config for stage in recipe.stages]
     elif args.stage is not None:
         raise ValueError(
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         shared = load_run_config(args.config, args.overrides)
-        configs = runs = [shared]
+        configs, runs = {"": shared}, [shared]
     # Every process works alone: how training arranges them does not matter here.
     with parallel_context(shared.train.device) as context, stop_signals():
         _fill(args.what, shared, configs, runs, context)
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
 def _fill(
     what: str,
     shared: RunConfig,
-    configs: list[RunConfig],
+    configs: dict[str, RunConfig],
     runs: list[RunConfig],
     context: ParallelContext,
 ) -> None:
-    """configs: those to cache for; runs: all that the VAE is for."""
+    """configs: those to cache for, by stage; runs: all that the VAE is for."""
     # A frame of its own: what refers to process groups is gone before they are destroyed.
     from dataclasses import asdict
 
@@ -78,9 +78,14 @@ def _fill(
     told = Told(context)
     if what == "text":
         text = prepare_text(shared, context)
-        parts = [cache_text(config, context, text, told) for config in configs]
+        parts = [
+            cache_text(config, context, text, told, stage=name) for name, config in configs.items()
+        ]
     else:
         vae = prepare_vae(shared, context, runs)
-        parts = [cache_latents(config, context, vae, told) for config in configs]
+        parts = [
+            cache_latents(config, context, vae, told, stage=name)
+            for name, config in configs.items()
+        ]
     if context.is_main:
         print(json.dumps({"cache": what} | asdict(sum(parts, CacheSummary()))), flush=True)

@@ -194,7 +194,10 @@ def findings(
         notes.append(f"{counted(repeats, 'clip')} slower than fps: frames repeat")
     if packing is not None and packing.samples_per_step > len(items):
         times = packing.samples_per_step / len(items)
-        notes.append(f"the dataset is smaller than a step, which goes through it {times:.1f} times")
+        notes.append(
+            f"the dataset is smaller than a step, which goes through it {times:.1f} times; "
+            "packing.tokens_per_step sets a step's size"
+        )
     if quick:
         notes.append("damage inside files is not seen by the quick look")
     return notes

@@ -332,12 +332,18 @@ def test_a_recipe_caches_for_all_stages_or_one(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def summary(*arguments: str) -> dict[str, Any]:
+        nonlocal told
         assert main(["cache", *arguments]) == 0
-        return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        printed, told = capsys.readouterr()
+        return dict(json.loads(printed.splitlines()[-1]))
 
+    told = ""
     one = summary("latents", str(recipe), "--stage", "large")
     assert (one["items"], one["made"]) == (9, 9)
+    assert "large: latents 9/9" in told
     both = summary("latents", str(recipe))
+    assert "small: latents 9/9" in told
+    assert "large: latents 9/9" in told
     assert (both["items"], both["made"], both["present"]) == (18, 9, 9)
     text = summary("text", str(recipe))
     assert (text["items"], text["made"]) == (18, 9)  # the stages share the prompts
