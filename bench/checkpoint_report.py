@@ -20,7 +20,7 @@ HEAD = """\
 
 Rendered by `python -m bench report` from `checkpoint.jsonl` of `bench/results`. Do not edit. Measured by
 
-    python -m bench.checkpoint --large    (15 minutes here, 12 without the 8 GiB; --disk FOLDER for another disk)
+    python -m bench.checkpoint --large    (20 minutes here, 16 without the 8 GiB; --disk FOLDER for another disk)
 
 All peers take turns in one process (or in the P processes of a case, joined by gloo), each with the
 same random bytes and a fresh directory; the time is that of the slowest rank. What a peer saved is put
@@ -28,6 +28,8 @@ out of the page cache (fsync, then posix_fadvise DONTNEED, for all alike) before
 compared with what was saved; it is removed, and the file system has taken note, before the next one's
 turn. Peers that leave fsync out get one from the benchmark, within their time, unless their name says
 otherwise. Medians of a few calls (one, where it took more than 5 s), with the 20th and 80th percentile.
+Before the first case most of the free memory is touched once: a virtual machine has its pages from its
+host at the first touch, and files in memory are written at a third of their speed until then.
 {stale} marks rows whose sources have changed since.
 
 The limit is a raw loop in the same rounds: pwrite (pread) of aligned blocks that lie ready in memory,

@@ -32,7 +32,7 @@ from goku_runtime.checkpoint.plan import (
 )
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.staging import Extents
-from goku_runtime.checkpoint.tree import Flat, flatten, is_spread, leaves, merge, to_json
+from goku_runtime.checkpoint.tree import Flat, flatten, leaves, local_part, merge, to_json
 
 __all__ = ["STATE_NAME", "Layout", "Layouts", "global_rank"]
 
@@ -159,34 +159,28 @@ def _members(ranks: Ranks) -> list[int] | None:
 
 def _form(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     """What the layout depends on. Meshes and placements compare by value."""
-    from torch.distributed.tensor import DTensor  # here, as in `is_spread`; once for all of them
-
-    return tuple(
-        (
-            name,
-            tensor.dtype,
-            tensor.shape,
-            tensor.device_mesh,
-            tensor.placements,
-            tensor.is_cuda,
-            getattr(tensor._spec, "shard_order", None),
-        )
-        if isinstance(tensor, DTensor)
-        else (name, tensor.dtype, tensor.shape, None, tensor.is_cuda)
-        for name, tensor in tensors.items()
-    )
+    form: list[Any] = []
+    for name, tensor in tensors.items():
+        part = local_part(tensor)
+        form += (name, part.is_cuda)
+        if part is tensor:
+            form += (tensor.dtype, tensor.shape)
+        else:
+            spec = tensor._spec  # type: ignore[attr-defined]
+            order = getattr(spec, "shard_order", None)
+            form += (spec.tensor_meta, spec.mesh, spec.placements, order)
+    return tuple(form)
 
 
 def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
     return any(tensor.is_cuda for tensor in tensors.values())
 
 
-@torch.no_grad()  # otherwise autograd takes a DTensor's part out of it, in 20 us each
 def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     found = []
     for name, shape, filled in layout.expected:
-        tensor: Any = tensors[name]
-        local: Tensor = tensor.to_local() if is_spread(tensor) else tensor
+        tensor = tensors[name]
+        local = local_part(tensor)
         # Of a tensor without elements one box stands for all: nothing is copied.
         if filled and (local.shape != shape or local.dtype != tensor.dtype):
             raise ValueError(

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from goku_runtime.checkpoint import Checkpointer, CheckpointOptions, load, staging, verify
 from goku_runtime.checkpoint.index import CHUNK
@@ -92,6 +95,36 @@ def test_lazy_conjugates_are_resolved(tmp_path: Path) -> None:
     load(found, tmp_path / "c")
     assert torch.equal(found["conj"], values.conj().resolve_conj())
     assert torch.equal(found["neg"], -values.imag)
+
+
+def test_lazy_conjugates_of_a_part_are_resolved(tmp_path: Path) -> None:
+    """The DTensor itself does not say that its part is one."""
+    values = torch.randn(50, 3, dtype=torch.complex64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        spread = [
+            DTensor.from_local(part, mesh, [Shard(0)])
+            for part in (
+                values.conj(),
+                values.conj().imag,
+                torch.zeros_like(values),
+                values.real * 0,
+            )
+        ]
+        assert spread[0]._local_tensor.is_conj()
+        assert spread[1]._local_tensor.is_neg()
+        with Checkpointer() as saving:
+            saving.save({"conj": spread[0], "neg": spread[1]}, tmp_path / "now")
+            saving.async_save({"conj": spread[0], "neg": spread[1]}, tmp_path / "later").result()
+        for name in ("now", "later"):
+            load({"conj": spread[2], "neg": spread[3]}, tmp_path / name)
+            assert torch.equal(spread[2].to_local(), values.conj().resolve_conj())
+            assert torch.equal(spread[3].to_local(), -values.imag)
+            for each in spread[2:]:
+                each.zero_()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_engine_is_kept_between_saves_and_given_back(tmp_path: Path) -> None:
