@@ -29,7 +29,9 @@ compared with what was saved; it is removed, and the file system has taken note,
 turn. Peers that leave fsync out get one from the benchmark, within their time, unless their name says
 otherwise. Medians of a few calls (one, where it took more than 5 s), with the 20th and 80th percentile.
 Before the first case most of the free memory is touched once: a virtual machine has its pages from its
-host at the first touch, and files in memory are written at a third of their speed until then.
+host at the first touch, and files in memory are written at a third of their speed until then. A host
+that takes freed memory back meanwhile (free page reporting, as here) makes such writes scatter up to
+fourfold all the same: a case of tmpfs wants more rounds (the first one here had --rounds 11).
 {stale} marks rows whose sources have changed since.
 
 The limit is a raw loop in the same rounds: pwrite (pread) of aligned blocks that lie ready in memory,
