@@ -52,8 +52,9 @@ inline std::uint64_t as_count(std::int64_t value, const char* name) {
 inline void check_rows(const ContiguousView& view, const std::string& name, std::size_t columns,
                        const char* number) {
   const char* const format = view.view().format == nullptr ? "B" : view.view().format;
-  const bool integers =
-      view.view().itemsize == 8 && std::strchr("ql", format[std::strlen(format) - 1]);
+  // "q" or "l", with a sign of native order before it or none.
+  const char* const letter = format + (*format != '\0' && std::strchr("@=<", *format) ? 1 : 0);
+  const bool integers = view.view().itemsize == 8 && (*letter == 'q' || *letter == 'l');
   if (!integers || view.size() % (columns * sizeof(std::int64_t)) != 0) {
     throw py::value_error(name + " has " + std::to_string(view.size()) + " bytes of format '" +
                           format + "'; allowed are rows of " + number + " int64");

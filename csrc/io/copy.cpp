@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -103,7 +102,7 @@ void copy(const std::vector<Move>& moves, std::size_t threads) {
   if (wanted > 1) others.reserve(wanted - 1);
   try {
     while (others.size() + 1 < wanted) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no thread to be had: those that are there do it all
+  } catch (...) {  // no thread or memory to be had: those that are there do it all
   }
   work();
   for (std::thread& other : others) other.join();

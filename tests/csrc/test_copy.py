@@ -65,6 +65,7 @@ def test_much_at_once(threads):
         (rows([]), 0, "threads is 0; allowed is 1 and above"),
         (rows([(0, 0, -1)]), 1, "the length of a move is -1; allowed is 0 and above"),
         (np.zeros(4, np.int64), 1, "moves has 32 bytes of format 'l'; allowed are rows of three"),
+        (rows([(0, 0, 0)]).astype(">i8"), 1, "format '>q'; allowed are rows of three int64"),
         (np.zeros((2, 3), np.float64), 1, "format 'd'; allowed are rows of three int64"),
     ],
 )

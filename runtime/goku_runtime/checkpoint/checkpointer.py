@@ -312,7 +312,7 @@ class Checkpointer:
             memory = Memory(layout.image.nbytes, pin=layout.on_gpu)
             if touch:
                 memory.touch()
-            window = Window(layout.image, 0, layout.image.nbytes, memory)
+            window = Window(layout.image, 0, layout.image.nbytes, memory, views=layout.on_gpu)
             self._staged = layout, memory, window
         return self._staged[1:]
 

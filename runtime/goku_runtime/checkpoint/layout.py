@@ -162,18 +162,15 @@ def _form(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     form: list[Any] = []
     for name, tensor in tensors.items():
         part = local_part(tensor)
-        form += (name, part.is_cuda)
-        if part is tensor:
-            form += (tensor.dtype, tensor.shape)
-        else:
+        form += (name, part.is_cuda, part.dtype, tensor.shape)
+        if part is not tensor:
             spec = tensor._spec  # type: ignore[attr-defined]
-            order = getattr(spec, "shard_order", None)
-            form += (spec.tensor_meta, spec.mesh, spec.placements, order)
+            form += (spec.mesh, spec.placements, getattr(spec, "shard_order", None))
     return tuple(form)
 
 
 def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
-    return any(tensor.is_cuda for tensor in tensors.values())
+    return any(local_part(tensor).is_cuda for tensor in tensors.values())
 
 
 def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -187,5 +184,8 @@ def _sources(layout: Layout, tensors: Mapping[str, Tensor]) -> list[Tensor]:
                 f"{name}: this rank's part has shape {tuple(local.shape)} and {local.dtype}; its mesh "
                 f"and placements make it {shape}, {tensor.dtype}"
             )
-        found.append(local.detach() if local.requires_grad else local)
+        local = local.detach() if local.requires_grad else local
+        if local is not tensor and (local.is_conj() or local.is_neg()):
+            local = local.resolve_conj().resolve_neg()
+        found.append(local)
     return found

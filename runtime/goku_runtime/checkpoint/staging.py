@@ -81,9 +81,12 @@ class Window:
         image: the rank's layout.
         start, stop: which bytes.
         memory: at least stop - start bytes.
+        views: make what torch copies into now, not at the first copy: for tensors on a GPU.
     """
 
-    def __init__(self, image: Image, start: int, stop: int, memory: Memory) -> None:
+    def __init__(
+        self, image: Image, start: int, stop: int, memory: Memory, *, views: bool = False
+    ) -> None:
         self.start, self.stop = start, stop
         self._all = stop - start == image.nbytes
         self._memory = memory
@@ -115,6 +118,9 @@ class Window:
         # Kept: a window of all of the image is copied again and again, and to make a view takes longer
         # than to copy a small tensor.
         self._views: dict[int, Tensor] = {}
+        if views:
+            for place in range(len(self._whole)):
+                self._view(place)
 
     def _view(self, place: int) -> Tensor:
         """Of self._whole: the payload as a tensor."""
@@ -152,7 +158,8 @@ class Window:
                 # A view for dense tensors; others are made dense once for each window.
                 flat = sources[part.tensor].contiguous().reshape(-1).view(torch.uint8)
                 piece = flat[part.start : part.stop]
-                if not non_blocking and _is_dense(piece):
+                # Address 0: zeros that have no memory.
+                if not non_blocking and _is_dense(piece) and piece.data_ptr():
                     moves.extend((part.target.data_ptr(), piece.data_ptr(), piece.nbytes))
                     kept.append(piece)
                 else:

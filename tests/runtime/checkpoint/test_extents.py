@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from goku_runtime.checkpoint import Checkpointer, CheckpointOptions, load, staging, verify
@@ -97,34 +98,58 @@ def test_lazy_conjugates_are_resolved(tmp_path: Path) -> None:
     assert torch.equal(found["neg"], -values.imag)
 
 
-def test_lazy_conjugates_of_a_part_are_resolved(tmp_path: Path) -> None:
-    """The DTensor itself does not say that its part is one."""
-    values = torch.randn(50, 3, dtype=torch.complex64)
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        spread = [
-            DTensor.from_local(part, mesh, [Shard(0)])
-            for part in (
-                values.conj(),
-                values.conj().imag,
-                torch.zeros_like(values),
-                values.real * 0,
-            )
-        ]
-        assert spread[0]._local_tensor.is_conj()
-        assert spread[1]._local_tensor.is_neg()
-        with Checkpointer() as saving:
-            saving.save({"conj": spread[0], "neg": spread[1]}, tmp_path / "now")
-            saving.async_save({"conj": spread[0], "neg": spread[1]}, tmp_path / "later").result()
-        for name in ("now", "later"):
-            load({"conj": spread[2], "neg": spread[3]}, tmp_path / name)
-            assert torch.equal(spread[2].to_local(), values.conj().resolve_conj())
-            assert torch.equal(spread[3].to_local(), -values.imag)
-            for each in spread[2:]:
-                each.zero_()
+        yield init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [50, 50_000])  # in a window, and across several
+def test_lazy_conjugates_of_a_part_are_resolved(
+    mesh: DeviceMesh, tmp_path: Path, rows: int
+) -> None:
+    """The DTensor itself does not say that its part is one."""
+    values = torch.randn(rows, 3, dtype=torch.complex64)
+    wanted = {
+        "conj": values.conj().resolve_conj(),
+        "imag": -values.imag,
+        "neg": -values.real,
+        "lazy": values.conj().resolve_conj(),
+    }
+    state = {
+        "conj": DTensor.from_local(values.conj(), mesh, [Shard(0)]),
+        "imag": DTensor.from_local(values.conj().imag, mesh, [Shard(0)]),
+        "neg": DTensor.from_local(torch._neg_view(values.real.contiguous()), mesh, [Shard(0)]),
+        "lazy": DTensor.from_local(values, mesh, [Shard(0)]).conj(),
+    }
+    assert state["conj"]._local_tensor.is_conj()
+    assert state["neg"]._local_tensor.is_neg()
+    little = CheckpointOptions(window_bytes=256 << 10, staging_bytes=512 << 10)
+    for number, options in enumerate([CheckpointOptions(), little]):
+        with Checkpointer(options=options) as saving:
+            saving.save(state, tmp_path / f"now-{number}")
+            saving.async_save(state, tmp_path / f"later-{number}").result()
+        for path in (tmp_path / f"now-{number}", tmp_path / f"later-{number}"):
+            found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+            load(found, path)
+            for name, value in wanted.items():
+                assert torch.equal(found[name], value), (name, path.name)
+
+
+def test_another_shape_under_the_same_placement_is_refused(
+    mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    """`data = ...` changes the DTensor alone, not the part that would be saved."""
+    spread = DTensor.from_local(torch.ones(4, 6), mesh, [Shard(0)])
+    with Checkpointer() as saving:
+        saving.save({"w": spread}, tmp_path / "a")
+        spread.data = DTensor.from_local(torch.ones(8, 6), mesh, [Shard(0)])
+        with pytest.raises(ValueError, match=r"w: this rank's part has shape \(4, 6\)"):
+            saving.save({"w": spread}, tmp_path / "b")
 
 
 def test_the_engine_is_kept_between_saves_and_given_back(tmp_path: Path) -> None:
