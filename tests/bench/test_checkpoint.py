@@ -125,28 +125,32 @@ def test_a_wrong_result_of_ours_is_a_row_and_bad():
 
 
 @pytest.mark.parametrize(
-    ("ours", "empty", "explained"),
+    ("ours", "empty", "scatter", "begins"),
     [
-        (100.0, 0.0, True),
-        (105.0, 0.0, True),
-        (106.0, 0.0, False),
-        (150.0, 45.0, True),
-        (150.0, 44.0, False),
-        (150.0, 160.0, True),
+        (100.0, 0.0, 0.0, "the loop"),
+        (105.0, 0.0, 0.0, "the loop"),
+        (106.0, 0.0, 0.0, "not explained: "),
+        (150.0, 45.0, 0.0, "the loop"),
+        (150.0, 44.0, 0.0, "not explained: "),
+        (150.0, 160.0, 0.0, "the loop"),
+        (106.0, 0.0, 2.9, "not explained: "),
+        (106.0, 0.0, 3.0, "within this run's scatter: "),  # 103 of both
+        (150.0, 40.0, 5.0, "within this run's scatter: "),
     ],
 )
-def test_a_target_missed_is_explained_by_the_loop_and_the_bare_call(ours, empty, explained):
+def test_a_target_missed_is_explained_by_the_loop_and_the_bare_call(ours, empty, scatter, begins):
     def row(direction, peer, ms):
         return {
             "case": "c", "pack": "disk", "direction": direction, "peer": peer, "status": "measured",
-            "median_ms": ms, "percent_of_ceiling": 5000 / ms,
+            "median_ms": ms, "percent_of_ceiling": 5000 / ms, "p20_ms": ms - scatter,
+            "p80_ms": ms + scatter,
         }  # fmt: skip
 
     records = [row("save", WORK, 100.0)]
     records += [row("empty save", EMPTY, empty)] if empty else []
     found = checkpoint_report.Rows(checkpoint_report.Shown.of([], harness.ROOT), records)
     said = checkpoint_report._bound(found, "c", "disk", "save", row("save", peers.OURS, ours))
-    assert said.startswith("not explained") is not explained
+    assert said.startswith(begins)
     part = f"{empty:.0f}" if empty < ours else "all"
     assert (f"{part} of its {ours:.0f} ms" in said) is bool(empty)
 
