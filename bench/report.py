@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import block, harness, plots, running
+from bench import block, fixed_length, harness, plots, running
 
 Record = Mapping[str, Any]
 
@@ -124,7 +124,10 @@ def render(shown: Shown) -> str:
     parts = [HEAD.format(stale=STALE), machines(shown)]
     for name in running.BENCHMARKS:
         parts += [f"## {name}\n", NOTES.get(name, ""), f"![{name}](performance/{name}.svg)\n"]
-        parts.append(summary(shown, name))
+        if name == "varlen_attention":
+            parts.append(attention(shown))
+        else:
+            parts.append(summary(shown, name, expected_groups(name)))
         parts.append(details(shown, name))
     parts += ["## Peers that were absent\n", absent(shown)]
     parts += ["## On a CPU\n", on_cpu(shown)]
@@ -203,8 +206,22 @@ def best_peer(name: str, rows: Sequence[Record]) -> Record | None:
     return min(others, key=lambda r: r["median_ms"], default=None)
 
 
-def summary(shown: Shown, name: str) -> str:
-    """Ours beside the best peer, one line for every case that is to be measured."""
+def attention(shown: Shown) -> str:
+    """Attention's tables: packs of images, which no attention is fast on, stand apart."""
+    name = "varlen_attention"
+    groups = expected_groups(name)
+    images = [group for group in groups if "many images" in group[1]]
+    lines = fixed_length.lines(shown.where(name=name, device_type="cuda"), shown.mark)
+    fixed = table(fixed_length.HEAD, lines) if lines else f"{NOT_MEASURED.capitalize()}.\n"
+    return "\n".join([
+        "### Clips\n", summary(shown, name, [g for g in groups if g not in images]),
+        "### Packs beside fixed-length batches\n", fixed_length.WORDS, fixed,
+        "### Short images\n", summary(shown, name, images),
+    ])  # fmt: skip
+
+
+def summary(shown: Shown, name: str, groups: Sequence[tuple[str, str, str, str]]) -> str:
+    """Ours beside the best peer, one line for every case of `groups`."""
     unit = "bytes" if name not in ("varlen_attention", "block") else "FLOPs"
     head = ["GPU", "case", "pack", "dtype", "direction", "ours ms", f"{unit}/s", "% of ceiling",
             "best peer", "its ms", "ratio"]  # fmt: skip
@@ -212,7 +229,7 @@ def summary(shown: Shown, name: str) -> str:
         head += ["expected ms", "tokens/s", "MFU", "peak memory"]
     lines = []
     for device in devices(shown) or ["-"]:
-        for group in expected_groups(name):
+        for group in groups:
             case, pack, dtype, direction = group
             rows = _group(shown, name, device, group)
             ours, peer = best_of_ours(name, rows), best_peer(name, rows)
@@ -287,9 +304,10 @@ def _rows_table(shown: Shown, rows: Iterable[Record]) -> str:
 def absent(shown: Shown) -> str:
     """Peers that no row of a device has measured, and why."""
     reasons: dict[tuple[str, str, str], str] = {}
-    for r in shown.records:
-        if r["status"] == "absent":
-            key = (r["hardware"]["device"], r["name"], r["peer"])
+    keys = [(r["hardware"]["device"], r["name"], r["peer"]) for r in shown.records]
+    there = {k for k, r in zip(keys, shown.records, strict=True) if r["status"] == "measured"}
+    for key, r in zip(keys, shown.records, strict=True):
+        if r["status"] == "absent" and key not in there:  # which is left out of some problems
             reasons[key] = _cell(r["note"])
     lines = [[*key, reason] for key, reason in sorted(reasons.items())]
     return table(["device", "operator", "peer", "why"], lines) if lines else "No rows say so yet.\n"

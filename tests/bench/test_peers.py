@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend
 
-from bench import cases, peers, timing
-from bench.packs import Pack
+from bench import attention_peers, cases, peers, timing
+from bench.cases import Absent
+from bench.packs import LONG_PACKS, TEXT_TOKENS, Pack
 from goku_kernels import varlen_attention
 
 CPU = torch.device("cpu")
+GPU = types.SimpleNamespace(type="cuda")  # for what asks no more than its kind
 PACK = Pack("three", ((1, 2, 3), (1, 1, 1), (2, 2, 2)))
 CEILINGS = timing.Ceilings(
     timing.Ceiling("matmul", 1e12, "FLOP/s"), timing.Ceiling("copy", 1e10, "byte/s")
@@ -144,11 +146,11 @@ def installed(monkeypatch):
             parent = parent.rpartition(".")[0]
     apex = types.SimpleNamespace(kind="nvidia")
     monkeypatch.setattr(peers, "detect_apex", lambda: apex)
-    for name in ("qk_norm_rope", "gated_residual_adaln", "varlen_attention"):
+    for name in ("qk_norm_rope", "gated_residual_adaln", "attention_peers"):
         monkeypatch.setattr(f"bench.{name}.needs_cuda", lambda device: None)
     monkeypatch.setattr(peers, "needs_cuda", lambda device: None)
     # A CPU has torch's plain attention alone; the calls around it are the same.
-    monkeypatch.setattr("bench.varlen_attention.sdpa_kernel", lambda kind: _math())
+    monkeypatch.setattr("bench.attention_peers.sdpa_kernel", lambda kind: _math())
 
 
 def _math():
@@ -157,8 +159,10 @@ def _math():
     return sdpa_kernel(SDPBackend.MATH)
 
 
+# Our own kernels and torch's compiler; and of cuDNN's two calls the one for samples of one length,
+# which PACK's are not.
 NOT_HERE = {"goku triton", "goku triton, deterministic", "FlexAttention, document mask",
-            "torch.compile", "torch.compile, sample by sample"}  # fmt: skip
+            "torch.compile", "torch.compile, sample by sample", "cuDNN SDPA, one batched call"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -207,34 +211,175 @@ def test_the_peer_compiled_for_a_sample_is_right_and_serves_any_packs(name, monk
     assert counter.frame_count <= 3
 
 
+# ---- FlexAttention ----
+
+LENGTHS = (((6, 1, 8), (6, 1, 8)), ((128, 128), (128, 128)), ((300, 5, 0, 79), (300, 5, 0, 79)),
+           ((200, 56, 130), (77, 0, 400)), ((1,), (129,)))  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), LENGTHS)
+def test_the_blocks_of_the_mask_are_those_of_create_block_mask(lengths_q, lengths_k):
+    """The one that looks at all pairs, and of which a block too many would be a slower peer."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    sample_q, sample_k = (
+        torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n))
+        for n in (lengths_q, lengths_k)
+    )
+    want = create_block_mask(
+        lambda b, h, i, j: sample_q[i] == sample_k[j],
+        None,
+        None,
+        len(sample_q),
+        len(sample_k),
+        "cpu",
+    )
+    got = attention_peers.document_mask(lengths_q, lengths_k, CPU)
+    assert got.shape == want.shape
+    for part in ("kv", "full_kv", "q", "full_q"):
+        counts, columns = (
+            [getattr(mask, f"{part}_{kind}") for mask in (got, want)]
+            for kind in ("num_blocks", "indices")
+        )
+        assert torch.equal(*counts)
+        assert counts[0].dtype == columns[0].dtype == torch.int32
+        for row, (mine, theirs) in enumerate(zip(*(x[0, 0] for x in columns), strict=True)):
+            used = int(counts[0][0, 0, row])
+            assert mine[:used].tolist() == theirs[:used].tolist()
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_a_document_mask_keeps_samples_apart(monkeypatch):
     """FlexAttention uncompiled and forward alone, which is what a CPU has of it."""
     module = importlib.import_module("bench.varlen_attention")
-    real = torch.compile  # which flex_attention itself calls, with options
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **options) if options else f)
+    real = torch.compile  # which flex_attention itself calls, with other options
+    asked = []
+
+    def uncompiled(f, **options):
+        if "dynamic" not in options:
+            return real(f, **options)
+        asked.append(options)
+        return f
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
     for cross in (False, True):
         small = module.problem(
             "to text" if cross else "self", 2, 16, PACK, torch.float32, cross=cross
         )
         inputs = small.draw(CPU, 0)
-        # Built for a CUDA device; the mask and all tensors are on this one.
-        place = types.SimpleNamespace(type="cuda")
-        monkeypatch.setattr(module, "_samples", lambda n, device: samples(n))
-        found = flex(module, small, place, inputs)
+        found = attention_peers.flex(small, GPU)(inputs)[0]
         torch.testing.assert_close(found, module.function("torch")(inputs)[0])
+    # A graph that breaks would run as plain PyTorch, unnoticed.
+    assert asked == [{"fullgraph": True, "dynamic": False}] * 2
 
 
-def samples(lengths):
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+# ---- cuDNN ----
 
 
-def flex(module, small, place, inputs):
-    from torch.nn.attention.flex_attention import create_block_mask
+@pytest.fixture
+def seen(monkeypatch):
+    """What torch's fused attention is given and gives, and the backends that it may take."""
+    calls = []
+    attend = F.scaled_dot_product_attention
 
-    def create(*args, device):
-        return create_block_mask(*args, device="cpu")
+    def watching(q, k, v):
+        out = attend(q, k, v)
+        calls.append((q, k, v, out))
+        return out
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load", lambda *names: create)
-        return module._flex(small, place)(inputs)[0]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watching)
+    kinds = []
+    monkeypatch.setattr(attention_peers, "sdpa_kernel", lambda kind: kinds.append(kind) or _math())
+    monkeypatch.setattr(attention_peers, "needs_cuda", lambda device: None)
+    return calls, kinds
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_samples_of_one_length_are_one_call_without_a_copy(seen, cross):
+    module = importlib.import_module("bench.varlen_attention")
+    pack = Pack("equal", ((1, 5, 8), (2, 5, 4), (5, 2, 4)))
+    small = module.problem("equal", 2, 16, pack, torch.bfloat16, cross=cross)
+    rows = list(cases.measure(small, [by_name("cuDNN SDPA, one batched call")], CPU, CEILINGS,
+                              seconds=0))  # fmt: skip
+    assert {r.status for r in rows} == {"measured"}
+    calls, kinds = seen
+    assert set(kinds) == {SDPBackend.CUDNN_ATTENTION}
+    inputs = small.draw(CPU, 0)
+    attention_peers.cudnn_batched(small, CPU)(inputs)
+    keys = TEXT_TOKENS if cross else 40
+    for x, leaf, length in zip(calls[-1][:3], inputs.leaves, (40, keys, keys), strict=True):
+        assert x.shape == (3, 2, length, 16)
+        assert x.stride() == (length * 32, 16, 32, 1)
+        assert x.data_ptr() == leaf.data_ptr()
+
+
+def test_samples_of_several_lengths_are_a_call_each_of_their_own_rows(seen):
+    module = importlib.import_module("bench.varlen_attention")
+    small = module.problem("several", 2, 16, PACK, torch.bfloat16)
+    calls, _ = seen
+    inputs = small.draw(CPU, 0)
+    attention_peers.cudnn_sample_by_sample(small, CPU)(inputs)
+    assert [q.shape[2] for q, *_ in calls] == list(PACK.lengths) == [6, 1, 8]
+    for x, start in zip(calls, (0, 6, 7), strict=True):
+        assert x[0].stride() == (x[0].shape[2] * 32, 16, 32, 1)
+        assert x[0].data_ptr() == inputs.leaves[0][start].data_ptr()
+
+
+def test_cudnn_is_measured_once_a_pack(monkeypatch):
+    module = importlib.import_module("bench.varlen_attention")
+    monkeypatch.setattr(attention_peers, "needs_cuda", lambda device: None)
+    for pack, there, not_there in (
+        (PACK, "cuDNN SDPA, one call a sample", "cuDNN SDPA, one batched call"),
+        (
+            Pack("one", ((1, 2, 3),)),
+            "cuDNN SDPA, one batched call",
+            "cuDNN SDPA, one call a sample",
+        ),
+    ):
+        small = module.problem("self", 2, 16, pack, torch.bfloat16)
+        by_name(there).make(small, CPU)
+        with pytest.raises(Absent):
+            by_name(not_there).make(small, CPU)
+
+
+def by_name(name):
+    (peer,) = (p for p in attention_peers.PEERS if p.name == name)
+    return peer
+
+
+# ---- who is measured where ----
+
+
+def test_slow_peers_are_left_out_where_they_tell_little():
+    module = importlib.import_module("bench.varlen_attention")
+    (peer,) = (p for p in module.PEERS if p.name == "eager")
+    assert peer.backend == "torch"
+    there = {
+        (case, name)
+        for case in ("goku-2b", "14 heads of 128")
+        for name in ("64K, one clip", "64K, mixed", "64K, many images")
+    }
+    problems = list(module.problems("cuda"))
+    for problem in problems:
+        if (problem.case, problem.pack.name) in there:
+            there.remove((problem.case, problem.pack.name))
+            peer.make(problem, GPU)
+        else:
+            with pytest.raises(Absent, match="left out"):
+                peer.make(problem, GPU)
+            peer.make(problem, CPU)  # whose packs are small
+    assert there == set()
+
+
+def test_the_most_telling_problems_come_first():
+    module = importlib.import_module("bench.varlen_attention")
+    found = [(p.shape["head_dim"], p.pack.name) for p in module.problems("cuda")]
+    assert {size for size, _ in found} == {64, 128}
+    for size in (64, 128):
+        first = [found.index((size, name)) for name in (
+            "64K, one clip", "64K, mixed", "16K, one clip", "220K, one clip", "64K, many images",
+        )]  # fmt: skip
+        assert first == sorted(first)
+        # A run that is cut short has either all of what is compared or none of it: side by side.
+        long = [found.index((size, pack.name)) for pack in LONG_PACKS]
+        assert max(long) - min(long) < 2 * len(LONG_PACKS)
