@@ -70,10 +70,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Its tensors are (B, H, L, D) with the strides of (B, L, H, D), which cuDNN takes as they are and
     gives its result and gradients.
     """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
-            1, 2
-        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _one_length(problem: Problem) -> bool:
@@ -177,8 +176,8 @@ def _ends_of_blocks(lengths: Sequence[int], size: int) -> tuple[Tensor, Tensor, 
     rows = int(ends[-1])
     first = torch.arange(0, rows, size)
     last = (first + size - 1).clamp(max=rows - 1)
-    samples = (torch.searchsorted(ends, x, right=True) for x in (first, last))
-    return *samples, first + size <= rows
+    of_first, of_last = (torch.searchsorted(ends, x, right=True) for x in (first, last))
+    return of_first, of_last, first + size <= rows
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ SHAPES = {name: (PRESETS[name].heads, PRESETS[name].head_dim) for name in MODELS
 # What is measured on a GPU, (cases, packs): the most telling first, since time may run out before the
 # last. A fixed-length batch stands beside the pack that is compared with it, in the same run.
 _BOTH, _CROSS = ("goku-2b", "14 heads of 128"), f", cross-attention to {TEXT_TOKENS}"
-ORDER = (
+ORDER: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
     (_BOTH, ("64K, one clip", "64K, mixed", "16K, one clip", "16K, mixed")),
     (_BOTH, tuple(pack.name for pack in LONG_PACKS)),
     (("7 heads of 64", "7 heads of 128"), ("220K, one clip",)),
