@@ -192,7 +192,10 @@ def probed_rows(lengths: Sequence[int]) -> Tensor:
 
 
 def plain(inputs: Inputs, rows: Tensor | None) -> Tensor:
-    """Attention of some rows (None: of all) in plain PyTorch, scores in memory: (rows, H, D)."""
+    """Attention of some rows (None: of all) in plain PyTorch, scores in memory: (rows, H, D).
+
+    rows: on the CPU, in the order of the samples.
+    """
     q, k, v = inputs.leaves
     lengths_q, lengths_k = (list(inputs.rest[name]) for name in ("lengths_q", "lengths_k"))
     rows = torch.arange(sum(lengths_q)) if rows is None else rows
