@@ -1,17 +1,18 @@
 """Everything that only a GPU can show, in one command; each of its parts under 8 minutes.
 
-    python bench/gpu_check.py [correctness|memory|attention|block|all] [--out DIR] [--fresh]
+    python bench/gpu_check.py [correctness|memory|attention|block|step|all] [--out DIR] [--fresh]
 
     correctness  builds, runs tests/gpu file by file, then 50 training steps of a Goku-2B
     memory       benchmarks of the memory-bound operators
     attention    benchmark of the packed attention
     block        benchmark of one block, forward and backward
-    all          these four, one after the other
+    step         whole steps of a Goku-2B, and the longest sequence that the GPU trains
+    all          these five, one after the other
 
 Needs torch, triton, numpy and pytest, no installation. Resumable: a step that went well with these
 sources on this GPU, as `gpu_check.json` in the folder of results says, is not done again, and a
 benchmark that was stopped goes on with what it had not measured; --fresh does everything again. The
-folder then holds that file and one of rows for each of seven benchmarks, 8 in all.
+folder then holds that file and one of rows for each of the benchmarks.
 
 Exit codes: 0 all well, 1 a step failed, 2 wrong arguments, 3 no GPU on this machine.
 """
@@ -34,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 460.0  # for all steps of one part together: under 8 minutes
 STATUS = "gpu_check.json"
-PARTS = ("correctness", "memory", "attention", "block")
+PARTS = ("correctness", "memory", "attention", "block", "step")
 
 # Of each part: benchmark, and the seconds it may take. A benchmark begins nothing new when its time
 # is nearly up (MARGIN) and is stopped when it is.
@@ -45,9 +46,12 @@ BENCHMARKS = {
     },
     "attention": {"varlen_attention": 460.0},
     "block": {"block": 460.0},
+    "step": {"step": 280.0},
 }  # fmt: skip
 MARGIN = 25.0
 BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 400.0, 120.0
+# Of which the clip itself may take half: its attention grows with the square of what the card holds.
+LONGEST_SECONDS = 180.0
 # What the steps of `correctness` depend on.
 TESTED = ("kernels/goku_kernels", "goku", "bench", "tests/gpu", "setup.py", "CMakeLists.txt")
 _SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".json", ".txt")
@@ -121,6 +125,9 @@ def steps(part: str, out: Path, fresh: bool) -> Iterator[Step]:
         limits = ["--limit", str(seconds - MARGIN), "--seconds", "0.5", "--out", str(out)]
         command = [sys.executable, "-m", "bench", "run", name, *limits, *resume]
         yield Step(f"bench/{name}", command, seconds, known=False)
+    if part == "step":
+        clip = ["--seconds", str(LONGEST_SECONDS / 2), "--out", str(out)]
+        yield Step("longest", [sys.executable, "-m", "bench.longest", *clip], LONGEST_SECONDS)
 
 
 def run_step(name: str, command: Sequence[str], seconds: float) -> bool:
