@@ -16,6 +16,8 @@ from torch import Tensor
 
 from bench import harness, timing
 from bench.packs import Pack
+from bench.refusals import REFUSALS as REFUSALS  # for the benchmarks that judge by these rules
+from bench.refusals import refusals
 from goku_kernels import Packing
 from goku_kernels._checks import triton_absent
 
@@ -307,20 +309,6 @@ class Truths:
 
 # ---- one problem, all peers ----
 
-try:
-    from triton.errors import TritonError
-except ImportError:  # nothing raises it where there is no Triton
-    _OF_TRITON: tuple[type[Exception], ...] = ()
-else:
-    _OF_TRITON = (TritonError,)  # out of resources, ptxas and the compiler: no RuntimeErrors
-
-# What code that is not ours raises for a shape, dtype or chip that it does not take. Torch's
-# compiler and its lack of memory are RuntimeErrors.
-REFUSALS: tuple[type[Exception], ...] = (
-    RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError,
-    AttributeError, KeyError, IndexError, *_OF_TRITON,
-)  # fmt: skip
-
 
 def measure(
     problem: Problem, peers: Sequence[Peer], device: torch.device, ceilings: timing.Ceilings,
@@ -352,7 +340,7 @@ def measure(
             verdict = truths.verdict(function, peer.reference or problem.reference)
         except Absent as reason:
             status, note = "absent", str(reason)
-        except REFUSALS as error:
+        except refusals() as error:
             status, note = "failed", f"{type(error).__name__}: {error}"[:400]
         else:
             if verdict.right:

@@ -59,6 +59,17 @@ GPU_PACKS = (
     Pack("220K, many images", _mixed((440, (1, 16, 16)), (104, (1, 32, 32)))),
 )
 
+# Samples of one length each, a fixed-length batch, and clips of those lengths in one pack: what
+# packing costs (bench/fixed_length.py). For attention, whose speed depends on the lengths.
+LONG_PACKS = (
+    Pack("64K, clips of 4 lengths",
+         _mixed((1, (20, *SD)), (1, (10, *SD)), (1, (5, *SD)), (2, (8, *LOW)))),
+    Pack("64K, 14 clips of 4608", ((8, *LOW),) * 14),
+    Pack("64K, 8 clips of 8100", ((5, *SD),) * 8),
+    Pack("64K, 4 clips of 16200", ((10, *SD),) * 4),
+    Pack("64K, 2 clips of 32400", ((20, *SD),) * 2),
+)  # fmt: skip
+
 # The same kinds at a size that a CPU does in milliseconds.
 CPU_PACKS = (
     Pack("small, one clip", ((5, 6, 8),)),

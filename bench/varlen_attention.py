@@ -8,23 +8,46 @@ for the same speed. Letters in shapes: Tq queries, Tk keys, H heads, D head_dim.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Absent, Function, Inputs, Peer, Problem, draw_normal, needs_triton, packing
-from bench.packs import TEXT_TOKENS, Pack, packs
-from bench.peers import LIBRARIES, load, needs_cuda, ours
+from bench import attention_peers
+from bench.attention_peers import LIMITS, compared_alone
+from bench.cases import Function, Inputs, Peer, Problem, draw_normal, needs_triton, packing
+from bench.packs import LONG_PACKS, TEXT_TOKENS, Pack, packs
+from bench.peers import ours
 from goku.model import PRESETS
 from goku_kernels import Packing, reference, varlen_attention, varlen_attention_flops
 
 OPERATOR = "varlen_attention"
-SOURCES = ("kernels/goku_kernels", "bench/varlen_attention.py", "bench/cases.py", "bench/timing.py")
+SOURCES = (
+    "kernels/goku_kernels", "bench/varlen_attention.py", "bench/attention_peers.py",
+    "bench/packs.py", "bench/cases.py", "bench/timing.py",
+)  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
+# Heads and head_dim of every case. No model has heads of 128: 14 are as wide as goku-2b. 7 are what
+# one of two or four sequence-parallel ranks has of them, which 220K tokens are trained on.
+SHAPES = {name: (PRESETS[name].heads, PRESETS[name].head_dim) for name in MODELS} | {
+    "14 heads of 128": (14, 128), "7 heads of 64": (7, 64), "7 heads of 128": (7, 128),
+}  # fmt: skip
+# What is measured on a GPU, (cases, packs): the most telling first, since time may run out before the
+# last. A fixed-length batch stands beside the pack that is compared with it, in the same run.
+_BOTH, _CROSS = ("goku-2b", "14 heads of 128"), f", cross-attention to {TEXT_TOKENS}"
+ORDER: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
+    (_BOTH, ("64K, one clip", "64K, mixed", "16K, one clip", "16K, mixed")),
+    (_BOTH, tuple(pack.name for pack in LONG_PACKS)),
+    (("7 heads of 64", "7 heads of 128"), ("220K, one clip",)),
+    (_BOTH, ("64K, many images",)),
+    (("goku-2b" + _CROSS,), ("64K, mixed", "64K, many images")),
+    (("goku-2b",), ("16K, many images",)),
+    (("goku-8b",), ("64K, mixed", "64K, one clip", "64K, many images", "16K, mixed",
+                    "16K, many images")),
+    (("goku-8b" + _CROSS,), ("64K, mixed",)),
+    (("goku-2b",), ("220K, mixed", "220K, many images", "220K, one clip")),
+)  # fmt: skip
 NOTE = (
     "backward FLOPs are counted as 2x forward (flash-attn's tables: 2.5x); eager keeps what its "
     "backward needs, except the scores, which torch's fused attention computes again"
@@ -38,7 +61,6 @@ FP32, TF32 = 2.0**-23, 2.0**-10
 # partly filled block, which masked loads fill with zeros, has score zero: it outweighs the others,
 # and shows among thousands of them. Larger queries would hide it, and plain bf16 rounds their scores.
 APART = 6.0
-LIMITS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 def function(backend: str, deterministic: bool = False) -> Function:
@@ -70,112 +92,14 @@ def _deterministic(problem: Problem, device: torch.device) -> Function:
     return function("triton", deterministic=True)
 
 
-def _library(name: str) -> Peer:
-    """A function with flash_attn_varlen_func's arguments; some versions return (out, lse)."""
-
-    def make(problem: Problem, device: torch.device) -> Function:
-        function = LIBRARIES[name]()
-        needs_cuda(device)
-
-        def run(inputs: Inputs) -> tuple[Tensor, ...]:
-            out = function(*inputs.leaves, **{name: inputs.rest[name] for name in LIMITS})
-            return (out[0] if isinstance(out, tuple) else out,)
-
-        return run
-
-    return Peer(name, make)
-
-
-def _torch_varlen(problem: Problem, device: torch.device) -> Function:
-    function = LIBRARIES["torch varlen_attn"]()
-    needs_cuda(device)
-    # The first seven arguments are the same in every version that has it.
-    return lambda inputs: (function(*inputs.leaves, *(inputs.rest[name] for name in LIMITS)),)
-
-
-def _cudnn(problem: Problem, device: torch.device) -> Function:
-    LIBRARIES["cuDNN SDPA"]()
-    needs_cuda(device)
-
-    def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        lengths = [inputs.rest["lengths_q"], *[inputs.rest["lengths_k"]] * 2]
-        parts = (x.split(list(n)) for x, n in zip(inputs.leaves, lengths, strict=True))
-        outs = []
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            for sample in zip(*parts, strict=True):
-                q, k, v = (x.transpose(0, 1)[None] for x in sample)
-                outs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
-        return (torch.cat(outs),)
-
-    return run
-
-
-def _flex(problem: Problem, device: torch.device) -> Function:
-    flex_attention: Callable[..., Any] = LIBRARIES["FlexAttention"]()
-    create: Callable[..., Any] = load("torch.nn.attention.flex_attention", "create_block_mask")
-    if device.type != "cuda":
-        raise Absent("FlexAttention has no backward on a CPU")
-    if "220K" in problem.pack.name or "cross" in problem.case:
-        # Its mask is a part of its code: half a minute of compiling a pack, of the few that there are
-        raise Absent(
-            "left out: every pack compiles it anew; see self-attention of the smaller ones"
-        )
-    # Both compiled: as plain PyTorch they would hold a matrix of all pairs of tokens.
-    attend, create = torch.compile(flex_attention), torch.compile(create)
-    masks: dict[tuple[Any, ...], Any] = {}
-
-    def mask(inputs: Inputs) -> Any:
-        lengths = inputs.rest["lengths_q"], inputs.rest["lengths_k"]
-        if lengths not in masks:
-            sample_q, sample_k = (_samples(n, device) for n in lengths)
-
-            def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return sample_q[i] == sample_k[j]
-
-            masks[lengths] = create(same, None, None, len(sample_q), len(sample_k), device=device)
-        return masks[lengths]
-
-    def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        q, k, v = (x.transpose(0, 1)[None] for x in inputs.leaves)
-        return (attend(q, k, v, block_mask=mask(inputs))[0].transpose(0, 1),)
-
-    return run
-
-
-def _samples(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """The sample of every row."""
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
-
-
-def _transformer_engine(problem: Problem, device: torch.device) -> Function:
-    module = LIBRARIES["TransformerEngine"]()
-    needs_cuda(device)
-    heads, size = problem.shape["heads"], problem.shape["head_dim"]
-    attention = module(heads, size, qkv_format="thd", attn_mask_type="padding")
-
-    def run(inputs: Inputs) -> tuple[Tensor, ...]:
-        rest = inputs.rest
-        out = attention(
-            *inputs.leaves, cu_seqlens_q=rest["cu_seqlens_q"], cu_seqlens_kv=rest["cu_seqlens_k"],
-            max_seqlen_q=rest["max_seqlen_q"], max_seqlen_kv=rest["max_seqlen_k"],
-        )  # fmt: skip
-        return (out.view(inputs.leaves[0].shape),)
-
-    return run
-
-
+# The reference walks over the samples on the host: nothing for torch.compile to fuse, which has
+# FlexAttention for this.
+_eager, _fused = ours(eager, function("triton"), compiled=False)
 PEERS = [
-    # The reference walks over the samples on the host: nothing for torch.compile to fuse, which has
-    # FlexAttention for this.
-    *ours(eager, function("triton"), compiled=False),
-    Peer("goku triton, deterministic", _deterministic, backend="triton"),
-    Peer("torch varlen_attn", _torch_varlen),
-    Peer("cuDNN SDPA, one call a sample", _cudnn),
-    Peer("FlexAttention, document mask", _flex),
-    _library("flash-attn 2"),
-    _library("flash-attn 3"),
-    _library("flash-attn 4"),
-    Peer("TransformerEngine", _transformer_engine),
+    _fused,
+    *attention_peers.PEERS,
+    compared_alone(Peer("goku triton, deterministic", _deterministic, backend="triton")),
+    compared_alone(_eager),
 ]
 
 
@@ -268,29 +192,31 @@ def probed_rows(lengths: Sequence[int]) -> Tensor:
 
 
 def plain(inputs: Inputs, rows: Tensor | None) -> Tensor:
-    """Attention of some rows (None: of all) in plain PyTorch, scores in memory: (rows, H, D)."""
+    """Attention of some rows (None: of all) in plain PyTorch, scores in memory: (rows, H, D).
+
+    rows: on the CPU, in the order of the samples.
+    """
     q, k, v = inputs.leaves
-    starts_q = [0, *itertools.accumulate(inputs.rest["lengths_q"])]
-    starts_k = [0, *itertools.accumulate(inputs.rest["lengths_k"])]
-    rows = torch.arange(starts_q[-1]) if rows is None else rows
+    lengths_q, lengths_k = (list(inputs.rest[name]) for name in ("lengths_q", "lengths_k"))
+    rows = torch.arange(sum(lengths_q)) if rows is None else rows
+    # Split, whose gradient is one tensor: a slice's is one as long as the pack for every sample.
+    chosen = q.index_select(0, rows.to(q.device)).split(_counts(rows, lengths_q))
     outs = []
-    for i, (a, b) in enumerate(itertools.pairwise(starts_q)):
-        mine = rows[(rows >= a) & (rows < b)].to(q.device)
-        if len(mine):
-            qi = q.index_select(0, mine)
-            ki, vi = (x[starts_k[i] : starts_k[i + 1]] for x in (k, v))
-            scores = torch.einsum("thd,shd->hts", qi, ki) * q.shape[2] ** -0.5
-            outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), vi))
+    for qi, ki, vi in zip(chosen, k.split(lengths_k), v.split(lengths_k), strict=True):
+        scores = torch.einsum("thd,shd->hts", qi, ki) * q.shape[2] ** -0.5
+        outs.append(torch.einsum("hts,shd->thd", scores.softmax(-1), vi))
     return torch.cat(outs)
 
 
 def problems(device_type: str) -> Iterator[Problem]:
-    for model, cross in itertools.product(MODELS, (False, True)):
-        config = PRESETS[model]
-        case = f"{model}, cross-attention to {TEXT_TOKENS}" if cross else model
-        for pack in packs(device_type):
-            given = (config.heads, config.head_dim, pack, torch.bfloat16)
-            yield problem(case, *given, cross=cross)
+    known = {pack.name: pack for pack in (*packs(device_type), *LONG_PACKS)}
+    order = ORDER
+    if device_type != "cuda":
+        order = tuple(((m, m + _CROSS), [p.name for p in packs(device_type)]) for m in MODELS)
+    for cases, names in order:
+        for name, case in itertools.product(names, cases):
+            shape = SHAPES[case.removesuffix(_CROSS)]
+            yield problem(case, *shape, known[name], torch.bfloat16, cross=case.endswith(_CROSS))
 
 
 def tuning(size: int, dtype: torch.dtype, pack: Pack) -> Problem:

@@ -144,11 +144,11 @@ def installed(monkeypatch):
             parent = parent.rpartition(".")[0]
     apex = types.SimpleNamespace(kind="nvidia")
     monkeypatch.setattr(peers, "detect_apex", lambda: apex)
-    for name in ("qk_norm_rope", "gated_residual_adaln", "varlen_attention"):
+    for name in ("qk_norm_rope", "gated_residual_adaln", "attention_peers"):
         monkeypatch.setattr(f"bench.{name}.needs_cuda", lambda device: None)
     monkeypatch.setattr(peers, "needs_cuda", lambda device: None)
     # A CPU has torch's plain attention alone; the calls around it are the same.
-    monkeypatch.setattr("bench.varlen_attention.sdpa_kernel", lambda kind: _math())
+    monkeypatch.setattr("bench.attention_peers.sdpa_kernel", lambda kind: _math())
 
 
 def _math():
@@ -157,8 +157,10 @@ def _math():
     return sdpa_kernel(SDPBackend.MATH)
 
 
+# Our own kernels and torch's compiler; and of cuDNN's two calls the one for samples of one length,
+# which PACK's are not.
 NOT_HERE = {"goku triton", "goku triton, deterministic", "FlexAttention, document mask",
-            "torch.compile", "torch.compile, sample by sample"}  # fmt: skip
+            "torch.compile", "torch.compile, sample by sample", "cuDNN SDPA, one batched call"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -205,36 +207,3 @@ def test_the_peer_compiled_for_a_sample_is_right_and_serves_any_packs(name, monk
         assert {(r.status, r.note) for r in rows} == {("measured", "")}
     # Of any number of tokens, of none and of one; no graph for a pack.
     assert counter.frame_count <= 3
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_a_document_mask_keeps_samples_apart(monkeypatch):
-    """FlexAttention uncompiled and forward alone, which is what a CPU has of it."""
-    module = importlib.import_module("bench.varlen_attention")
-    real = torch.compile  # which flex_attention itself calls, with options
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **options) if options else f)
-    for cross in (False, True):
-        small = module.problem(
-            "to text" if cross else "self", 2, 16, PACK, torch.float32, cross=cross
-        )
-        inputs = small.draw(CPU, 0)
-        # Built for a CUDA device; the mask and all tensors are on this one.
-        place = types.SimpleNamespace(type="cuda")
-        monkeypatch.setattr(module, "_samples", lambda n, device: samples(n))
-        found = flex(module, small, place, inputs)
-        torch.testing.assert_close(found, module.function("torch")(inputs)[0])
-
-
-def samples(lengths):
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-
-
-def flex(module, small, place, inputs):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def create(*args, device):
-        return create_block_mask(*args, device="cpu")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load", lambda *names: create)
-        return module._flex(small, place)(inputs)[0]

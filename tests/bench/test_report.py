@@ -106,6 +106,34 @@ def test_absent_peers_are_listed_with_the_reason(tmp_path):
     assert cells == ["NVIDIA H200", "adaln_modulate", "flash-attn 3", "no module of that name"]
 
 
+def test_a_peer_that_was_left_out_of_one_problem_alone_is_not_absent(tmp_path):
+    left_out = record(tmp_path, "eager", None, status="absent", note="left out")
+    measured = record(tmp_path, "eager", 4.0, pack="64K, one clip")
+    page, _ = rendered(left_out, measured)
+    assert page.split("## Peers that were absent")[1].strip().startswith("No rows say so yet.")
+
+
+def test_attention_on_short_images_stands_apart(tmp_path):
+    shape = {"heads": 28, "head_dim": 64, "keys": 65916, "tokens": 65916}
+    given = {"name": "varlen_attention", "shape": shape, "direction": "forward"}
+    packs = ("64K, one clip", "64K, many images", "64K, clips of 4 lengths")
+    rows = [record(tmp_path, "goku triton", 2.0, pack=pack, **given) for pack in packs]
+    page, _ = rendered(*rows)
+    section = page.split("## varlen_attention\n")[1].split("\n## ")[0]
+    tables = section.split("<details>")[0]  # all peers follow
+    clips, images = (tables.split(f"### {x}\n")[1] for x in ("Clips", "Short images"))
+    clips, fixed = clips.split("### Packs beside fixed-length batches\n")
+    assert line_of(clips, "| 64K, one clip |", "H200", "forward", "| goku-2b |")[5] == "2.000"
+    assert line_of(images, "| 64K, many images |", "H200", "forward", "| goku-2b |")[5] == "2.000"
+    assert "many images" not in clips
+    assert "one clip" not in images
+    # The one pack that has something to stand beside, and nothing measured of that.
+    fixed = fixed.split("### Short images")[0]
+    cells = line_of(fixed, "H200", "| forward |")
+    assert cells[2] == "64K, clips of 4 lengths"
+    assert cells[5] == "no batch of samples of 4608, 8100, 16200, 32400 was measured"
+
+
 def test_the_block_shows_what_was_to_be_expected(tmp_path):
     extra = {
         "expected_ms": 8.0, "attention_rate": "attention as measured", "tokens_per_s": 6.4e6,
