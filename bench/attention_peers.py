@@ -20,7 +20,7 @@ from bench.peers import LIBRARIES, load, needs_cuda
 
 LIMITS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 # Where peers are measured that cost much and tell little elsewhere: eager runs the kernel that
-# varlen_attn runs, and what is deterministic is so by construction.
+# varlen_attn runs.
 COMPARED_CASES = ("goku-2b", "14 heads of 128")
 COMPARED = ("64K, one clip", "64K, mixed", "64K, many images")
 # FlexAttention compiles every pack anew, and what it adds is a mask, of which one clip has none.

@@ -47,11 +47,10 @@ NOTES = {
     "varlen_attention": (
         "FLOPs: 4 x heads x head_dim x sum(len_q x len_k) forward, twice that backward. flash-attn's "
         "tables count the backward 2.5 times: their figure for a speed is 1.25 times the one here. "
-        "deterministic=True runs the same kernels and costs nothing by construction: what our two "
-        "peers below differ by is noise. Eager keeps what its backward needs, but reads the offsets "
+        "With deterministic=True, as Goku trains, our backward multiplies seven times for five: a peer "
+        "of its own; the forward is the same. Eager keeps what its backward needs, but reads the offsets "
         "back in the forward and runs one attention a sample; torch's fused attention computes the "
-        "scores again in the backward, as flash-attn, cuDNN and FlexAttention do. Ours computes them "
-        "twice. Both models' heads are 64 wide; 14 of 128 are as wide as goku-2b's 28, and 7 are what "
+        "scores again in the backward, as flash-attn, cuDNN, FlexAttention and ours do. Both models' heads are 64 wide; 14 of 128 are as wide as goku-2b's 28, and 7 are what "
         "one of two or of four ranks has of them under sequence parallelism."
     ),
     **dict.fromkeys(("adaln_modulate", "gated_residual_adaln"), _MODULATION),

@@ -97,8 +97,8 @@ def _deterministic(problem: Problem, device: torch.device) -> Function:
 _eager, _fused = ours(eager, function("triton"), compiled=False)
 PEERS = [
     _fused,
+    Peer("goku triton, deterministic", _deterministic, backend="triton"),
     *attention_peers.PEERS,
-    compared_alone(Peer("goku triton, deterministic", _deterministic, backend="triton")),
     compared_alone(_eager),
 ]
 
