@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -124,35 +123,28 @@ class _Tools:
 
 
 def build_launcher(source: Any, metadata: Any) -> bool:
-    """Put Triton's launcher of a kernel into its cache; False where libcuda cannot be found.
+    """Put Triton's launcher of a kernel into its cache; False where there is none to build.
 
-    Built against a stand-in for libcuda (TRITON_LIBCUDA_PATH), it cannot be loaded here, but it is
-    in the cache by then.
+    Built against a stand-in for libcuda (TRITON_LIBCUDA_PATH) it may not be loadable here, but it is
+    in the cache by then. From 3.7 on Triton has one launcher for all kernels.
     """
-    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.backends.nvidia import driver as nvidia
 
-    try:
-        CudaLauncher(source, metadata)
-    except ImportError:
-        return True
-    except AssertionError:
-        return False
-    return True
+    return hasattr(nvidia, "make_launcher") and _built(nvidia.CudaLauncher, source, metadata)
 
 
 def build_driver() -> bool:
     """Put Triton's own extension for CUDA into its cache; False where libcuda cannot be found."""
-    from triton.backends.nvidia.driver import CudaUtils
+    from triton.backends.nvidia import driver as nvidia
 
+    return _built(nvidia.CudaUtils)
+
+
+def _built(make: Any, *arguments: Any) -> bool:
     try:
-        CudaUtils()
+        make(*arguments)
     except ImportError:
         return True
-    except AssertionError:
+    except AssertionError:  # libcuda cannot be found
         return False
     return True
-
-
-def version() -> str:
-    """Of Triton, for what is written down."""
-    return str(triton.__version__)
