@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench import cases
-from bench.candidates import Row, direction, function
+from bench.candidates import Row, direction, function, options
 from bench.forecast import Work, streams, work
 from bench.machine_code import Loop, main_loop
 from bench.packs import CPU_PACKS
@@ -121,7 +121,7 @@ def compile_one(task: Compiling) -> Compiled:
             overridden(task.op, rows),
             AbsentGpu(task.chip, launchers=task.launchers) as gpu,
         ):
-            run_small(problem, module.function("triton"), backward)
+            run_small(problem, _function(task), backward)
     except cases.REFUSALS as error:
         return Compiled(error=f"{type(error).__name__}: {error}"[:200])
     name = function(task.op, task.row["kernel"])
@@ -143,6 +143,12 @@ def compile_one(task: Compiling) -> Compiled:
     )
 
 
+def _function(task: Compiling) -> cases.Function:
+    module = importlib.import_module(f"bench.{task.op}")
+    run: cases.Function = module.function("triton", **options(task.op, task.row["kernel"]))
+    return run
+
+
 def warm_one(task: Compiling) -> Compiled:
     """Only fill the cache: compile_one without a look at what came out."""
     from bench.absent_gpu import AbsentGpu
@@ -156,7 +162,7 @@ def warm_one(task: Compiling) -> Compiled:
     with counting() as fresh:
         try:
             with overridden(task.op, rows), AbsentGpu(task.chip, launchers=task.launchers):
-                run_small(problem, module.function("triton"), backward)
+                run_small(problem, _function(task), backward)
         except cases.REFUSALS as refusal:
             error = f"{type(refusal).__name__}: {refusal}"[:200]
     return Compiled(error, seconds=time.perf_counter() - began, fresh=len(fresh))

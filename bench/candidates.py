@@ -27,12 +27,23 @@ _FUNCTIONS = {
     ("velocity_loss", "forward"): "sums_kernel",
     ("velocity_loss", "backward"): "gradient_kernel",
     ("varlen_attention", "forward_specialised"): "specialised_forward_kernel",
+    ("varlen_attention", "gradient"): "gradient_kv_kernel",  # with that of the queries in it
 }
 
 
 def function(op: str, kernel: str) -> str:
     """The name of the function that is compiled with a row's configuration."""
     return _FUNCTIONS.get((op, kernel), f"{kernel}_kernel")
+
+
+def options(op: str, kernel: str) -> dict[str, bool]:
+    """What bench.<op>.function is to be asked for, so that it launches a row's kernel.
+
+    Two kernels for queries and keys are attention's deterministic backward; without that demand one
+    may do both.
+    """
+    apart = op == "varlen_attention" and kernel in ("gradient_kv", "gradient_q")
+    return {"deterministic": True} if apart else {}
 
 
 def direction(kernel: str) -> str:
@@ -112,10 +123,11 @@ def _axes(op: str, kernel: str, config: Config) -> list[list[tuple[str, int]]]:
     if kernel == "delta":
         return [axis("num_warps", 4, 8), axis("rows", 16, 32, 64, 128)]
     stages = (2, 3, 4) if kernel.startswith("forward") else (1, 2, 3)
-    return [
+    axes = [
         axis("num_warps", 4, 8), axis("num_stages", *stages), axis("queries", 64, 128),
         axis("keys", 32, 64, 128),
     ]  # fmt: skip
+    return [*axes, axis("reduce", 0, 1)] if "reduce" in config else axes
 
 
 def _sensible(op: str, kernel: str, config: Config, size: int) -> bool:
@@ -124,11 +136,12 @@ def _sensible(op: str, kernel: str, config: Config, size: int) -> bool:
         # A group of four warps multiplies 64 rows at a time; of the tile of scores, and of one as
         # wide as a head, a thread holds at most 192 numbers beside what it needs to address.
         outer, inner = config["queries"], config["keys"]
-        if kernel == "gradient_kv":
+        by_keys = kernel in ("gradient", "gradient_kv")
+        if by_keys:
             outer, inner = inner, outer
         if kernel == "forward_specialised":
             return outer == 128 and config["num_warps"] == 4 and inner >= 64
-        held = outer * (inner + size * (2 if kernel == "gradient_kv" else 1)) // threads
+        held = outer * (inner + size * (2 if by_keys else 1)) // threads
         return outer // 64 * 4 >= config["num_warps"] and held <= 192
     if op == "rectified_flow_noise":
         return 1 <= config["groups"] // threads <= 8

@@ -53,16 +53,12 @@ def whole(sass: str) -> Loop:
 
 
 def main_loop(sass: str) -> Loop:
-    """The loop over rows: the shortest that both loads and stores 8 bytes or more at a time.
+    """The loop over rows: the shortest that both loads and stores 8 bytes or more a thread.
 
     A loop over several samples is around it; copies of it (for queries and keys) are as long. Where
     there is none, all of the kernel.
     """
-    both = [
-        loop
-        for loop in loops(sass)
-        if loop.store_bytes >= 8 and loop.load_bytes >= 8 and loop.load_bytes > 4 * loop.narrow
-    ]
+    both = [loop for loop in loops(sass) if loop.store_bytes >= 8 and loop.load_bytes >= 8]
     return min(both, key=lambda loop: loop.instructions, default=whole(sass))
 
 

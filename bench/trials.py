@@ -18,7 +18,7 @@ import torch
 
 from bench import cases, timing
 from bench.ahead import overridden, with_config
-from bench.candidates import Config, Row, direction
+from bench.candidates import Config, Row, direction, options
 from bench.packs import GPU_PACKS, Pack
 
 ROUNDS = (5, 10, 20)  # of each stage
@@ -82,10 +82,8 @@ def packs(op: str) -> list[Pack]:
 class Stand:
     """One problem on a device: inputs, truth and kept forwards, shared by all configurations."""
 
-    def __init__(
-        self, problem: cases.Problem, run: cases.Function, device: torch.device
-    ) -> None:  # fmt: skip
-        self.problem, self.run, self.device = problem, run, device
+    def __init__(self, problem: cases.Problem, device: torch.device) -> None:
+        self.problem, self.device = problem, device
         first = problem.draw(device, 0)
         self.truths: cases.Truths | None = None
         count = timing.copies_past_cache(first.bytes(), device)
@@ -94,21 +92,26 @@ class Stand:
         self.copies += [
             problem.draw(device, i).cast(None, problem.differentiable) for i in range(1, count)
         ]
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[tuple[int, str], Any] = {}
 
-    def verdict(self) -> cases.Verdict:
-        """Whether the operator, with the configurations of now, is right."""
+    def verdict(self, run: cases.Function) -> cases.Verdict:
+        """Whether `run`, with the configurations of now, is right."""
         if self.truths is None:
             self.truths = cases.Truths(self.problem, self.first)
-        return self.truths.verdict(self.run, self.problem.reference)
+        return self.truths.verdict(run, self.problem.reference)
 
-    def call(self, way: str, around: Callable[[], Any]) -> timing.Call:
-        """The forward, or the backward alone, within the context that around() gives."""
+    def call(
+        self, way: str, run: cases.Function, tag: str, around: Callable[[], Any]
+    ) -> timing.Call:  # fmt: skip
+        """The forward, or the backward alone, within the context that around() gives.
+
+        tag: of `run`, by which its forward is known again.
+        """
         if way == "forward":
 
             def forward(inputs: cases.Inputs) -> object:
                 with around():
-                    return self.run(inputs)
+                    return run(inputs)
 
             return (lambda i: self.copies[i], forward)
 
@@ -119,15 +122,15 @@ class Stand:
                     outs, leaves, gradients, retain_graph=True, allow_unused=True
                 )
 
-        return self._forward_of, backward
+        return partial(self._forward_of, run, tag), backward
 
-    def _forward_of(self, i: int) -> Any:
+    def _forward_of(self, run: cases.Function, tag: str, i: int) -> Any:
         """One forward of a copy, kept: no configuration of a backward changes it."""
-        if i not in self._kept:
-            outs = self.run(self.copies[i])
+        if (i, tag) not in self._kept:
+            outs = run(self.copies[i])
             gradients = [torch.randn_like(x) for x in outs]
-            self._kept[i] = (outs, self.copies[i].leaves, gradients)
-        return self._kept[i]
+            self._kept[i, tag] = (outs, self.copies[i].leaves, gradients)
+        return self._kept[i, tag]
 
 
 @dataclass
@@ -145,11 +148,10 @@ class Trials:
         if self._stands[0] != key:
             self._stands = ((), [])  # the memory first
             module = importlib.import_module(f"bench.{self.op}")
-            run = module.function("triton")
             if dtype == "float32":
                 torch.set_float32_matmul_precision("high")  # attention takes fp32 only so
             problems = [module.tuning(size, getattr(torch, dtype), p) for p in packs(self.op)]
-            self._stands = (key, [Stand(p, run, self.device) for p in problems])
+            self._stands = (key, [Stand(p, self.device) for p in problems])
         return self._stands[1]
 
     def row(
@@ -167,9 +169,15 @@ class Trials:
         way = direction(row["kernel"])
         if way not in stands[0].problem.directions:
             way = stands[0].problem.directions[0]
+        asked = options(self.op, row["kernel"])
+        module = importlib.import_module(f"bench.{self.op}")
+        function: cases.Function = module.function("triton", **asked)
         tables = [with_config(rows, row, config) for config in configs]
         calls = [
-            [stand.call(way, partial(overridden, self.op, table)) for table in tables]
+            [
+                stand.call(way, function, str(asked), partial(overridden, self.op, table))
+                for table in tables
+            ]
             for stand in stands
         ]  # by stand and configuration
         failed: dict[int, str] = {}
@@ -199,16 +207,18 @@ class Trials:
         out = contest(able, clock, first=0, enough=enough)
         out.failed |= failed
         while out.order:
-            wrong = self._wrong(stands, tables[out.order[0]])
+            wrong = self._wrong(stands, function, tables[out.order[0]])
             if wrong is None:
                 break
             out.failed[out.order.pop(0)] = wrong
         return out
 
-    def _wrong(self, stands: Sequence[Stand], table: Sequence[Row]) -> str | None:
+    def _wrong(
+        self, stands: Sequence[Stand], run: cases.Function, table: Sequence[Row]
+    ) -> str | None:
         with overridden(self.op, table):
             for stand in stands:
-                verdict = stand.verdict()
+                verdict = stand.verdict(run)
                 if not verdict.right:
                     return f"wrong on {stand.problem.pack.name}: {verdict}"[:200]
         return None

@@ -216,58 +216,90 @@ def main(ops: Sequence[str], options: Options, say: Callable[[str], None] = prin
     """
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA device, and there is none on this machine")
+    from goku_kernels.triton.launch import launcher
+
+    device = torch.device("cuda")
+    return run(ops, options, device, launcher(torch.empty(0, device=device)).chip, say)
+
+
+def run(
+    ops: Sequence[str], options: Options, device: torch.device, chip: int,
+    say: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
+    """Tune operators on `device`, whose configurations are those of `chip`.
+
+    Raises:
+        ValueError: no configurations of an operator, or no row of this chip that fits.
+    """
     began = time.monotonic()
 
     def left() -> float:
         return options.limit - (time.monotonic() - began)
 
-    from goku_kernels.triton.launch import launcher
-
-    device = torch.device("cuda")
-    chip = launcher(torch.empty(0, device=device)).chip
     origin = {
         **screening.origin(), "device": str(harness.hardware(device)["device"]),
         "torch": str(torch.__version__),
     }  # fmt: skip
-    work = []
-    for op in ops:
-        file = options.folder / f"{op}.json"
-        if not file.is_file():
-            raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        which = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
-        log = Log(op, options.results, origin)
-        which = [i for i in which if not (options.resume and log.tuned(rows[i]))]
-        # Rows of one width share inputs and truth.
-        which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))
-        work.append((op, file, rows, which, log))
-    if not any(which for _, _, _, which, _ in work):
+    work = [_work(op, options, chip, origin) for op in ops]
+    if not any(each.found for each in work):
         raise ValueError(
             f"no row to tune: chip {chip}, kernels {list(options.kernels)}, sizes "
             f"{list(options.sizes)}, dtypes {list(options.dtypes)}"
         )
     # Everything is compiled before the first is timed: all processors at once.
-    lists = {op: listed(op, rows, which, options, say) for op, _, rows, which, _ in work}
+    lists = {each.op: listed(each.op, each.rows, each.which, options, say) for each in work}
     tasks = [
         ahead.Compiling(
-            op, candidates.judged_size(op, rows[i], rows), screening.dtype(rows[i]), chip, rows[i],
-            dict(candidate["config"]), tuple(rows), launchers=True,
+            each.op, candidates.judged_size(each.op, each.rows[i], each.rows),
+            screening.dtype(each.rows[i]), chip, each.rows[i], dict(candidate["config"]),
+            tuple(each.rows), launchers=True,
         )
-        for op, _, rows, which, _ in work
-        for i in which
-        for candidate in lists[op][i]
+        for each in work
+        for i in each.which
+        for candidate in lists[each.op][i]
     ]  # fmt: skip
     ahead.everywhere(
         ahead.warm_one, tasks, screening.crashed, say, "candidates were compiled ahead"
     )
-    for op, file, rows, which, log in work:
-
-        def save(file: Path = file, rows: list[Row] = rows) -> None:
-            if options.write:
-                file.write_text(text(rows), encoding="utf-8")
-
-        trials = Trials(op, device, say)
-        if not tune(op, rows, which, options, log, lists[op], trials.row, left, save, say):
+    for each in work:
+        trials = Trials(each.op, device, say)
+        save = each.save if options.write else _nothing
+        given = (each.rows, each.which, options, each.log, lists[each.op], trials.row)
+        if not tune(each.op, *given, left, save, say):
             return False
     say(f"all rows are through in {time.monotonic() - began:.0f} s; a gain is over {1 - GAIN:.0%}")
     return True
+
+
+@dataclass
+class _Work:
+    """One operator: its rows, found for this chip and, without those tuned before, to do."""
+
+    op: str
+    file: Path
+    rows: list[Row]
+    found: list[int]
+    which: list[int]
+    log: Log
+
+    def save(self) -> None:
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(text(self.rows), encoding="utf-8")
+        partial.replace(self.file)
+
+
+def _work(op: str, options: Options, chip: int, origin: Mapping[str, str]) -> _Work:
+    file = options.folder / f"{op}.json"
+    if not file.is_file():
+        raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
+    log = Log(op, options.results, origin)
+    which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
+    # Rows of one width share inputs and truth.
+    which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))
+    return _Work(op, file, rows, found, which, log)
+
+
+def _nothing() -> None:
+    """With --dry-run."""

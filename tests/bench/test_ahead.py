@@ -169,3 +169,16 @@ def test_the_tuner_reads_the_files_that_are_shipped():
         which = screening.chosen(rows, 90, sizes=[64], dtypes=["bfloat16"])
         assert all(rows[i]["size"] == 64 for i in which)
         assert screening.chosen(rows, 90)
+
+
+def test_rows_of_attention_are_asked_for_what_launches_them():
+    """With one backward kernel for all gradients the two others run only where bits must repeat."""
+    kernels = ("forward", "delta", "gradient", "gradient_kv", "gradient_q")
+    asked = {k: candidates.options("varlen_attention", k) for k in kernels}
+    assert [k for k in kernels if asked[k]] == ["gradient_kv", "gradient_q"]
+    assert candidates.options("adaln_modulate", "backward") == {}
+    row = row_of("varlen_attention", "gradient_kv", 64)
+    once = {**row, "kernel": "gradient", "config": {**row["config"], "reduce": 0}}
+    space = [list(candidates.space("varlen_attention", r, 64)) for r in (row, once)]
+    assert len(space[1]) == 2 * len(space[0])
+    assert candidates.function("varlen_attention", "gradient") == "gradient_kv_kernel"

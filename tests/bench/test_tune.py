@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import screening, tune
+from bench import ahead, screening, trials, tune
 from bench.ahead import overridden
 from bench.trials import Outcome
 from goku_kernels.triton import configs
@@ -133,6 +133,55 @@ def test_what_cannot_be_tuned_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="tune needs a CUDA device"):
             tune.main(["adaln_modulate"], tune.Options())
+
+
+def test_a_whole_run_on_a_cpu_writes_the_winner(tmp_path, monkeypatch):
+    """With the reference for kernels, and a clock that looks at the configuration."""
+    from bench import velocity_loss
+    from bench.packs import Pack
+
+    compiled, seen = [], []
+
+    def function(backend):
+        def call(inputs):
+            table = [r for r in configs.table("velocity_loss") if r["chip"] == 90]
+            seen.append({r["kernel"]: r["config"].get("rows") for r in table})
+            return velocity_loss.eager(inputs)
+
+        return call
+
+    def interleaved(calls, device, **rest):
+        found = {}
+        for name, (prepare, one) in calls.items():
+            one(prepare(0))
+            found[name] = trials.timing.Timing(1.0 / (seen[-1]["forward"] or 1), 0, 0, 1)
+        return found
+
+    monkeypatch.setattr(velocity_loss, "function", function)
+    monkeypatch.setattr(trials, "GPU_PACKS", [Pack(n, ((1, 2, 3),)) for n in trials.JUDGED_ON])
+    monkeypatch.setattr(trials.timing, "interleaved", interleaved)
+    monkeypatch.setattr(ahead, "everywhere", lambda do, tasks, *rest: compiled.extend(tasks))
+    rows = [{**row("forward", 90, 64, rows=8, num_warps=4), "dtypes": DTYPES},
+            row("forward", 80, 64, rows=8, num_warps=4)]  # fmt: skip
+    (tmp_path / "velocity_loss.json").write_text(tune.text(rows))
+    kept = {**{k: rows[0][k] for k in ("kernel", "size", "dtypes", "chip")}, "op": "velocity_loss",
+            **screening.origin(), "candidates": listing(rows[0]["config"], {"rows": 32, "num_warps": 4})}  # fmt: skip
+    screening.write([kept], tmp_path / "screened")
+    options = tune.Options(
+        folder=tmp_path, results=tmp_path / "tune", screened=tmp_path / "screened", resume=True
+    )
+    device = torch.device("cpu")
+    assert tune.run(["velocity_loss"], options, device, 90, lambda words: None)
+    written = json.loads((tmp_path / "velocity_loss.json").read_text())["rows"]
+    assert [r["config"]["rows"] for r in written] == [32, 8]
+    assert [t.config["rows"] for t in compiled] == [8, 32]
+    seen.clear()
+    assert tune.run(["velocity_loss"], options, device, 90, lambda words: None)  # nothing is left
+    assert seen == []
+    with pytest.raises(ValueError, match="no row to tune: chip 100"):
+        tune.run(["velocity_loss"], options, device, 100)
+    with pytest.raises(ValueError, match=r"there is no adaln_modulate.json"):
+        tune.run(["adaln_modulate"], options, device, 90)
 
 
 def test_operators_take_the_overridden_rows_and_then_their_own():
