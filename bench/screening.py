@@ -10,6 +10,7 @@ estimate (forecast.py) are kept, of attention's all that fit.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,21 +185,38 @@ def line(row: Row, candidate: Candidate) -> str:
 # ---- tables that are kept ----
 
 
-def origin() -> dict[str, str]:
-    """What a table depends on beside the operators' rows."""
+def origin(op: str) -> dict[str, str]:
+    """What a table of `op` depends on beside the operator's rows."""
     import triton  # here, so that the command's other parts need none
 
-    sources = sorted(str(p.relative_to(harness.ROOT)) for p in KERNELS.glob("*.py"))
     return {
-        "triton": str(triton.__version__), "sources_sha256": harness.source_hash(sources),
+        "triton": str(triton.__version__), "sources_sha256": harness.source_hash(sources(op)),
     }  # fmt: skip
+
+
+def sources(op: str) -> list[str]:
+    """The files that `triton/<op>.py` is compiled from: itself and what it imports beside it."""
+    found: set[str] = set()
+    ahead_of = [op]
+    while ahead_of:
+        name = ahead_of.pop()
+        # These say what is compiled, which is in the table, and look at what came out.
+        if name in found or name in ("configs", "compiling"):
+            continue
+        found.add(name)
+        tree = ast.parse((KERNELS / f"{name}.py").read_text(encoding="utf-8"))
+        relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+        named = [n.module or alias.name for n in relative for alias in n.names]
+        ahead_of += [name for name in named if (KERNELS / f"{name}.py").is_file()]
+    folder = KERNELS.relative_to(harness.ROOT).as_posix()
+    return sorted(f"{folder}/{name}.py" for name in found)
 
 
 def table(op: str, row: Row, found: Sequence[Candidate]) -> dict[str, Any]:
     """A row's candidates as they are kept."""
     known = {key: row[key] for key in ("kernel", "size", "dtypes", "chip")}
     kept = [{"config": c.config, **c.record(), "faults": list(c.faults)} for c in found]
-    return {"op": op, **known, **origin(), "candidates": kept}
+    return {"op": op, **known, **origin(op), "candidates": kept}
 
 
 def write(tables: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -231,7 +249,7 @@ def known(op: str, row: Row, folder: Path) -> list[dict[str, Any]] | None:
     They begin with the configuration that the row has now.
     """
     for t in read(folder / f"{op}.jsonl"):
-        if _key(t) == _key(row) and all(t[k] == v for k, v in origin().items()):
+        if _key(t) == _key(row) and all(t[k] == v for k, v in origin(op).items()):
             others = [c for c in t["candidates"] if c["config"] != row["config"]]
             own = [c for c in t["candidates"] if c["config"] == row["config"]]
             return (own or [{"config": dict(row["config"])}]) + [

@@ -236,11 +236,10 @@ def run(
     def left() -> float:
         return options.limit - (time.monotonic() - began)
 
-    origin = {
-        **screening.origin(), "device": str(harness.hardware(device)["device"]),
-        "torch": str(torch.__version__),
+    hardware = {
+        "device": str(harness.hardware(device)["device"]), "torch": str(torch.__version__),
     }  # fmt: skip
-    work = [_work(op, options, chip, origin) for op in ops]
+    work = [_work(op, options, chip, hardware) for op in ops]
     if not any(each.found for each in work):
         raise ValueError(
             f"no row to tune: chip {chip}, kernels {list(options.kernels)}, sizes "
@@ -288,13 +287,13 @@ class _Work:
         partial.replace(self.file)
 
 
-def _work(op: str, options: Options, chip: int, origin: Mapping[str, str]) -> _Work:
+def _work(op: str, options: Options, chip: int, hardware: Mapping[str, str]) -> _Work:
     file = options.folder / f"{op}.json"
     if not file.is_file():
         raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
-    log = Log(op, options.results, origin)
+    log = Log(op, options.results, {**screening.origin(op), **hardware})
     which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
     # Rows of one width share inputs and truth.
     which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))

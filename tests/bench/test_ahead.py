@@ -115,8 +115,7 @@ def test_candidates_are_sensible_and_have_the_shipped_one():
             assert len(space) == len({json.dumps(c, sort_keys=True) for c in space})
             assert all(c.keys() == row["config"].keys() for c in space)
             assert len(space) < 80
-            if "bfloat16" in row["dtypes"] and size in (1792, 3072, 64, 128):
-                assert dict(row["config"]) in space, (op, row)
+            assert dict(row["config"]) in space, (op, row)
 
 
 def test_rows_are_judged_at_the_widths_of_goku():

@@ -22,6 +22,11 @@ def listing(*configs):
     return [{"config": c, "registers": 10, "faults": []} for c in configs]
 
 
+def table(op, row, *configs):
+    known = {k: row[k] for k in ("kernel", "size", "dtypes", "chip")}
+    return {"op": op, **known, **screening.origin(op), "candidates": listing(*configs)}
+
+
 def outcome(rows, row, size, dtype, configs, *, enough, begun):
     """The one with most rows wins; the last cannot run."""
     for config in configs:
@@ -113,8 +118,7 @@ def test_files_of_candidates_are_bounded(tmp_path, monkeypatch):
 
 def test_kept_tables_are_taken_while_they_fit(tmp_path, monkeypatch):
     rows = [row("forward", 90, rows=1)]
-    kept = {**{k: rows[0][k] for k in ("kernel", "size", "dtypes", "chip")}, "op": "adaln_modulate",
-            **screening.origin(), "candidates": listing({"rows": 2}, {"rows": 1}, {"rows": 4})}  # fmt: skip
+    kept = table("adaln_modulate", rows[0], {"rows": 2}, {"rows": 1}, {"rows": 4})
     screening.write([kept], tmp_path)
     options = tune.Options(screened=tmp_path, kept=1)
     found = tune.listed("adaln_modulate", rows, [0], options)[0]
@@ -164,8 +168,7 @@ def test_a_whole_run_on_a_cpu_writes_the_winner(tmp_path, monkeypatch):
     rows = [{**row("forward", 90, 64, rows=8, num_warps=4), "dtypes": DTYPES},
             row("forward", 80, 64, rows=8, num_warps=4)]  # fmt: skip
     (tmp_path / "velocity_loss.json").write_text(tune.text(rows))
-    kept = {**{k: rows[0][k] for k in ("kernel", "size", "dtypes", "chip")}, "op": "velocity_loss",
-            **screening.origin(), "candidates": listing(rows[0]["config"], {"rows": 32, "num_warps": 4})}  # fmt: skip
+    kept = table("velocity_loss", rows[0], rows[0]["config"], {"rows": 32, "num_warps": 4})
     screening.write([kept], tmp_path / "screened")
     options = tune.Options(
         folder=tmp_path, results=tmp_path / "tune", screened=tmp_path / "screened", resume=True
@@ -223,3 +226,14 @@ def test_files_are_written_as_they_are_kept():
         rows = json.loads(file.read_text())["rows"]
         assert json.loads(tune.text(rows)) == {"rows": rows}
         assert tune.text(rows).count("\n") == len(rows) + 2
+
+
+def test_tables_depend_on_the_files_that_their_kernels_are_in():
+    def stems(op):
+        return {name.split("/")[-1].removesuffix(".py") for name in screening.sources(op)}
+
+    assert stems("gated_residual_adaln") == {
+        "gated_residual_adaln", "modulation", "modulation_launch", "segments", "launch"
+    }  # fmt: skip
+    assert stems("varlen_attention") >= {"varlen_tiles", "varlen_attention_backward"}
+    assert "rotation" in stems("qk_norm_rope")
