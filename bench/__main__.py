@@ -1,4 +1,4 @@
-"""The benchmarks' command: python -m bench run | report | tune | peers."""
+"""The benchmarks' command: python -m bench run | report | tune | screen | warm | peers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, peers, report, running, tune
+from bench import harness, peers, report, running, screening, tune, warm
 
 EXAMPLES = """\
 examples, from the repository with the packages installed (or kernels, runtime and . on PYTHONPATH):
@@ -22,7 +22,9 @@ examples, from the repository with the packages installed (or kernels, runtime a
   python -m bench run step --peers full           whole training steps that recompute every block
   python -m bench run --resume --limit 440        go on where the last run stopped, for 440 s
   python -m bench report                          docs/performance.md and its plots from the rows
-  python -m bench tune adaln_modulate             measure launch configurations for this GPU
+  python -m bench warm                            compile on all processors what they launch
+  python -m bench screen --write                  which configurations may win; needs no GPU
+  python -m bench tune --limit 300 --resume       measure those on this GPU
 
 The parallel runtime has commands of its own, for all ranks of a run:
   torchrun --nproc-per-node 2 -m bench.exchange --help
@@ -71,14 +73,38 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument("--results", type=Path, default=harness.RESULTS)
     shown.add_argument("--docs", type=Path, default=harness.ROOT / "docs")
 
-    tuned = commands.add_parser("tune", help="measure launch configurations on this GPU")
-    tuned.add_argument("operator", metavar="OP", help=", ".join(running.OPERATORS))
-    tuned.add_argument("--seconds", type=positive, default=0.3, help="per candidate (0.3)")
-    tuned.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="kernels to tune")
-    tuned.add_argument("--dry-run", action="store_true", help="print the rows, write nothing")
+    tuned = commands.add_parser("tune", help="measure launch configurations on this GPU",
+                                description=tune.__doc__, formatter_class=raw)  # fmt: skip
+    _choice(tuned)
+    tuned.add_argument("--limit", type=positive, default=float("inf"),
+                       help="begin nothing new after so many s")  # fmt: skip
+    tuned.add_argument("--resume", action="store_true", help="leave out rows that are tuned")
+    tuned.add_argument(
+        "--dry-run", action="store_true", help="leave the configurations as they are"
+    )
+
+    screened = commands.add_parser("screen", help="compile configurations without a GPU",
+                                   description=screening.__doc__, formatter_class=raw)  # fmt: skip
+    _choice(screened)
+    screened.add_argument("--chip", type=int, default=90, choices=(90,))
+    screened.add_argument("--write", action="store_true", help="keep the tables")
+
+    warmed = commands.add_parser("warm", help="fill Triton's cache, on all processors",
+                                 description=warm.__doc__, formatter_class=raw)  # fmt: skip
+    warmed.add_argument("operators", nargs="*", metavar="OP", help="all by default")
+    warmed.add_argument("--chip", type=int, choices=(80, 90, 100), help="of a GPU that is not here")
 
     commands.add_parser("peers", help="which peers are present and which absent")
     return top
+
+
+def _choice(command: argparse.ArgumentParser) -> None:
+    command.add_argument("operators", nargs="*", metavar="OP", help="all by default")
+    command.add_argument("--only", nargs="+", default=[], metavar="KERNEL", help="kernels of rows")
+    command.add_argument("--sizes", nargs="+", type=int, default=[], help="sizes of rows")
+    command.add_argument("--dtypes", nargs="+", default=[], help="dtypes that rows are judged in")
+    command.add_argument("--kept", type=int, default=screening.KEPT,
+                         help=f"candidates of a row beside its own ({screening.KEPT})")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,21 +115,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name:24} {status}")
             return 0
         if options.command == "report":
-            # Here: the checkpoints' page needs the engine in C++, which kernels are measured without.
+            # These need the checkpoints' native module, which the other commands do without.
             from bench import checkpoint_report, parallel_report
 
             for page in (report, parallel_report, checkpoint_report):
                 for path in page.write(options.results, options.docs):
                     print(path)
             return 0
-        if options.command == "tune":
-            _known([options.operator], running.OPERATORS)
-            tune.main(options.operator, options.seconds, options.only, write=not options.dry_run)
-            return 0
+        if options.command in ("tune", "screen", "warm"):
+            return 0 if _compiled(options) else 1
         return _run(options)
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
+
+
+def _compiled(options: argparse.Namespace) -> bool:
+    """The commands that compile configurations."""
+    ops = list(options.operators or running.OPERATORS)
+    _known(ops, running.OPERATORS)
+    if options.command == "warm":
+        return warm.main(ops, options.chip)
+    asked = (options.only, options.sizes, options.dtypes)
+    if options.command == "screen":
+        screening.main(ops, options.chip, *asked, keep=options.write, kept=options.kept)
+        return True
+    chosen = tune.Options(
+        *asked, limit=options.limit, kept=options.kept, resume=options.resume,
+        write=not options.dry_run,
+    )  # fmt: skip
+    return tune.main(ops, chosen)
 
 
 def _run(options: argparse.Namespace) -> int:

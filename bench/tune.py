@@ -1,176 +1,188 @@
-"""Measures launch configurations of an operator's kernels for the GPU at hand.
+"""Measures launch configurations of operators' kernels for the GPU at hand.
 
-Rows of kernels/goku_kernels/triton/configs/<op>.json are improved one after the other by coordinate
-descent: every number of a configuration is tried at its neighbours (powers of two halved and
-doubled, counts one more and one less, flags turned), and the best is the next start, until none is
-better by more than noise. A candidate that gives wrong results or does not compile or fit is passed over.
+    python -m bench tune [OP ...] --sizes 2048 4096 --dtypes bfloat16 --limit 200 --resume
+
+For each row of kernels/goku_kernels/triton/configs/<op>.json of this chip: its candidates come from
+`screening` (kept tables, or compiled here in many processes), `ahead` compiles them before the GPU
+is asked, `trials` times them against each other and judges the winner. The row is written at once,
+every candidate with its time to bench/results/tune/<op>.jsonl. So a run may end at any time; with
+--resume it goes on with the rows that these sources have no winner of on this GPU, and leaves out
+what was running when a run died.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import itertools
+import datetime
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import cases, harness, timing
-from bench.packs import GPU_PACKS
-from goku_kernels.triton import configs
+from bench import ahead, candidates, harness, screening
+from bench.candidates import Config, Row
+from bench.trials import GAIN, Outcome, Trials
 
-Row = Mapping[str, Any]
-Config = Mapping[str, int]
-# Milliseconds of a candidate, None if it cannot be used.
-Measure = Callable[[Row, Config], float | None]
-
-FOLDER = harness.ROOT / "kernels" / "goku_kernels" / "triton" / "configs"
-GAIN = 0.99  # a candidate has to take less than this share of the best so far
-MAX_CANDIDATES = 60  # of one row
-# Numbers that are 0 or 1; that go up by one; and the ends of those that have others than 1 and
-# _LARGEST. Everything else goes by powers of two.
-_FLAGS = ("tma", "specialise", "together")
-_COUNTED = ("num_stages", "stages", "programs")
-_BOUNDS = {"num_warps": (1, 16), "num_stages": (1, 6), "stages": (1, 6), "programs": (1, 32)}
-_LARGEST = 1024
-_JUDGED_ON = ("64K, one clip", "64K, many images")
+FOLDER = screening.CONFIGS
+RESULTS = harness.RESULTS / "tune"
+MAX_LINES = 2000  # of one operator's file: the oldest go
+# One contest of 17 candidates takes about as long, with a truth that is new.
+ROW_SECONDS = 8.0
 
 
-@contextlib.contextmanager
-def overridden(op: str, rows: Sequence[Row]) -> Iterator[None]:
-    """Within it, operator `op` takes its configurations from `rows`."""
-    shipped = configs.table
+@dataclass(frozen=True)
+class Options:
+    """What to tune and how.
 
-    def table(name: str) -> tuple[Row, ...]:
-        return tuple(rows) if name == op else shipped(name)
-
-    configs.table = table  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        configs.table = shipped
-
-
-def neighbours(config: Config) -> Iterator[dict[str, int]]:
-    """Configurations that differ from `config` in one number by one step, or in some flags.
-
-    With flags, the warps too: warp specialisation wants 4 where the plain path wants 8.
+    kernels, sizes, dtypes: of rows; () for all. limit: seconds for the whole call. kept: candidates
+    of a row beside its own configuration. write: the configurations' files.
     """
-    for key, value in config.items():
-        if key in _FLAGS:
-            continue
-        low, high = _BOUNDS.get(key, (1, _LARGEST))
-        if key in _COUNTED:
-            steps = [value - 1, value + 1]
-        else:
-            steps = [value // 2, value * 2] if value & (value - 1) == 0 else []
-        for step in steps:
-            if low <= step <= high:
-                yield {**config, key: step}
-    flags = [key for key in config if key in _FLAGS]
-    for values in itertools.product((0, 1), repeat=len(flags)):
-        chosen = dict(zip(flags, values, strict=True))
-        if any(config[key] != value for key, value in chosen.items()):
-            for warps in {config.get("num_warps"), 4, 8} if "num_warps" in config else {None}:
-                yield {**config, **chosen, **({} if warps is None else {"num_warps": warps})}
+
+    kernels: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+    dtypes: Sequence[str] = ()
+    limit: float = float("inf")
+    kept: int = screening.KEPT
+    resume: bool = False
+    write: bool = True
+    folder: Path = FOLDER
+    results: Path = RESULTS
+    screened: Path = screening.SCREENED
 
 
-def improve(row: Row, measure: Measure, say: Callable[[str], None] = print) -> Row:
-    """`row` with the best configuration found from its own on.
+@dataclass
+class Log:
+    """bench/results/tune/<op>.jsonl: every candidate's time, and what runs now.
 
-    Raises:
-        ValueError: its own configuration cannot be used.
+    A launch that breaks the context ends the process; the configuration that began last, and is in
+    <op>.begun then, is left out from there on.
     """
-    best = dict(row["config"])
-    first = measure(row, best)
-    what = f"{row['kernel']} at {row['size']}"
-    if first is None:
-        raise ValueError(f"{what}: the configuration there is, {best}, cannot be used")
-    best_ms, known = first, {_key(best): first}
-    while True:
-        found = None
-        for candidate in neighbours(best):
-            if _key(candidate) in known or len(known) >= MAX_CANDIDATES:
-                continue
-            ms = measure(row, candidate)
-            known[_key(candidate)] = math.inf if ms is None else ms
-            if ms is not None and ms < GAIN * best_ms and (found is None or ms < found[0]):
-                found = (ms, candidate)
-        if found is None:
-            break
-        best_ms, best = found
-    say(f"{what}: {first:.4f} -> {best_ms:.4f} ms after {len(known)} candidates: {best}")
-    return {**row, "config": best}
+
+    op: str
+    folder: Path
+    origin: Mapping[str, str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.file.is_file():
+            self.lines = self.file.read_text(encoding="utf-8").splitlines()
+        if self.begun.is_file():
+            record = json.loads(self.begun.read_text(encoding="utf-8"))
+            self.add([{**record, "status": "ended the process"}])
+            self.begun.unlink()
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.op}.jsonl"
+
+    @property
+    def begun(self) -> Path:
+        return self.folder / f"{self.op}.begun"
+
+    def begin(self, row: Row, config: Config) -> None:
+        """Note what is about to run for the first time."""
+        record = {**_named(self.op, row), **self.origin, "config": config}
+        self.begun.write_text(json.dumps(record), encoding="utf-8")
+
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines; of more than MAX_LINES the last are kept."""
+        self.lines = [*self.lines, *(json.dumps(r) for r in records)][-MAX_LINES:]
+        partial = self.file.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
+        partial.replace(self.file)
+
+    def _mine(self, row: Row) -> list[dict[str, Any]]:
+        named = _named(self.op, row) | dict(self.origin)
+        records = [json.loads(line) for line in self.lines]
+        return [r for r in records if all(r.get(k) == v for k, v in named.items())]
+
+    def tuned(self, row: Row) -> bool:
+        """Whether a row has a winner on this GPU from these sources."""
+        return any(r["status"] == "winner" for r in self._mine(row))
+
+    def deadly(self, row: Row) -> list[Config]:
+        """Configurations that ended a process."""
+        return [r["config"] for r in self._mine(row) if r["status"] == "ended the process"]
+
+
+def _named(op: str, row: Row) -> dict[str, Any]:
+    return {"op": op, **{k: row[k] for k in ("kernel", "size", "dtypes", "chip")}}
 
 
 def tune(
-    rows: list[Row], chip: int, kernels: Sequence[str], measure: Measure,
+    op: str, rows: list[Row], which: Sequence[int], options: Options, log: Log,
+    listed: Mapping[int, Sequence[Mapping[str, Any]]],
+    trial: Callable[..., Outcome], left: Callable[[], float], save: Callable[[], None],
     say: Callable[[str], None] = print,
-) -> None:  # fmt: skip
-    """Improve, in place, the `rows` of `chip` (and of `kernels`, where given), one after the other.
+) -> bool:  # fmt: skip
+    """Tune rows `which` in place, one after the other; False if time ran out.
 
-    Raises:
-        ValueError: no row is of this chip and these kernels, or one cannot be used as it is.
+    Args:
+        listed: per row its candidates as they are kept, the shipped one first.
+        trial: rows, row, size, dtype, configs -> outcome, as Trials.row.
+        left: seconds until the call's limit.
+        save: writes the rows.
     """
-    mine = [
-        i
-        for i, row in enumerate(rows)
-        if row["chip"] == chip and (not kernels or row["kernel"] in kernels)
-    ]
-    if not mine:
-        there = sorted({(row["chip"], row["kernel"]) for row in rows})
-        raise ValueError(f"no row of chip {chip} and kernels {list(kernels)}: there are {there}")
-    for i in mine:
-        rows[i] = improve(rows[i], measure, say)
+    for i in which:
+        row = rows[i]
+        what = f"{op} {row['kernel']} at {row['size']} {screening.dtype(row)}"
+        if options.resume and log.tuned(row):
+            say(f"{what}: tuned before; without --resume it is done again")
+            continue
+        if left() < ROW_SECONDS:
+            say(f"{what}: no time is left; --resume goes on here")
+            return False
+        deadly = log.deadly(row)
+        known = [c for c in listed[i] if c["config"] not in deadly]
+        if not known:
+            say(f"{what}: no candidate is left")
+            continue
+        configs = [dict(c["config"]) for c in known]
+        size = candidates.judged_size(op, row, rows)
+        began = time.monotonic()
+        out = trial(
+            rows, row, size, screening.dtype(row), configs,
+            enough=lambda: left() < ROW_SECONDS / 2,
+            begun=lambda config, row=row: log.begin(row, config),
+        )  # fmt: skip
+        log.begun.unlink(missing_ok=True)
+        log.add(list(records(op, row, size, known, out, log.origin)))
+        if not out.order:
+            say(f"{what}: none of {len(configs)} configurations can be used: {out.failed}")
+            continue
+        winner = out.order[0]
+        before = f"{out.ms[0]:.4f} -> " if 0 in out.ms else ""
+        say(
+            f"{what}, width {size}: {before}{out.ms[winner]:.4f} ms of {len(configs)} in "
+            f"{time.monotonic() - began:.1f} s: {configs[winner]}"
+        )
+        rows[i] = {**row, "config": configs[winner]}
+        save()
+    return True
 
 
-def _key(config: Config) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(config.items()))
-
-
-def measurer(
-    op: str, rows: Sequence[Row], device: torch.device, seconds: float,
-    say: Callable[[str], None] = print,
-) -> Measure:  # fmt: skip
-    """The measure for a GPU: geometric mean over two packs of the direction that the kernel is in.
-
-    A kernel whose name begins with "forward" is measured in the forward, any other in the backward.
-    Rows of "<kernel>_specialised", which would run in its place, are left out meanwhile.
-    """
-    module = importlib.import_module(f"bench.{op}")
-    peer = next(p for p in module.PEERS if p.name == "goku triton")
-    packs = [pack for pack in GPU_PACKS if pack.name in _JUDGED_ON]
-    unused = timing.Ceiling("not measured", 1.0, "")
-    ceilings = timing.Ceilings(unused, unused)
-
-    def measure(row: Row, config: Config) -> float | None:
-        keys = ("kernel", "size", "chip", "dtypes")
-        table = [
-            {**r, "config": config} if all(r[k] == row[k] for k in keys) else r
-            for r in rows
-            if r["kernel"] != f"{row['kernel']}_specialised"
-        ]
-        name = "bfloat16" if "bfloat16" in row["dtypes"] else row["dtypes"][0]
-        direction = "forward" if row["kernel"].startswith("forward") else "backward"
-        times = []
-        with overridden(op, table):
-            for pack in packs:
-                problem = module.tuning(row["size"], getattr(torch, name), pack)
-                if direction not in problem.directions:
-                    direction = problem.directions[0]
-                for found in cases.measure(problem, [peer], device, ceilings, seconds=seconds):
-                    if found.timing is None:
-                        say(f"  {config}: {found.status}: {found.note}")
-                        return None
-                    if found.direction == direction:
-                        times.append(found.timing.median_ms)
-        return math.exp(sum(map(math.log, times)) / len(times))
-
-    return measure
+def records(
+    op: str, row: Row, size: int, known: Sequence[Mapping[str, Any]], out: Outcome,
+    origin: Mapping[str, str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A line for every candidate, with what was estimated of it; the winner's comes last."""
+    at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    lines = []
+    for i, candidate in enumerate(known):
+        facts = {k: v for k, v in candidate.items() if k != "faults"}
+        status = "timed" if i not in out.failed else "failed"
+        if out.order and out.order[0] == i:
+            status = "winner"
+        lines.append({
+            **_named(op, row), **origin, "width": size, "status": status,
+            "note": out.failed.get(i, ""), "shipped": candidate["config"] == row["config"],
+            "ms": out.ms.get(i), "rounds": out.rounds.get(i), "measured_at": at, **facts,
+        })  # fmt: skip
+    return sorted(lines, key=lambda line: line["status"] == "winner")
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -178,28 +190,115 @@ def text(rows: Sequence[Row]) -> str:
     return '{"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]}\n"
 
 
-def main(
-    op: str, seconds: float, kernels: Sequence[str], *, write: bool, folder: Path = FOLDER
-) -> None:
-    """Tune operator `op` for this machine's GPU and rewrite its rows of that chip.
+def listed(
+    op: str, rows: Sequence[Row], which: Sequence[int], options: Options,
+    say: Callable[[str], None] = print,
+) -> dict[int, list[dict[str, Any]]]:  # fmt: skip
+    """Candidates of rows from the kept tables, and from a screening here for those without one."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for i in which:
+        kept = screening.known(op, rows[i], options.screened)
+        if kept is not None:
+            found[i] = kept[: options.kept + 1]
+    new = [i for i in which if i not in found]
+    if new:
+        say(f"{op}: {len(new)} rows are screened here; no kept table fits them")
+        for i, each in screening.screen(op, rows, new, kept=options.kept, say=say).items():
+            found[i] = screening.table(op, rows[i], each)["candidates"]
+    return found
+
+
+def main(ops: Sequence[str], options: Options, say: Callable[[str], None] = print) -> bool:
+    """Tune operators for this machine's GPU; False if time ran out.
 
     Raises:
-        ValueError: no GPU, no configurations of `op`, or no row of this chip.
+        ValueError: no GPU, no configurations of an operator, or no row of this chip that fits.
     """
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA device, and there is none on this machine")
-    file = folder / f"{op}.json"
-    if not file.is_file():
-        raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
     from goku_kernels.triton.launch import launcher
 
     device = torch.device("cuda")
+    return run(ops, options, device, launcher(torch.empty(0, device=device)).chip, say)
+
+
+def run(
+    ops: Sequence[str], options: Options, device: torch.device, chip: int,
+    say: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
+    """Tune operators on `device`, whose configurations are those of `chip`.
+
+    Raises:
+        ValueError: no configurations of an operator, or no row of this chip that fits.
+    """
+    began = time.monotonic()
+
+    def left() -> float:
+        return options.limit - (time.monotonic() - began)
+
+    hardware = {
+        "device": str(harness.hardware(device)["device"]), "torch": str(torch.__version__),
+    }  # fmt: skip
+    work = [_work(op, options, chip, hardware) for op in ops]
+    if not any(each.found for each in work):
+        raise ValueError(
+            f"no row to tune: chip {chip}, kernels {list(options.kernels)}, sizes "
+            f"{list(options.sizes)}, dtypes {list(options.dtypes)}"
+        )
+    # Everything is compiled before the first is timed: all processors at once.
+    lists = {each.op: listed(each.op, each.rows, each.which, options, say) for each in work}
+    tasks = [
+        ahead.Compiling(
+            each.op, candidates.judged_size(each.op, each.rows[i], each.rows),
+            screening.dtype(each.rows[i]), chip, each.rows[i], dict(candidate["config"]),
+            tuple(each.rows), launchers=True,
+        )
+        for each in work
+        for i in each.which
+        for candidate in lists[each.op][i]
+    ]  # fmt: skip
+    ahead.everywhere(
+        ahead.warm_one, tasks, screening.crashed, say, "candidates were compiled ahead"
+    )
+    for each in work:
+        trials = Trials(each.op, device, say)
+        save = each.save if options.write else _nothing
+        given = (each.rows, each.which, options, each.log, lists[each.op], trials.row)
+        if not tune(each.op, *given, left, save, say):
+            return False
+    say(f"all rows are through in {time.monotonic() - began:.0f} s; a gain is over {1 - GAIN:.0%}")
+    return True
+
+
+@dataclass
+class _Work:
+    """One operator: its rows, found for this chip and, without those tuned before, to do."""
+
+    op: str
+    file: Path
+    rows: list[Row]
+    found: list[int]
+    which: list[int]
+    log: Log
+
+    def save(self) -> None:
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(text(self.rows), encoding="utf-8")
+        partial.replace(self.file)
+
+
+def _work(op: str, options: Options, chip: int, hardware: Mapping[str, str]) -> _Work:
+    file = options.folder / f"{op}.json"
+    if not file.is_file():
+        raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    chip = launcher(torch.empty(0, device=device)).chip
-    # `measure` sees the same list change: each row is tuned beside the improved ones before it.
-    tune(rows, chip, kernels, measurer(op, rows, device, seconds))
-    if write:
-        file.write_text(text(rows), encoding="utf-8")
-        print(f"{file} is written")
-    else:
-        print(text(rows), end="")
+    found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
+    log = Log(op, options.results, {**screening.origin(op), **hardware})
+    which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
+    # Rows of one width share inputs and truth.
+    which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))
+    return _Work(op, file, rows, found, which, log)
+
+
+def _nothing() -> None:
+    """With --dry-run."""

@@ -1,150 +1,203 @@
-"""The tuner with a made-up clock: where it ends, what it leaves alone, and that it can be overruled."""
+"""The tuner around its trials: what it writes, leaves alone, takes up again, and when it stops."""
 
 import json
-import math
 
 import pytest
 import torch
 
-from bench import adaln_modulate, cases, tune
-from bench.packs import Pack
+from bench import ahead, screening, trials, tune
+from bench.ahead import overridden
+from bench.trials import Outcome
 from goku_kernels.triton import configs
 
 DTYPES = ["bfloat16"]
+ORIGIN = {"triton": "9", "sources_sha256": "a", "device": "GPU", "torch": "1"}
 
 
 def row(kernel, chip, size=1024, **config):
     return {"kernel": kernel, "size": size, "dtypes": DTYPES, "chip": chip, "config": config}
 
 
-def quiet(words):
-    pass
+def listing(*configs):
+    return [{"config": c, "registers": 10, "faults": []} for c in configs]
 
 
-def test_every_neighbour_differs_by_one_step_or_in_flags():
-    start = {"num_warps": 8, "num_stages": 1, "rows": 1, "programs": 3, "odd": 3}
-    found = list(tune.neighbours(start))
-    assert {**start, "num_warps": 4} in found
-    assert {**start, "num_warps": 16} in found
-    assert {**start, "num_stages": 2} in found
-    assert {**start, "rows": 2} in found
-    assert {**start, "programs": 2} in found
-    assert {**start, "programs": 4} in found
-    assert len(found) == 6  # no 0 stages, no half a row, and 3 is no power of two
-    flags = {"num_warps": 8, "tma": 0, "specialise": 0}
-    turned = [c for c in tune.neighbours(flags) if c["num_warps"] in (4, 8)]
-    assert {"num_warps": 4, "tma": 1, "specialise": 1} in turned
-    assert {"num_warps": 8, "tma": 1, "specialise": 0} in turned
+def table(op, row, *configs):
+    known = {k: row[k] for k in ("kernel", "size", "dtypes", "chip")}
+    return {"op": op, **known, **screening.origin(op), "candidates": listing(*configs)}
 
 
-def test_the_best_configuration_is_found_and_other_chips_stay():
-    rows = [row("forward", 80, num_warps=2, rows=1), row("forward", 90, num_warps=1, rows=16),
-            row("backward", 90, num_warps=1, rows=1)]  # fmt: skip
-    before = json.dumps(rows[0])
+def outcome(rows, row, size, dtype, configs, *, enough, begun):
+    """The one with most rows wins; the last cannot run."""
+    for config in configs:
+        begun(config)
+    able = list(range(len(configs)))[:-1]
+    order = sorted(able, key=lambda i: -configs[i]["rows"])
+    ms = {i: 1.0 / configs[i]["rows"] for i in able}
+    return Outcome(order, ms, dict.fromkeys(able, 5), {len(configs) - 1: "does not fit"})
 
-    def measure(row, config):
-        if config["num_warps"] > 8:
-            return None  # does not fit
-        # fastest at 8 warps and 4 rows
-        return 1 + abs(math.log2(config["num_warps"] / 8)) + abs(math.log2(config["rows"] / 4))
 
-    tune.tune(rows, 90, ["forward"], measure, quiet)
-    assert [r["config"] for r in rows] == [
-        {"num_warps": 2, "rows": 1}, {"num_warps": 8, "rows": 4}, {"num_warps": 1, "rows": 1}
+def run(rows, which, log, lists, options=None, trial=outcome, left=lambda: 100.0):
+    saved, said = [], []
+    done = tune.tune(
+        "adaln_modulate", rows, which, options or tune.Options(), log, lists, trial, left,
+        lambda: saved.append(json.dumps(rows)), said.append,
+    )  # fmt: skip
+    return done, saved, said
+
+
+def test_winners_are_saved_one_by_one_and_every_candidate_is_kept(tmp_path):
+    rows = [row("forward", 80, rows=1), row("forward", 90, rows=1), row("backward", 90, rows=2)]
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    lists = {
+        1: listing({"rows": 1}, {"rows": 4}, {"rows": 9}),
+        2: listing({"rows": 2}, {"rows": 3}),
+    }
+    done, saved, _ = run(rows, [1, 2], log, lists)
+    assert done
+    assert [r["config"]["rows"] for r in rows] == [1, 4, 2]
+    assert [r["config"]["rows"] for r in json.loads(saved[0])] == [1, 4, 2]
+    assert len(saved) == 2
+    lines = [json.loads(x) for x in (tmp_path / "adaln_modulate.jsonl").read_text().splitlines()]
+    assert [(x["kernel"], x["config"]["rows"], x["status"], x["ms"]) for x in lines] == [
+        ("forward", 1, "timed", 1.0), ("forward", 9, "failed", None), ("forward", 4, "winner", 0.25),
+        ("backward", 3, "failed", None), ("backward", 2, "winner", 0.5),
     ]  # fmt: skip
-    assert json.dumps(rows[0]) == before
-    tune.tune(rows, 90, [], measure, quiet)
-    assert rows[2]["config"] == {"num_warps": 8, "rows": 4}
+    assert (lines[1]["note"], lines[0]["shipped"], lines[1]["shipped"]) == (
+        "does not fit", True, False
+    )  # fmt: skip
+    assert lines[0]["registers"] == 10
+    assert not log.begun.exists()
 
 
-def test_noise_changes_nothing():
-    start = row("forward", 90, num_warps=4, rows=4)
-    tuned = tune.improve(start, lambda row, c: 1.0 if c == start["config"] else 0.995, quiet)
-    assert tuned == start
+def test_a_stopped_run_is_taken_up(tmp_path):
+    rows = [row("forward", 90, rows=1), row("backward", 90, rows=1)]
+    lists = {i: listing({"rows": 1}, {"rows": 4}, {"rows": 9}) for i in (0, 1)}
+    times = iter([100.0, 1.0])
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    done, saved, said = run(rows, [0, 1], log, lists, left=lambda: next(times))
+    assert (done, len(saved), "no time is left" in said[-1]) == (False, 1, True)
+    again = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    resume = tune.Options(resume=True)
+    done, saved, said = run(rows, [0, 1], again, lists, resume)
+    assert (done, len(saved), "tuned before" in said[0]) == (True, 1, True)
+    # Other sources, or another GPU, count as not tuned.
+    for change in ({"sources_sha256": "b"}, {"device": "other"}):
+        other = tune.Log("adaln_modulate", tmp_path, ORIGIN | change)
+        assert not other.tuned(rows[0])
 
 
-def test_no_row_is_measured_for_ever():
-    calls = []
+def test_what_ended_a_process_is_left_out_the_next_time(tmp_path):
+    rows = [row("forward", 90, rows=1)]
+    lists = {0: listing({"rows": 1}, {"rows": 64}, {"rows": 4}, {"rows": 9})}
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    log.begin(rows[0], {"rows": 64})  # and then the process ends
+    again = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    run(rows, [0], again, lists)
+    assert rows[0]["config"] == {"rows": 4}
+    assert '"status": "ended the process"' in again.lines[0]
 
-    def measure(row, config):
-        calls.append(config)
-        return 1 / (1 + len(calls))
 
-    wide = row("forward", 90, **{f"block_{i}": 32 for i in range(30)})
-    tune.improve(wide, measure, quiet)
-    assert len(calls) <= tune.MAX_CANDIDATES
+def test_nothing_is_saved_where_nothing_can_be_used(tmp_path):
+    def broken(*args, **options):
+        return Outcome(failed={0: "wrong"})
+
+    rows = [row("forward", 90, rows=1)]
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    _, saved, said = run(rows, [0], log, {0: listing({"rows": 1})}, trial=broken)
+    assert (saved, "none of 1 configurations" in said[0]) == ([], True)
+    assert not log.tuned(rows[0])
 
 
-def test_what_cannot_be_tuned_is_refused():
-    rows = [row("forward", 80, rows=1)]
-    with pytest.raises(ValueError, match="no row of chip 90"):
-        tune.tune(rows, 90, [], lambda row, config: 1.0, quiet)
-    with pytest.raises(ValueError, match="cannot be used"):
-        tune.tune(rows, 80, [], lambda row, config: None, quiet)
+def test_files_of_candidates_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "MAX_LINES", 3)
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    log.add([{"n": n} for n in range(5)])
+    assert [json.loads(x)["n"] for x in log.file.read_text().splitlines()] == [2, 3, 4]
+
+
+def test_kept_tables_are_taken_while_they_fit(tmp_path, monkeypatch):
+    rows = [row("forward", 90, rows=1)]
+    kept = table("adaln_modulate", rows[0], {"rows": 2}, {"rows": 1}, {"rows": 4})
+    screening.write([kept], tmp_path)
+    options = tune.Options(screened=tmp_path, kept=1)
+    found = tune.listed("adaln_modulate", rows, [0], options)[0]
+    assert [c["config"]["rows"] for c in found] == [1, 2]  # the row's own first
+    # A row that was tuned since still begins with its own.
+    tuned = [row("forward", 90, rows=7)]
+    assert tune.listed("adaln_modulate", tuned, [0], options)[0][0]["config"] == {"rows": 7}
+    screening.write([{**kept, "sources_sha256": "older"}], tmp_path)
+    screened = []
+    monkeypatch.setattr(screening, "screen", lambda *args, **more: screened.append(args) or {0: []})
+    assert tune.listed("adaln_modulate", rows, [0], options) == {0: []}
+    assert len(screened) == 1
+
+
+def test_what_cannot_be_tuned_is_refused(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="tune needs a CUDA device"):
-            tune.main("adaln_modulate", 0.1, [], write=False)
+            tune.main(["adaln_modulate"], tune.Options())
+
+
+def test_a_whole_run_on_a_cpu_writes_the_winner(tmp_path, monkeypatch):
+    """With the reference for kernels, and a clock that looks at the configuration."""
+    from bench import velocity_loss
+    from bench.packs import Pack
+
+    compiled, seen = [], []
+
+    def function(backend):
+        def call(inputs):
+            table = [r for r in configs.table("velocity_loss") if r["chip"] == 90]
+            seen.append({r["kernel"]: r["config"].get("rows") for r in table})
+            return velocity_loss.eager(inputs)
+
+        return call
+
+    def interleaved(calls, device, **rest):
+        found = {}
+        for name, (prepare, one) in calls.items():
+            one(prepare(0))
+            found[name] = trials.timing.Timing(1.0 / (seen[-1]["forward"] or 1), 0, 0, 1)
+        return found
+
+    monkeypatch.setattr(velocity_loss, "function", function)
+    monkeypatch.setattr(trials, "GPU_PACKS", [Pack(n, ((1, 2, 3),)) for n in trials.JUDGED_ON])
+    monkeypatch.setattr(trials.timing, "interleaved", interleaved)
+    monkeypatch.setattr(ahead, "everywhere", lambda do, tasks, *rest: compiled.extend(tasks))
+    rows = [{**row("forward", 90, 64, rows=8, num_warps=4), "dtypes": DTYPES},
+            row("forward", 80, 64, rows=8, num_warps=4)]  # fmt: skip
+    (tmp_path / "velocity_loss.json").write_text(tune.text(rows))
+    kept = table("velocity_loss", rows[0], rows[0]["config"], {"rows": 32, "num_warps": 4})
+    screening.write([kept], tmp_path / "screened")
+    options = tune.Options(
+        folder=tmp_path, results=tmp_path / "tune", screened=tmp_path / "screened", resume=True
+    )
+    device = torch.device("cpu")
+    assert tune.run(["velocity_loss"], options, device, 90, lambda words: None)
+    written = json.loads((tmp_path / "velocity_loss.json").read_text())["rows"]
+    assert [r["config"]["rows"] for r in written] == [32, 8]
+    assert [t.config["rows"] for t in compiled] == [8, 32]
+    seen.clear()
+    assert tune.run(["velocity_loss"], options, device, 90, lambda words: None)  # nothing is left
+    assert seen == []
+    with pytest.raises(ValueError, match="no row to tune: chip 100"):
+        tune.run(["velocity_loss"], options, device, 100)
+    with pytest.raises(ValueError, match=r"there is no adaln_modulate.json"):
+        tune.run(["adaln_modulate"], options, device, 90)
 
 
 def test_operators_take_the_overridden_rows_and_then_their_own():
     rows = [row("forward", 90, 4096, num_warps=2)]
     args = ("forward", 1024, torch.bfloat16, 90)
     before = configs.config("adaln_modulate", *args)
-    with tune.overridden("adaln_modulate", rows):
+    with overridden("adaln_modulate", rows):
         assert configs.config("adaln_modulate", *args) == {"num_warps": 2}
         assert configs.config("gated_residual_adaln", *args) != {"num_warps": 2}
     assert configs.config("adaln_modulate", *args) == before
-    with pytest.raises(KeyError), tune.overridden("adaln_modulate", rows):
+    with pytest.raises(KeyError), overridden("adaln_modulate", rows):
         raise KeyError
     assert configs.config("adaln_modulate", *args) == before
-
-
-def test_candidates_are_judged_and_timed_with_their_own_configuration(monkeypatch):
-    """On a CPU with the reference for a kernel that reads its configuration when it is called."""
-    from triton.runtime.errors import OutOfResources
-
-    rows = [row("forward", 90, 64, rows=4), row("backward", 90, 64, rows=2)]
-    seen = []
-
-    def function(inputs):
-        config = configs.config("adaln_modulate", "forward", 64, torch.bfloat16, 90)
-        other = configs.config("adaln_modulate", "backward", 64, torch.bfloat16, 90)
-        seen.append((config["rows"], other["rows"]))
-        if config["rows"] == 16:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return tuple(x * (2 if config["rows"] == 8 else 1) for x in adaln_modulate.eager(inputs))
-
-    peer = cases.Peer("goku triton", lambda problem, device: function, backend="triton")
-    monkeypatch.setattr(adaln_modulate, "PEERS", [peer])
-    monkeypatch.setattr(tune, "GPU_PACKS", [Pack(name, ((1, 2, 3),)) for name in tune._JUDGED_ON])
-    said = []
-    measure = tune.measurer("adaln_modulate", rows, torch.device("cpu"), 0, said.append)
-    assert measure(rows[0], {"rows": 4}) > 0
-    assert set(seen) == {(4, 2)}
-    assert measure(rows[1], {"rows": 1}) > 0
-    assert seen[-1] == (4, 1)
-    assert measure(rows[0], {"rows": 8}) is None  # wrong
-    assert measure(rows[0], {"rows": 16}) is None  # does not fit
-    assert ["wrong" in said[0], "out of resource: shared memory" in said[1]] == [True, True]
-
-
-def test_a_forward_is_tuned_without_the_specialised_one_that_would_run_in_its_place(monkeypatch):
-    rows = [row("forward", 90, 64, rows=4), row("forward_specialised", 90, 64, rows=2)]
-    seen = []
-
-    def function(inputs):
-        seen.append({r["kernel"]: r["config"]["rows"] for r in configs.table("adaln_modulate")})
-        return adaln_modulate.eager(inputs)
-
-    peer = cases.Peer("goku triton", lambda problem, device: function, backend="triton")
-    monkeypatch.setattr(adaln_modulate, "PEERS", [peer])
-    monkeypatch.setattr(tune, "GPU_PACKS", [Pack(name, ((1, 2, 3),)) for name in tune._JUDGED_ON])
-    measure = tune.measurer("adaln_modulate", rows, torch.device("cpu"), 0, quiet)
-    assert measure(rows[0], {"rows": 8}) > 0
-    assert all(kernels == {"forward": 8} for kernels in seen)
-    seen.clear()
-    assert measure(rows[1], {"rows": 1}) > 0
-    assert all(kernels == {"forward": 4, "forward_specialised": 1} for kernels in seen)
 
 
 def test_attention_on_sm_90_takes_the_overridden_rows_of_either_forward():
@@ -155,7 +208,7 @@ def test_attention_on_sm_90_takes_the_overridden_rows_of_either_forward():
         x = torch.empty((512, 8, 128), dtype=torch.bfloat16, device="meta")
         cu = torch.empty(4, dtype=torch.int32, device="meta")
         recorder = Recorder(90)
-        with tune.overridden("varlen_attention", rows):
+        with overridden("varlen_attention", rows):
             kernels.forward(x, x, x, cu, cu, 0.1, run=recorder)
         last = recorder.launches[-1]
         values = [last.arguments[k] for k in ("QUERIES", "KEYS", "STAGES")]
@@ -173,3 +226,14 @@ def test_files_are_written_as_they_are_kept():
         rows = json.loads(file.read_text())["rows"]
         assert json.loads(tune.text(rows)) == {"rows": rows}
         assert tune.text(rows).count("\n") == len(rows) + 2
+
+
+def test_tables_depend_on_the_files_that_their_kernels_are_in():
+    def stems(op):
+        return {name.split("/")[-1].removesuffix(".py") for name in screening.sources(op)}
+
+    assert stems("gated_residual_adaln") == {
+        "gated_residual_adaln", "modulation", "modulation_launch", "segments", "launch"
+    }  # fmt: skip
+    assert stems("varlen_attention") >= {"varlen_tiles", "varlen_attention_backward"}
+    assert "rotation" in stems("qk_norm_rope")

@@ -1,0 +1,289 @@
+"""Compiles operators' launches in many processes, before a GPU is asked to run them.
+
+Each process runs an operator on small inputs for a GPU that it does not touch (absent_gpu), so what
+it leaves in Triton's cache is what a launch of the same operator in any process takes from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bench import cases
+from bench.candidates import Row, direction, function, options
+from bench.forecast import Work, streams, work
+from bench.machine_code import Loop, main_loop
+from bench.packs import CPU_PACKS
+from goku_kernels.triton import configs
+
+# In one pool's processes; more than this many would each import torch and wait for memory.
+MAX_WORKERS = 32
+SMALL = CPU_PACKS[1]  # of several samples; nothing of a pack is in the compiled code
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """A configuration of one kernel of an operator, to be compiled beside the others' rows.
+
+    size: width or head width of the tokens. row: whose config is `config`. rows: of the operator.
+    launchers: whether Triton's launchers are built too (absent_gpu).
+    """
+
+    op: str
+    size: int
+    dtype: str
+    chip: int
+    row: Row
+    config: dict[str, int]
+    rows: tuple[Row, ...]
+    launchers: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out, or why nothing did.
+
+    stack_bytes: of a thread, which is where registers are spilled to. work: of one pass of `loop`,
+    None for a kernel that is not bound by memory. seconds: it took. fresh: kernels that were not
+    in the cache.
+    """
+
+    error: str = ""
+    registers: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    threads: int = 0
+    tensor_core: str = ""
+    warp_specialized: bool = False
+    loop: Loop | None = None
+    work: Work | None = None
+    seconds: float = 0.0
+    fresh: int = 0
+
+
+@contextlib.contextmanager
+def overridden(op: str, rows: Sequence[Row]) -> Iterator[None]:
+    """Within it, operator `op` takes its configurations from `rows`."""
+    shipped = configs.table
+
+    def table(name: str) -> tuple[Row, ...]:
+        return tuple(rows) if name == op else shipped(name)
+
+    configs.table = table  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        configs.table = shipped
+
+
+def with_config(rows: Sequence[Row], row: Row, config: dict[str, int]) -> list[Row]:
+    """`rows` with `config` in the place of that of `row`, which is one of them.
+
+    Rows of "<kernel>_specialised", which would run in its place, are left out.
+    """
+    keys = ("kernel", "size", "chip", "dtypes")
+    return [
+        {**r, "config": config} if all(r[k] == row[k] for k in keys) else r
+        for r in rows
+        if r["kernel"] != f"{row['kernel']}_specialised"
+    ]
+
+
+def compile_one(task: Compiling) -> Compiled:
+    """Compile what the operator launches up to the kernel of `task.row`, and look at that."""
+    from bench.absent_gpu import AbsentGpu
+
+    began = time.perf_counter()
+    module = importlib.import_module(f"bench.{task.op}")
+    problem = module.tuning(task.size, getattr(torch, task.dtype), SMALL)
+    rows = with_config(task.rows, task.row, task.config)
+    backward = direction(task.row["kernel"]) == "backward"
+    try:
+        with (
+            counting() as fresh,
+            overridden(task.op, rows),
+            AbsentGpu(task.chip, launchers=task.launchers) as gpu,
+        ):
+            run_small(problem, _function(task), backward)
+    except cases.REFUSALS as error:
+        return Compiled(error=f"{type(error).__name__}: {error}"[:200])
+    name = function(task.op, task.row["kernel"])
+    launched = [
+        x
+        for x in gpu.launched
+        if x.kernel == name and (x.arguments.get("q_grad") is not None) == (backward and _turns(x))
+    ]
+    if not launched:
+        return Compiled(error=f"{name} was not launched")
+    last = launched[-1]
+    facts = inspect(last.compiled)
+    loop = facts.pop("loop")
+    done = None
+    if streams(name) and task.op != "varlen_attention":
+        done = work(name, last.arguments, loop, task.config.get("programs", 0))
+    return Compiled(
+        **facts, loop=loop, work=done, seconds=time.perf_counter() - began, fresh=len(fresh)
+    )
+
+
+def _function(task: Compiling) -> cases.Function:
+    module = importlib.import_module(f"bench.{task.op}")
+    run: cases.Function = module.function("triton", **options(task.op, task.row["kernel"]))
+    return run
+
+
+def warm_one(task: Compiling) -> Compiled:
+    """Only fill the cache: compile_one without a look at what came out."""
+    from bench.absent_gpu import AbsentGpu
+
+    began = time.perf_counter()
+    module = importlib.import_module(f"bench.{task.op}")
+    problem = module.tuning(task.size, getattr(torch, task.dtype), SMALL)
+    rows = with_config(task.rows, task.row, task.config)
+    backward = direction(task.row["kernel"]) == "backward"
+    error = ""
+    with counting() as fresh:
+        try:
+            with overridden(task.op, rows), AbsentGpu(task.chip, launchers=task.launchers):
+                run_small(problem, _function(task), backward)
+        except cases.REFUSALS as refusal:
+            error = f"{type(refusal).__name__}: {refusal}"[:200]
+    return Compiled(error, seconds=time.perf_counter() - began, fresh=len(fresh))
+
+
+def _turns(launched: Any) -> bool:
+    return "q_grad" in launched.arguments
+
+
+def run_small(problem: cases.Problem, run: cases.Function, backward: bool) -> None:
+    """One forward, and backward if asked for, of a problem on the CPU."""
+    inputs = problem.draw(torch.device("cpu"), 0).cast(None, backward)
+    if any(x.dtype == torch.float32 for x in inputs.leaves[:1]):
+        torch.set_float32_matmul_precision("high")  # attention takes fp32 only so
+    outs = run(inputs)
+    if backward:
+        gradients = [torch.ones_like(x) for x in outs]
+        torch.autograd.grad(outs, inputs.leaves, gradients, allow_unused=True)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """Within it, names of kernels that Triton compiles instead of taking them from its cache."""
+    from triton import knobs
+
+    found: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **more: Any) -> None:
+        if not cache_hit:
+            found.append(src.name)
+
+    before = knobs.compilation.listener
+    knobs.compilation.listener = listen
+    try:
+        yield found
+    finally:
+        knobs.compilation.listener = before
+
+
+def inspect(compiled: Any) -> dict[str, Any]:
+    """Registers, stack, shared memory, threads and the main loop of a compiled kernel."""
+    from goku_kernels.triton.compiling import _sass, _tensor_core, _tool, _warps
+
+    cubin, ttgir = compiled.asm["cubin"], compiled.asm["ttgir"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", str(file)],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    sass = _sass(cubin)
+    return {
+        "registers": numbers["REG"], "stack_bytes": numbers["STACK"],
+        "shared_bytes": compiled.metadata.shared,
+        "threads": 32 * _warps(ttgir, compiled.metadata.num_warps),
+        "tensor_core": _tensor_core(sass), "warp_specialized": "ttg.warp_specialize" in ttgir,
+        "loop": main_loop(sass),
+    }  # fmt: skip
+
+
+# ---- many processes ----
+
+
+def workers() -> int:
+    """As many as this process may use processors, at most MAX_WORKERS."""
+    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0))))
+
+
+def everywhere(
+    do: Callable[[Task], Result], tasks: Sequence[Task], crashed: Callable[[Task], Result],
+    say: Callable[[str], None] = print, what: str = "compiled",
+) -> list[Result]:  # fmt: skip
+    """do(task) of every task in processes of their own, in the tasks' order.
+
+    A compiler that aborts takes its process along: what was under way then runs again, each task
+    alone, and a task that ends its process once more is answered by crashed(task).
+    """
+    found: dict[int, Result] = {}
+    began = time.monotonic()
+    waiting = dict(enumerate(tasks))
+    while waiting:
+        begun = _pool(do, waiting, workers(), found)
+        for i in begun:
+            _pool(do, {i: tasks[i]}, 1, found)
+            if i not in found:
+                found[i] = crashed(tasks[i])
+        left = {i: task for i, task in waiting.items() if i not in found}
+        if len(left) == len(waiting):  # no process lives long enough to begin anything
+            found |= {i: crashed(task) for i, task in left.items()}
+            left = {}
+        waiting = left
+    say(f"{len(tasks)} {what} in {time.monotonic() - began:.1f} s by {workers()} processes")
+    return [found[i] for i in range(len(tasks))]
+
+
+def _pool(
+    do: Callable[[Task], Result], tasks: dict[int, Task], count: int, found: dict[int, Result]
+) -> list[int]:
+    """Fill `found`; the tasks that were under way when a process of the pool died."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.ahead", "bench.absent_gpu"])
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ProcessPoolExecutor(min(count, len(tasks)), mp_context=context, initializer=_alone)
+        with pool:
+            futures = {i: pool.submit(_noted, do, t, i, folder) for i, t in tasks.items()}
+            for i, future in futures.items():
+                try:
+                    found[i] = future.result()
+                except BrokenProcessPool:
+                    continue
+        begun = {int(path.name) for path in Path(folder).iterdir()}
+    return [i for i in tasks if i in begun and i not in found]
+
+
+def _noted(do: Callable[[Task], Result], task: Task, i: int, folder: str) -> Result:
+    (Path(folder) / str(i)).touch()
+    return do(task)
+
+
+def _alone() -> None:
+    """One thread a process: there are as many processes as processors."""
+    torch.set_num_threads(1)
