@@ -50,8 +50,9 @@ NOTES = {
         "With deterministic=True, as Goku trains, our backward multiplies seven times for five: a peer "
         "of its own; the forward is the same. Eager keeps what its backward needs, but reads the offsets "
         "back in the forward and runs one attention a sample; torch's fused attention computes the "
-        "scores again in the backward, as flash-attn, cuDNN, FlexAttention and ours do. Both models' heads are 64 wide; 14 of 128 are as wide as goku-2b's 28, and 7 are what "
-        "one of two or of four ranks has of them under sequence parallelism."
+        "scores again in the backward, as flash-attn, cuDNN, FlexAttention and ours do. Both "
+        "models' heads are 64 wide; 14 of 128 are as wide as goku-2b's 28, and 7 are what one of two or of "
+        "four ranks has of them under sequence parallelism."
     ),
     **dict.fromkeys(("adaln_modulate", "gated_residual_adaln"), _MODULATION),
     "rectified_flow_noise": (
