@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench import checkpoint_report, harness, parallel_report, peers, report, running, tune
+from bench import harness, peers, running, tune
 
 EXAMPLES = """\
 examples, from the repository with the packages installed (or kernels, runtime and . on PYTHONPATH):
@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name:24} {status}")
             return 0
         if options.command == "report":
+            # Here: the checkpoints' page wants the native module, which a GPU machine need not have.
+            from bench import checkpoint_report, parallel_report, report
+
             for page in (report, parallel_report, checkpoint_report):
                 for path in page.write(options.results, options.docs):
                     print(path)
