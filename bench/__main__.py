@@ -19,6 +19,7 @@ examples, from the repository with the packages installed (or kernels, runtime a
   python -m bench run                             every benchmark, on the GPU if there is one
   python -m bench run adaln_modulate --only 64K   one operator on the packs of 64K tokens
   python -m bench run varlen_attention --only goku-2b "one clip" --peers goku flash
+  python -m bench run step --peers full           whole training steps that recompute every block
   python -m bench run --resume --limit 440        go on where the last run stopped, for 440 s
   python -m bench report                          docs/performance.md and its plots from the rows
   python -m bench tune adaln_modulate             measure launch configurations for this GPU
@@ -26,8 +27,9 @@ examples, from the repository with the packages installed (or kernels, runtime a
 The parallel runtime has commands of its own, for all ranks of a run:
   torchrun --nproc-per-node 2 -m bench.exchange --help
   torchrun --nproc-per-node 2 -m bench.policies --help
-And so have the checkpoints:
+And so have the checkpoints, and the longest sequence that one GPU trains:
   python -m bench.checkpoint --help
+  python -m bench.longest --help
 
 On a CPU `run` measures small shapes; its rows say so and are never mixed with a GPU's.
 Exit codes: 0 well; 1 a result of ours is wrong or failed, or time ran out; 2 bad input.
@@ -46,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        prog="python -m bench", description="Benchmarks of the operators and of one block.",
+        prog="python -m bench", description="Benchmarks of the operators, of one block and of whole steps.",
         epilog=EXAMPLES, formatter_class=raw,
     )  # fmt: skip
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

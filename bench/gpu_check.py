@@ -1,12 +1,13 @@
 """Everything that only a GPU can show, in one command; each of its parts under 8 minutes.
 
-    python bench/gpu_check.py [correctness|memory|attention|block|all] [--out DIR] [--fresh]
+    python bench/gpu_check.py [correctness|memory|attention|block|step|all] [--out DIR] [--fresh]
 
     correctness  builds, runs tests/gpu file by file, then 50 training steps of a Goku-2B
     memory       benchmarks of the memory-bound operators
     attention    benchmark of the packed attention
     block        benchmark of one block, forward and backward
-    all          these four, one after the other
+    step         whole steps of a Goku-2B, and the longest sequence that the GPU trains
+    all          these five, one after the other
 
 Needs torch, triton, numpy and pytest, no installation. Resumable: a step that went well with these
 sources on this GPU, as `gpu_check.json` in the folder of results says, is not done again, and a
@@ -37,7 +38,7 @@ PART_SECONDS = 460.0  # for all steps of one part together: under 8 minutes
 STATUS = "gpu_check.json"
 LOG = "gpu_check.log"  # what every step said
 LOG_CHARACTERS, SHOWN_CHARACTERS = 200_000, 6_000  # of one step, in the log and here
-PARTS = ("correctness", "memory", "attention", "block")
+PARTS = ("correctness", "memory", "attention", "block", "step")
 
 # Of each part: benchmark, and the seconds it may take. A benchmark begins nothing new when its time
 # is nearly up (MARGIN) and is stopped when it is.
@@ -48,10 +49,13 @@ BENCHMARKS = {
     },
     "attention": {"varlen_attention": 460.0},
     "block": {"block": 460.0},
+    "step": {"step": 280.0},
 }  # fmt: skip
 MARGIN = 25.0
 BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 240.0, 120.0
 HANG_SECONDS = 120  # one test that takes longer (a kernel that waits for ever) ends its file
+# Of which the clip itself may take half: its attention grows with the square of what the card holds.
+LONGEST_SECONDS = 180.0
 # What the steps of `correctness` depend on.
 TESTED = ("kernels/goku_kernels", "goku", "bench", "tests/gpu", "setup.py", "CMakeLists.txt")
 _SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".json", ".txt")
@@ -127,6 +131,9 @@ def steps(part: str, out: Path, fresh: bool) -> Iterator[Step]:
         limits = ["--limit", str(seconds - MARGIN), "--seconds", "0.5", "--out", str(out)]
         command = [sys.executable, "-m", "bench", "run", name, *limits, *resume]
         yield Step(f"bench/{name}", command, seconds, known=False)
+    if part == "step":
+        clip = ["--seconds", str(LONGEST_SECONDS / 2), "--out", str(out)]
+        yield Step("longest", [sys.executable, "-m", "bench.longest", *clip], LONGEST_SECONDS)
 
 
 def run_step(name: str, command: Sequence[str], seconds: float, out: Path) -> bool:

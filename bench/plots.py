@@ -11,7 +11,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 WIDTH, LEFT, RIGHT = 900, 210, 60
 TITLE, BAR, GAP = 22, 16, 14
 _STYLE = (
-    "text{font:12px sans-serif;fill:#1f2328}.t{font-weight:bold}.s{opacity:.45}"
+    "text{font:12px sans-serif;fill:#1f2328}.t{font-weight:bold}.s{opacity:.45}.n{fill:#111}"
     "line{stroke:#8c959f}@media(prefers-color-scheme:dark){text{fill:#e6edf3}}"
 )
 
@@ -31,6 +31,64 @@ class Group:
 
     title: str
     bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One bar made of parts: its title, (kind, amount) of each part, and whether its row is stale."""
+
+    title: str
+    parts: tuple[tuple[str, float], ...]
+    stale: bool = False
+
+
+def stacked(title: str, kinds: Sequence[str], stacks: Sequence[Stack]) -> str:
+    """Bars as wide as the page, each divided by the shares of its parts; a key of the kinds that occur.
+
+    Every colour serves two kinds, hatched for the second: eight are all that can be told apart.
+    """
+    there = [kind for kind in kinds if any(kind == k for stack in stacks for k, _ in stack.parts)]
+    look = {kind: f"k{i}" for i, kind in enumerate(there)}
+    width, y = WIDTH - 16, 18 + TITLE
+    parts = [_text(8, 18, title, "t")]
+    if not stacks:
+        parts.append(_text(8, y, "not measured"))
+    for number, kind in enumerate(there):
+        x = 8 + number % 4 * width / 4
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y - 10}" width="12" height="12" fill="url(#{look[kind]})"/>'
+        )
+        parts.append(_text(x + 17, y, kind))
+        y += BAR + 2 if number % 4 == 3 or number == len(there) - 1 else 0
+    y += GAP if stacks else 0
+    for stack in stacks:
+        parts.append(_text(8, y, stack.title + (" (stale)" if stack.stale else "")))
+        y += 6
+        total, x = sum(amount for _, amount in stack.parts), 8.0
+        shade = ' class="s"' if stack.stale else ""
+        for kind, amount in stack.parts:
+            length, percent = width * amount / total, 100 * amount / total
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="url(#{look[kind]})"'
+                f"{shade}><title>{escape(kind)}: {percent:.1f}%</title></rect>"
+            )
+            if length > 34:
+                parts.append(_text(x + length / 2, y + BAR - 4, f"{percent:.0f}", "n", "middle"))
+            x += length
+        y += BAR + GAP + 6
+    return _svg(title, y, [_fills(list(look.values())), *parts])
+
+
+def _fills(names: Sequence[str]) -> str:
+    """A pattern for each of `names`: plain colours first, hatched ones when these are used up."""
+    found = []
+    for i, name in enumerate(names):
+        hatch = '<path d="M0 6L6 0" stroke="#fff" stroke-width="2"/>' if i >= len(COLOURS) else ""
+        found.append(
+            f'<pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse">'
+            f'<rect width="6" height="6" fill="{COLOURS[i % len(COLOURS)]}"/>{hatch}</pattern>'
+        )
+    return f"<defs>{''.join(found)}</defs>"
 
 
 def bars(name: str, groups: Sequence[Group]) -> str:
@@ -61,9 +119,13 @@ def bars(name: str, groups: Sequence[Group]) -> str:
     if groups:
         limit = LEFT + 100 * scale
         parts.append(f'<line x1="{limit:.1f}" y1="26" x2="{limit:.1f}" y2="{y - GAP}"/>')
+    return _svg(name, y, parts)
+
+
+def _svg(label: str, height: float, parts: Sequence[str]) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" '
-        f'height="{y}" role="img" aria-label="{escape(name)}">\n<style>{_STYLE}</style>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" role="img" aria-label="{escape(label)}">\n<style>{_STYLE}</style>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import block, harness, plots, running
+from bench import block, harness, plots, running, step, step_report
 
 Record = Mapping[str, Any]
 
@@ -43,6 +43,7 @@ _MODULATION = (
     "instead, at one call a sample. Parts are rated by their own traffic."
 )
 NOTES = {
+    step.OPERATOR: step_report.NOTE,
     "varlen_attention": (
         "FLOPs: 4 x heads x head_dim x sum(len_q x len_k) forward, twice that backward. flash-attn's "
         "tables count the backward 2.5 times: their figure for a speed is 1.25 times the one here. "
@@ -114,7 +115,12 @@ def write(results: Path, docs: Path, root: Path = harness.ROOT) -> list[Path]:
     files = [page]
     for name in running.BENCHMARKS:
         file = folder / f"{name}.svg"
-        file.write_text(plots.bars(name, plot_groups(shown, name)), encoding="utf-8")
+        drawn = (
+            step_report.picture(shown)
+            if name == step.OPERATOR
+            else plots.bars(name, plot_groups(shown, name))
+        )
+        file.write_text(drawn, encoding="utf-8")
         files.append(file)
     return files
 
@@ -124,6 +130,9 @@ def render(shown: Shown) -> str:
     parts = [HEAD.format(stale=STALE), machines(shown)]
     for name in running.BENCHMARKS:
         parts += [f"## {name}\n", NOTES.get(name, ""), f"![{name}](performance/{name}.svg)\n"]
+        if name == step.OPERATOR:
+            parts.append(step_report.section(shown, table))
+            continue
         parts.append(summary(shown, name))
         parts.append(details(shown, name))
     parts += ["## Peers that were absent\n", absent(shown)]

@@ -8,6 +8,7 @@ a peer of ours was wrong or failed in it.
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import Any
 
 import torch
 
-from bench import block, cases, harness, timing
+from bench import block, cases, harness, step, timing
 
 OPERATORS = (
     "qk_norm_rope", "adaln_modulate", "gated_residual_adaln", "varlen_attention",
     "rectified_flow_noise", "velocity_loss",
 )  # fmt: skip
-BENCHMARKS = (*OPERATORS, block.OPERATOR)
+BENCHMARKS = (*OPERATORS, block.OPERATOR, step.OPERATOR)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ def works(name: str, options: Options) -> Iterator[Work]:
                 key = (setting.preset, setting.pack.name, setting.dtype)
                 yield Work(key, block.SOURCES, names, partial(_block, setting, names, options))
         return
+    if name == step.OPERATOR:
+        settings = step.settings(kind)
+        for _, group in itertools.groupby(settings, lambda s: (s.preset, s.pack.name)):
+            policies = [s for s in group if options.chosen([s.policy])]
+            if policies and options.wants(policies[0].preset, policies[0].pack.name, block.MIXED):
+                key = (policies[0].preset, policies[0].pack.name, block.MIXED)
+                names = [s.policy for s in policies]
+                yield Work(key, step.SOURCES, names, partial(_step, policies, options))
+        return
     module = importlib.import_module(f"bench.{name}")
     peers = [p for p in module.PEERS if options.chosen([p.name])]
     for problem in module.problems(kind):
@@ -96,6 +106,15 @@ def _block(
 ) -> Iterator[harness.Row]:
     return block.measure(
         setting, names, options.device, ceilings, seconds=options.seconds,
+        records=harness.read(options.out),
+    )  # fmt: skip
+
+
+def _step(
+    settings: Sequence[step.Setting], options: Options, ceilings: timing.Ceilings
+) -> Iterator[harness.Row]:
+    return step.measure(
+        settings, options.device, ceilings, seconds=options.seconds,
         records=harness.read(options.out),
     )  # fmt: skip
 

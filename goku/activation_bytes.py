@@ -12,7 +12,7 @@ import math
 from goku.model import ModelConfig
 from goku_runtime.activation_checkpoint import EXCHANGES, ActivationCheckpointing
 
-__all__ = ["saved_bytes_per_token", "unpredicted_operators"]
+__all__ = ["recomputed_bytes_per_token", "saved_bytes_per_token", "unpredicted_operators"]
 
 
 def saved_bytes_per_token(
@@ -40,16 +40,30 @@ def saved_bytes_per_token(
         policy.mode, model.depth
     )
     whole = _whole_block(model, element_bytes, sp, fused)
-    # A recomputed block keeps its input, the residual stream; what it exchanged; what it was told to.
-    little = 4 * model.dim + _exchanged(model, element_bytes, sp)
-    if policy.mode == "operators":
-        outputs = _outputs(model, element_bytes, sp, fused)
-        little += sum(outputs.get(name, 0.0) for name in _names(policy))
+    little = _recomputed_block(model, element_bytes, policy, sp, fused)
     # The final layer: eager, its input, norm, scale and result; fused, its input and result.
     outside = model.patch_dim * element_bytes + model.dim * 4 * (2 if fused else 4)
     if model.condition_dim:  # in fp32: the input of its MLP, and hidden rows before and after GELU
         outside += 4 * (model.patch_dim + model.condition_dim + 2 * model.dim)
     return (model.depth - recomputed) * whole + recomputed * little + outside
+
+
+def recomputed_bytes_per_token(
+    model: ModelConfig,
+    element_bytes: int,
+    policy: ActivationCheckpointing,
+    *,
+    sp: int = 1,
+    fused: bool = False,
+) -> float:
+    """Bytes per token that come back while one block is computed again, beside what it had kept; arguments as above.
+
+    The backward pass holds them for one block at a time. 0 where nothing is recomputed.
+    """
+    if policy.mode == "none":
+        return 0.0
+    kept = _recomputed_block(model, element_bytes, policy, sp, fused)
+    return max(0.0, _whole_block(model, element_bytes, sp, fused) - kept)
 
 
 def unpredicted_operators(policy: ActivationCheckpointing) -> tuple[str, ...]:
@@ -72,6 +86,17 @@ def _share(model: ModelConfig, sp: int) -> float:
 def _exchanged(model: ModelConfig, element: int, sp: int) -> float:
     """What self-attention received: q, k and v of whole samples, then its result for the process's own tokens."""
     return (3 * _share(model, sp) + 1) * element * model.dim if sp > 1 else 0.0
+
+
+def _recomputed_block(
+    model: ModelConfig, element: int, policy: ActivationCheckpointing, sp: int, fused: bool
+) -> float:
+    """A block that is recomputed, per token: its input, the residual stream; what it exchanged; what it was told to."""
+    little = 4 * model.dim + _exchanged(model, element, sp)
+    if policy.mode == "operators":
+        outputs = _outputs(model, element, sp, fused)
+        little += sum(outputs.get(name, 0.0) for name in _names(policy))
+    return little
 
 
 def _whole_block(model: ModelConfig, element: int, sp: int, fused: bool) -> float:

@@ -11,7 +11,11 @@ import torch
 
 from goku import config as parser
 from goku import flops
-from goku.activation_bytes import saved_bytes_per_token, unpredicted_operators
+from goku.activation_bytes import (
+    recomputed_bytes_per_token,
+    saved_bytes_per_token,
+    unpredicted_operators,
+)
 from goku.conditioning import drop_rates
 from goku.model import GokuTransformer
 from goku.parallelize import (
@@ -22,6 +26,7 @@ from goku.parallelize import (
 )
 from goku.recipe import Recipe, Stage, draws
 from goku.run_config import RunConfig
+from goku.step_memory import StepMemory
 from goku.vae import is_causal, vae_folder
 from goku_runtime.sharding import memory_estimate
 
@@ -46,8 +51,20 @@ def describe(config: RunConfig) -> str:
     pack = config.packing.tokens_per_pack
     tokens = config.packing.tokens_per_step
     states = _states(config, model, dims, dtype)
-    on_device = sum(size for name, size in states.items() if name.startswith("memory"))
     kept = _activations(config, dims, dtype, device)
+    again = _recomputed(config, dims, dtype, device)
+    gradients = states.get("memory: gradients", 0.0)
+    copies = states.get("memory: bf16 copies", 0.0)
+    on_device = sum(size for name, size in states.items() if name.startswith("memory"))
+    memory = StepMemory(
+        lasting=on_device - gradients - copies,
+        gradients=gradients,
+        copies=copies,
+        kept=kept[config.activation_checkpointing],
+        recomputed=again,
+        # Of several processes each holds a part of the gradients alone, which is small.
+        several_packs=dims.world > 1 or tokens > pack,
+    )
     # Every pack one sample that fills it: the most attention that the budget allows. Text comes on top, sample by
     # sample, and is small beside it.
     packs = [pack] * (tokens // pack) + ([tokens % pack] if tokens % pack else [])
@@ -76,10 +93,8 @@ def describe(config: RunConfig) -> str:
             )
             for policy, size in kept.items()
         ),
-        (
-            "memory: total per process",
-            f"{_bytes(on_device + kept[config.activation_checkpointing])} (estimate, one full pack)",
-        ),
+        *([("memory: one block computed again", _bytes(again))] if again else []),
+        ("memory: total per process", f"{_bytes(memory.peak)} (estimate, the most at any time)"),
     ]
     width = max(len(name) for name, _ in rows)
     return (
@@ -192,20 +207,33 @@ def _activations(
         replace(ours, mode="every_nth"),
         replace(ours, mode="operators", save=example),
     )
-    backend = config.kernels.backend
-    fused = backend == "triton" or (backend == "auto" and device.type == "cuda")
     tokens = math.ceil(config.packing.tokens_per_pack / dims.sp)
+    element, fused = _element_bytes(dtype), _is_fused(config, device)
     return {
         policy: tokens
-        * saved_bytes_per_token(
-            config.model,
-            2 if dtype == torch.bfloat16 else 4,
-            policy,
-            sp=dims.sp,
-            fused=fused,
-        )
+        * saved_bytes_per_token(config.model, element, policy, sp=dims.sp, fused=fused)
         for policy in policies
     }
+
+
+def _recomputed(
+    config: RunConfig, dims: ParallelDims, dtype: torch.dtype, device: torch.device
+) -> float:
+    """What one block of a full pack takes in one process while it is computed again, in bytes."""
+    tokens = math.ceil(config.packing.tokens_per_pack / dims.sp)
+    return tokens * recomputed_bytes_per_token(
+        config.model, _element_bytes(dtype), config.activation_checkpointing, sp=dims.sp,
+        fused=_is_fused(config, device),
+    )  # fmt: skip
+
+
+def _element_bytes(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.bfloat16 else 4
+
+
+def _is_fused(config: RunConfig, device: torch.device) -> bool:
+    backend = config.kernels.backend
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
 def _remark(policy: ActivationCheckpointing) -> str:

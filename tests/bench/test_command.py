@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import block, gpu_check, harness, running
+from bench import block, gpu_check, harness, running, step
 from bench.packs import Pack
 
 PACKS = (Pack("one", ((1, 2, 3),)), Pack("two", ((1, 2, 2), (2, 1, 1))))
@@ -20,6 +20,8 @@ def tiny(monkeypatch):
         monkeypatch.setattr(f"bench.{name}.packs", lambda kind: PACKS)
     settings = [block.Setting("tiny-test", pack, block.PLAIN) for pack in PACKS]
     monkeypatch.setattr(block, "settings", lambda kind: iter(settings))
+    steps = [step.Setting("tiny-test", pack, "full", "torch") for pack in PACKS]
+    monkeypatch.setattr(step, "settings", lambda kind: iter(steps))
 
 
 def run(out, *words, seconds="0"):
@@ -28,15 +30,15 @@ def run(out, *words, seconds="0"):
 
 
 def test_every_benchmark_runs_and_says_that_it_is_a_cpu(tmp_path, capsys):
-    assert run(tmp_path, "--peers", "eager", "goku") == 0
+    assert run(tmp_path, "--peers", "eager", "goku", "full") == 0
     said = capsys.readouterr().out
     assert said.startswith("measuring a CPU")
     assert said.count("goku triton is absent") == len(running.OPERATORS)  # once each
     rows = harness.read(tmp_path)
     assert {r["name"] for r in rows} == set(running.BENCHMARKS)
     assert {r["device_type"] for r in rows} == {"cpu"}
-    assert {r["peer"] for r in rows if r["status"] == "measured"} == {"eager"}
-    assert len(list(tmp_path.iterdir())) == len(running.BENCHMARKS) == 7
+    assert {r["peer"] for r in rows if r["status"] == "measured"} == {"eager", "full"}
+    assert len(list(tmp_path.iterdir())) == len(running.BENCHMARKS) == 8
     assert not any(harness.is_stale(r) for r in rows)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -124,6 +125,8 @@ def test_every_benchmark_is_in_one_part_and_each_part_fits():
         assert min(part.values()) > gpu_check.MARGIN
         # A file of rows each, the status and the log.
         assert len(part) + 2 <= 8
+    step = sum(s.seconds for s in gpu_check.steps("step", Path("out"), fresh=False))
+    assert step <= gpu_check.PART_SECONDS
 
 
 def test_the_steps_of_correctness(tmp_path):

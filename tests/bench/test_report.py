@@ -48,6 +48,9 @@ def test_nothing_measured_is_said_everywhere(tmp_path):
     assert "No GPU has been measured yet." in page
     for name in running.BENCHMARKS:
         section = page.split(f"## {name}\n")[1].split("\n## ")[0]
+        if name == "step":  # of rows that differ by their policy: tests/bench/test_step_report.py
+            assert section.rstrip().endswith("Not measured on any GPU.")
+            continue
         lines = [line for line in section.splitlines() if line.startswith("| -")]
         assert lines, name
         lines = [line for line in lines if not line.startswith("| ---")]

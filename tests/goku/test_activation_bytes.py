@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from goku.activation_bytes import saved_bytes_per_token, unpredicted_operators
+from goku.activation_bytes import (
+    recomputed_bytes_per_token,
+    saved_bytes_per_token,
+    unpredicted_operators,
+)
 from goku.model import PRESETS, ModelConfig
 from goku_kernels import _checks, reference
 from goku_runtime.activation_checkpoint import EXCHANGES, ActivationCheckpointing
@@ -174,6 +178,18 @@ def test_fused_with_a_shared_pack_counts_both_sides_of_the_exchange() -> None:
     full = ActivationCheckpointing(mode="full")
     four, eight = (saved_bytes_per_token(config, 2, full, sp=sp) for sp in (4, 8))
     assert eight - four == pytest.approx(28 * 1792 * 2 * 3 * (4 / 3.5 - 1))
+
+
+def test_what_comes_back_is_what_was_not_kept() -> None:
+    """A block that keeps nothing and one that keeps everything differ by what comes back."""
+    config = PRESETS["goku-2b"]
+    for fused in (False, True):
+        whole = saved_bytes_per_token(config, 2, NONE, fused=fused)
+        for policy in (ActivationCheckpointing(mode="full"), _operators(ATTENTION, "aten::mm")):
+            kept = saved_bytes_per_token(config, 2, policy, fused=fused)
+            back = recomputed_bytes_per_token(config, 2, policy, fused=fused)
+            assert whole - kept == pytest.approx(config.depth * back)
+        assert recomputed_bytes_per_token(config, 2, NONE, fused=fused) == 0
 
 
 def test_what_is_not_predicted_is_named_and_counts_nothing() -> None:

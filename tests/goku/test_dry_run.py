@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from goku import flops
-from goku.activation_bytes import saved_bytes_per_token
+from goku.activation_bytes import recomputed_bytes_per_token, saved_bytes_per_token
 from goku.dry_run import describe, missing
 from goku.model import PRESETS, GokuTransformer
 from goku.parallelize import ActivationCheckpointing
@@ -93,7 +93,28 @@ def test_every_policy_is_described_and_the_configured_one_counted() -> None:
     assert "not counted: aten::sin)" in operators
     count = sum(p.numel() for p in GokuTransformer(config.model).parameters())
     kept = 1024 * saved_bytes_per_token(config.model, 4, policies["operators"])
-    assert _counted(rows["memory: total per process"]) == pytest.approx(20 * count + kept, rel=0.05)
+    again = 1024 * recomputed_bytes_per_token(config.model, 4, policies["operators"])
+    assert _counted(rows["memory: one block computed again"]) == pytest.approx(again, rel=0.05)
+    total = 20 * count + kept + again  # several packs a step: gradients are there from the first on
+    assert _counted(rows["memory: total per process"]) == pytest.approx(total, rel=0.05)
+
+
+def test_one_pack_a_step_has_gradients_where_activations_were() -> None:
+    overrides = ("packing.tokens_per_step=1024", "activation_checkpointing.mode=full")
+    shape = {"dim": 64, "depth": 6, "heads": 2, "text_dim": 32}
+    one, several = (
+        _rows(describe(_config(*given, **shape))) for given in (overrides, overrides[1:])
+    )
+    count = sum(p.numel() for p in GokuTransformer(_config(**shape).model).parameters())
+    kept, again, total = (
+        _counted(one[f"memory: {name}"])
+        for name in ("activations, full", "one block computed again", "total per process")
+    )
+    assert total == pytest.approx(16 * count + max(kept, 4 * count) + again, rel=0.02)
+    more = 20 * count + kept + again
+    assert _counted(several["memory: total per process"]) == pytest.approx(more, rel=0.02)
+    none = _rows(describe(_config(overrides[0], **shape)))
+    assert "memory: one block computed again" not in none
 
 
 def test_an_operator_that_does_not_exist_is_refused() -> None:
