@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,9 @@ def for_any_pack(tensors: Iterable[Tensor | None]) -> Iterator[None]:
     for x in tensors:
         if x is not None:
             torch._dynamo.maybe_mark_dynamic(x, 0)
+    settings: Any = torch.compiler.config  # its `patch` is set when it is imported
     with (
         torch._dynamo.config.patch(recompile_limit=_GRAPHS),
-        torch.compiler.config.patch(dynamic_sources=",".join(_BOUNDS)),
+        settings.patch(dynamic_sources=",".join(_BOUNDS)),
     ):
         yield

@@ -107,10 +107,13 @@ def test_command(*paths: Path) -> list[str]:
     folder = ROOT / "tests" / "gpu"
     quiet = ["-q", "-ra", "--import-mode=importlib", "-p", "no:cacheprovider"]
     alone = ["-c", os.devnull, "--rootdir", str(ROOT), "--confcutdir", str(folder)]
-    marker = ["-o", "markers=gpu: needs an accelerator"]
+    marker = ["-o", "markers=gpu: needs an accelerator\nxdist_group: tests that one process runs"]
     hang = ["-o", f"faulthandler_timeout={HANG_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
+    # Two processes where pytest can: half of a file's time compiles kernels. Tests that want much
+    # of the GPU's memory are a group, which one of them runs alone.
+    two = ["-n", "2", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     chosen = [str(path) for path in paths or (folder,)]
-    return [sys.executable, "-m", "pytest", *quiet, *alone, *marker, *hang, *chosen]
+    return [sys.executable, "-m", "pytest", *quiet, *alone, *marker, *hang, *two, *chosen]
 
 
 def steps(part: str, out: Path, fresh: bool) -> Iterator[Step]:

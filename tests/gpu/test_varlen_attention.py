@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+LARGE = pytest.mark.xdist_group("large")  # of the GPU's memory: gpu_check runs two processes
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 PACKS = {pack.name: pack for pack in GPU_PACKS}
 GRAPH = (
@@ -122,6 +123,7 @@ def test_lse_and_its_gradient(head_dim):
     checks.fits(with_lse(ODD, torch.bfloat16, HEADS[head_dim], head_dim), both(BACKEND), DEVICE)
 
 
+@LARGE
 @pytest.mark.parametrize("name", ["64K, one clip", "220K, mixed", "220K, many images"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_large_packs(name, head_dim):
@@ -134,11 +136,13 @@ def test_100_runs_give_the_same_bits():
     checks.deterministic(case, function(BACKEND, deterministic=True), DEVICE, runs=100)
 
 
+@LARGE
 def test_3_runs_at_220k_give_the_same_bits():
     case = problem("self", HEADS[64], 64, PACKS["220K, mixed"], torch.bfloat16)
     checks.deterministic(case, function(BACKEND, deterministic=True), DEVICE, runs=3)
 
 
+@LARGE
 def test_rows_beyond_2_to_the_31():
     # 240,128 rows of 9,216 elements in samples of 256: little work, far offsets
     grids = ((1, 16, 16),) * 937 + (TAIL,)
