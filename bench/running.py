@@ -85,10 +85,10 @@ def works(name: str, options: Options) -> Iterator[Work]:
     if name == step.OPERATOR:
         settings = step.settings(kind)
         for _, group in itertools.groupby(settings, lambda s: (s.preset, s.pack.name)):
-            policies = [s for s in group if options.chosen([s.policy])]
+            policies = [s for s in group if options.chosen([s.name])]
             if policies and options.wants(policies[0].preset, policies[0].pack.name, block.MIXED):
                 key = (policies[0].preset, policies[0].pack.name, block.MIXED)
-                names = [s.policy for s in policies]
+                names = [s.name for s in policies]
                 yield Work(key, step.SOURCES, names, partial(_step, policies, options))
         return
     module = importlib.import_module(f"bench.{name}")

@@ -45,6 +45,7 @@ SOURCES = (
     "runtime/goku_runtime/sharding.py", "bench/step.py", "bench/step_profile.py", "bench/block.py",
     "bench/timing.py",
 )  # fmt: skip
+ATOMICS = "dq by atomics"
 # Loss and norm of the gradient of two ways to compute a step: bf16 products, summed over thousands of tokens.
 AGREE = 1e-2
 # Bytes per parameter that a step has to move beside the blocks' own work, all of it in fp32 but for the copies of
@@ -57,12 +58,21 @@ RESERVED_BYTES = 3 * 2**30
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a pack and a policy."""
+    """A model, a pack and a policy.
+
+    deterministic: as Goku trains by default; without it attention's backward adds dq up by atomics.
+    """
 
     preset: str
     pack: Pack
     policy: str = NONE
     backend: str = "triton"
+    deterministic: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of its rows' peer."""
+        return self.policy if self.deterministic else f"{self.policy}; {ATOMICS}"
 
     @property
     def config(self) -> ModelConfig:
@@ -103,7 +113,10 @@ def settings(device_type: str) -> Iterator[Setting]:
     by_name = {pack.name: pack for pack in packs("cuda")}
     for name in ("16K, mixed", "64K, mixed", "64K, one clip"):
         # What keeps most is fastest where it fits.
-        yield from (Setting("goku-2b", by_name[name], policy) for policy in POLICIES)
+        for policy in POLICIES:
+            yield Setting("goku-2b", by_name[name], policy)
+            if policy == NONE or policy.startswith("operators"):
+                yield Setting("goku-2b", by_name[name], policy, deterministic=False)
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,11 @@ class Run:
         """trained: False leaves out the average and the optimizer, where gradients alone are asked for."""
         self.setting = setting
         self.context = ParallelContext(0, 1, device, None)
-        self.kernels = KernelConfig(backend="torch" if setting.backend == "torch" else "triton")
+        self.kernels = KernelConfig(
+            backend="torch" if setting.backend == "torch" else "triton",
+            # The reference's deterministic attention on a GPU holds all pairs of tokens.
+            deterministic=setting.deterministic and setting.backend != "torch",
+        )
         self.model = self._model(setting.checkpointing, device)
         if trained:
             self.ema = EMA(EMAConfig(), self._model(ActivationCheckpointing(), device))
@@ -330,7 +347,7 @@ def row(setting: Setting, ceilings: timing.Ceilings, **more: Any) -> harness.Row
         shape={"dim": setting.config.dim, "depth": setting.config.depth,
                "tokens": setting.pack.tokens, "samples": len(setting.pack.grids),
                "text_tokens": sum(setting.text_lengths)},
-        work=setting.flops, ceiling=ceilings.matmul, sources=SOURCES, peer=setting.policy,
+        work=setting.flops, ceiling=ceilings.matmul, sources=SOURCES, peer=setting.name,
         backend=setting.backend, direction="step", **more,
     )  # fmt: skip
 

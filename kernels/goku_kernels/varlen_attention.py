@@ -82,7 +82,10 @@ def _backward(
         from .triton import varlen_attention as kernels
         from .triton.launch import launcher
 
-        return kernels.backward(dout, q, k, v, out, lse, dlse, *cu, softmax_scale, run=launcher(q))
+        return kernels.backward(
+            dout, q, k, v, out, lse, dlse, *cu, softmax_scale, run=launcher(q),
+            deterministic=deterministic,
+        )  # fmt: skip
     if backend == "flash":
         return flash_attn.backward(
             dout, q, k, v, out, lse, dlse, *cu, max_seqlen_q, max_seqlen_k, softmax_scale,
@@ -188,9 +191,10 @@ def varlen_attention(
 
     "triton" takes fp16 and bf16, fp32 where torch allows TF32 (torch.set_float32_matmul_precision
     "high" or "medium": then it multiplies in it), and head_dim 64, 72, 96 and 128; 72 and 96 cost
-    128/72 and 128/96 times their matrix work. Its backward computes the scores twice, seven matrix
-    products where adding dq up by atomics takes five, and always gives equal bits. "flash" is
-    flash-attn 2.7 or newer: fp16 and bf16, no gradient through lse.
+    128/72 and 128/96 times their matrix work. Its backward adds dq up by atomics, in fp32 and any
+    order; with deterministic=True (and in fp32 always) it computes the scores twice instead, seven
+    matrix products for five. "flash" is flash-attn 2.7 or newer: fp16 and bf16, no gradient through
+    lse.
 
     Args:
         q: (Tq, H, D) floating, unit inner stride.
@@ -201,7 +205,7 @@ def varlen_attention(
             "torch" and "triton". Too small a bound is an error on CPU tensors; on a GPU it cannot be
             seen without a synchronisation ("flash" then leaves queries out): take it from `Packing`.
         softmax_scale: default 1/sqrt(D).
-        deterministic: equal bits on every run, backward included ("triton" always is, and "torch"
+        deterministic: equal bits on every run, backward included (forwards always are, and "torch"
             on a CPU; on a GPU "torch" then takes plain attention with the scores in memory).
         return_lse: also return the natural log of the sum of exponentials.
         backend: None, "torch", "triton", "cuda" or "flash".

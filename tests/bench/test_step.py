@@ -49,6 +49,20 @@ def test_a_row_of_every_policy() -> None:
         assert "mfu" not in row.extra  # nobody knows this machine's peak
 
 
+def test_attention_may_add_dq_up_by_atomics() -> None:
+    for device in ("cpu", "cuda"):
+        names = [(s.pack.name, s.name) for s in step.settings(device)]
+        assert len(set(names)) == len(names)
+    setting = dataclasses.replace(SETTING, backend="triton")
+    for deterministic in (True, False):
+        run = step.Run(
+            dataclasses.replace(setting, deterministic=deterministic), CPU, trained=False
+        )
+        assert run.kernels.deterministic == deterministic
+        assert run.setting.name == ("none" if deterministic else "none; dq by atomics")
+    assert not step.Run(SETTING, CPU, trained=False).kernels.deterministic
+
+
 def test_a_policy_that_computes_something_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = step.Run.loss
     monkeypatch.setattr(

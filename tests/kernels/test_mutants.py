@@ -94,6 +94,16 @@ MUTANTS = [
         "store_rows(dk + base, dk_tile",
     ),
     Mutant(
+        "varlen_attention", "keys that are not there weigh in dq", "varlen_attention_backward.py",
+        "tl.where(keys_there, dscores, 0.0)", "tl.where(keys_there | True, dscores, 0.0)",
+        "not_there or cross",
+    ),
+    Mutant(
+        "varlen_attention", "dq of a sample's last rows goes to its neighbour",
+        "varlen_attention_backward.py", "dq_rows = describe(dq, H, end,",
+        "dq_rows = describe(dq, H, Tq,", "neighbours_nan",
+    ),
+    Mutant(
         "velocity_loss", "a sample takes its neighbour's first row", "velocity_loss.py",
         "(place >= begin) & (place < end)", "(place >= begin) & (place <= end)", "every_packing",
     ),

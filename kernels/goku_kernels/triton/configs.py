@@ -17,33 +17,44 @@ import torch
 Config = Mapping[str, int]
 
 
-def config(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Config:
-    """Meta-parameters and launch options of `kernel` of operator `op`.
+def find(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Config | None:
+    """Meta-parameters and launch options of `kernel` of operator `op`; None where there are none.
 
     Args:
         op, kernel: names as in configs/<op>.json.
         size: width or head_dim; the row of the smallest size that is not less holds.
         dtype: of the tokens.
         chip: 80, 90 or 100 (see `launch.CHIPS`).
+    """
+    rows = [row for row in _rows(op, kernel, dtype, chip) if row["size"] >= size]
+    values: Config | None = min(rows, key=lambda row: row["size"])["config"] if rows else None
+    return values
+
+
+def config(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Config:
+    """As `find`, where there has to be one.
 
     Raises:
         ValueError: no row for these, with what there is.
     """
-    name = str(dtype).removeprefix("torch.")
-    rows = [
-        row
-        for row in table(op)
-        if row["kernel"] == kernel and name in row["dtypes"] and row["chip"] == chip
-    ]
-    fitting = [row for row in rows if row["size"] >= size]
-    if not fitting:
-        largest = max((row["size"] for row in rows), default=None)
+    found = find(op, kernel, size, dtype, chip)
+    if found is None:
+        name = str(dtype).removeprefix("torch.")
+        largest = max((row["size"] for row in _rows(op, kernel, dtype, chip)), default=None)
         raise ValueError(
             f"{op}: no configuration of its {kernel} kernel for size {size}, {name}, sm_{chip}: "
             f"the largest size there is {largest}"
         )
-    values: Config = min(fitting, key=lambda row: row["size"])["config"]
-    return values
+    return found
+
+
+def _rows(op: str, kernel: str, dtype: torch.dtype, chip: int) -> list[Mapping]:
+    name = str(dtype).removeprefix("torch.")
+    return [
+        row
+        for row in table(op)
+        if row["kernel"] == kernel and name in row["dtypes"] and row["chip"] == chip
+    ]
 
 
 @functools.cache

@@ -1,10 +1,12 @@
-"""Backward of varlen_attention in Triton: three kernels without atomics on gradients.
+"""Backward of varlen_attention in Triton, with equal bits on every run or with fewer products.
 
 With P = exp(S - lse) and dP = dout v^T the gradient of the scores is dS = P * (dP - delta), where
 delta = rowsum(dout * out) - dlse (FlashAttention-2, arXiv 2307.08691, algorithm 2). `delta_kernel`
 computes delta; `gradient_kv_kernel` walks the queries for a block of keys, `gradient_q_kernel` the keys
-for a block of queries. Both recompute S and dP: seven matrix products where one kernel that adds up
-dq by atomics takes five, and equal bits on every run.
+for a block of queries. Both recompute S and dP: seven matrix products, and equal bits on every run.
+
+Given somewhere to add dq up, `gradient_kv_kernel` computes that too: five products, but the blocks of
+keys add to a row of dq in any order, in fp32, so that its last bits vary.
 """
 
 import triton
@@ -45,14 +47,35 @@ def _add_queries(
     dk, dv, k_tile, v_tile, q_tile, dout_tile, lse_rows, delta_rows, log2_scale,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what a block of queries gives to dk (over scale) and dv; scores lie (keys, queries)."""
+    """Add what a block of queries gives to dk (over scale) and dv; scores lie (keys, queries).
+
+    Returns dk, dv and the gradient of the scores.
+    """
     scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     weights = tl.exp2(scores * log2_scale - (lse_rows * LOG2E)[None, :])
     dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
     dscores = weights * (dweights - delta_rows[None, :])
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, dscores
+
+
+@triton.jit
+def _add_rows(
+    x, value, first, start, rows, head, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Add (ROWS, COLUMNS) to rows start, ... of a sample of `rows` rows from row `first` of x (., H, D).
+
+    REDUCE: x is a descriptor that ends with the sample, and the copy engine adds from shared memory.
+    """
+    if REDUCE:
+        x.atomic_add([head, first + start, 0], value.reshape(1, ROWS, COLUMNS))
+    else:
+        r = start + tl.arange(0, ROWS)
+        c = tl.arange(0, COLUMNS)
+        at = x + (first + r).to(tl.int64)[:, None] * (H * D) + head * D + c[None, :]
+        tl.atomic_add(at, value, mask=(r < rows)[:, None] & (c < D)[None, :], sem="relaxed")
 
 
 @triton.jit(
@@ -62,14 +85,17 @@ def _add_queries(
     ]
 )  # fmt: skip
 def gradient_kv_kernel(
-    q, k, v, dout, lse, delta, cu_seqlens_q, cu_seqlens_k, plan, dk, dv,
+    q, k, v, dout, lse, delta, cu_seqlens_q, cu_seqlens_k, plan, dq, dk, dv,
     B: tl.int32, Tq: tl.int64, Tk: tl.int64, q_row: tl.int64, q_head: tl.int64, k_row: tl.int64,
     k_head: tl.int64, v_row: tl.int64, v_head: tl.int64, dout_row: tl.int64, dout_head: tl.int64,
     scale: tl.float32, H: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (Tk, Hk, D): a tile is a block of keys of one sample and key/value head."""
+    """dk, dv (Tk, Hk, D): a tile is a block of keys of one sample and key/value head.
+
+    dq: None, or fp32 (Tq, H, D) of zeros, contiguous, to which dq over scale is added.
+    """
     G: tl.constexpr = H // HK
     q_row, q_head = q_row * ALIGN, q_head * ALIGN
     k_row, k_head = k_row * ALIGN, k_head * ALIGN
@@ -79,6 +105,8 @@ def gradient_kv_kernel(
     plan += 2 * B + 3
     k = describe(k, HK, Tk, k_head, k_row, D, KEYS, COLUMNS, TMA)
     v = describe(v, HK, Tk, v_head, v_row, D, KEYS, COLUMNS, TMA)
+    # Where dq is asked for, keys past the sample's end meet in its sums.
+    LAST: tl.constexpr = "any" if dq is None else "zero"
     total = tl.load(plan + 1 + B) * HK
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), disable_licm=True):
         sample, block, group, _ = find_tile(plan, B, tile, HK, 1)
@@ -87,17 +115,20 @@ def gradient_kv_kernel(
         m_rows = tl.where(sample < B, m_rows, 0)
         n_first = block * KEYS
         k_tile = load_tile(
-            k, k_first, n_first, n_rows, group, k_head, k_row, D, KEYS, COLUMNS, TMA, "any"
+            k, k_first, n_first, n_rows, group, k_head, k_row, D, KEYS, COLUMNS, TMA, LAST
         )
         v_tile = load_tile(
             v, k_first, n_first, n_rows, group, v_head, v_row, D, KEYS, COLUMNS, TMA, "any"
         )
+        keys_there = (n_first + tl.arange(0, KEYS) < n_rows)[:, None]
         dk_tile = tl.zeros((KEYS, COLUMNS), tl.float32)
         dv_tile = tl.zeros((KEYS, COLUMNS), tl.float32)
         # These descriptors end with the sample: the hardware fills up the last block with zeros.
         end = q_first + m_rows
         q_rows = describe(q, H, end, q_head, q_row, D, QUERIES, COLUMNS, TMA)
         dout_rows = describe(dout, H, end, dout_head, dout_row, D, QUERIES, COLUMNS, TMA)
+        if dq is not None:
+            dq_rows = describe(dq, H, end, D, H * D, D, QUERIES, COLUMNS, REDUCE)
         BOUND: tl.constexpr = None if TMA else "zero"
         r = tl.arange(0, QUERIES)
         for member in range(G):
@@ -117,10 +148,18 @@ def gradient_kv_kernel(
                 there = start + r < m_rows
                 lse_rows = tl.load(lse_base + start + r, mask=there, other=float("inf"))
                 delta_rows = tl.load(delta_base + start + r, mask=there, other=0.0)
-                dk_tile, dv_tile = _add_queries(
+                dk_tile, dv_tile, dscores = _add_queries(
                     dk_tile, dv_tile, k_tile, v_tile, q_tile, dout_tile, lse_rows, delta_rows,
                     log2_scale, PRECISION,
                 )  # fmt: skip
+                if dq is not None:
+                    # Of keys that are not there it may be infinite: their weight is exp(0 - lse).
+                    dscores = tl.where(keys_there, dscores, 0.0).to(k_tile.dtype)
+                    dq_tile = tl.dot(tl.trans(dscores), k_tile, input_precision=PRECISION)
+                    _add_rows(
+                        dq_rows, dq_tile, q_first, start, m_rows, head, H, D, QUERIES, COLUMNS,
+                        REDUCE,
+                    )  # fmt: skip
         out_row: tl.constexpr = HK * D
         base = k_first.to(tl.int64) * out_row + group * D
         store_rows(dk + base, dk_tile * scale, n_first, n_rows, out_row, D, KEYS, COLUMNS)

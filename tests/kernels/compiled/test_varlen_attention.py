@@ -7,6 +7,7 @@ import torch
 
 from goku_kernels.triton import varlen_attention as kernels
 from goku_kernels.triton.compiling import compile_launch
+from goku_kernels.triton.configs import find
 from goku_kernels.triton.launch import CHIPS, Recorder
 
 # One register saved and read once or twice; the loops over keys and queries stay free of it.
@@ -46,6 +47,50 @@ def launches(chip):
 def forward_of(chip, name):
     case = dict(kernels.shipped(chip))[name]
     return next(x for x in record(chip, case) if x.kernel.fn.__name__ in FORWARD)
+
+
+def gradients(chip, size, *, dtype=torch.bfloat16, **options):
+    """What the backward launches for heads of `size`."""
+    qkv = torch.empty((64, 24, size), dtype=dtype, device="meta")
+    q, k, v = qkv.chunk(3, dim=1)
+    cu = torch.empty(4, dtype=torch.int32, device="meta")
+    lse = torch.empty((8, 64), dtype=torch.float32, device="meta")
+    recorder = Recorder(chip)
+    kernels.backward(q, q, k, v, q, lse, None, cu, cu, 0.125, run=recorder, **options)
+    return recorder.launches
+
+
+def test_all_gradients_at_once_where_their_bits_may_vary():
+    names = {
+        (chip, deterministic): [
+            x.kernel.fn.__name__ for x in gradients(chip, 64, deterministic=deterministic)
+        ]
+        for chip in CHIPS for deterministic in (False, True)
+    }  # fmt: skip
+    both = ["delta_kernel", "plan_kernel", "gradient_kv_kernel", "gradient_q_kernel"]
+    for (chip, deterministic), found in names.items():
+        assert found == (both[:-1] if chip == 90 and not deterministic else both)
+    # fp32 has no such configuration, and without being asked nobody gets other bits.
+    assert len(gradients(90, 64, dtype=torch.float32, deterministic=False)) == len(both)
+    assert len(gradients(90, 64)) == len(both)
+
+
+@pytest.mark.parametrize("reduce", [0, 1])
+@pytest.mark.parametrize("size", [64, 72, 128])
+def test_dq_is_added_up_by_wide_atomics_or_by_the_copy_engine(size, reduce):
+    row = dict(find("varlen_attention", "gradient", size, torch.bfloat16, 90))
+    others = {
+        name: find("varlen_attention", name, size, torch.bfloat16, 90)
+        for name in ("delta", "gradient_q")
+    }
+    override = {**others, "gradient": row | {"reduce": reduce}}
+    launch = gradients(90, size, deterministic=False, override=override)[-1]
+    report = compile_launch(launch, 90)
+    assert (report.kernel, report.tensor_core) == ("gradient_kv_kernel", "HGMMA")
+    assert report.spill_bytes <= SPILLS_ALLOWED
+    assert ("cp.reduce.async.bulk.tensor" in report.asm["ptx"]) == bool(reduce)
+    # Four channels at a time: one by one they would be four times the instructions.
+    assert ("ADD.F32x4" in report.asm["sass"]) == (not reduce)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -107,7 +152,11 @@ def test_another_pack_takes_no_other_kernel():
         cu = torch.empty(samples + 1, dtype=torch.int32, device="meta")
         recorder = Recorder(90)
         out, lse = kernels.forward(q, k, v, cu, cu, 0.125, run=recorder)
-        kernels.backward(out, q, k, v, out, lse, None, cu, cu, 0.125, run=recorder)
+        for deterministic in (True, False):
+            kernels.backward(
+                out, q, k, v, out, lse, None, cu, cu, 0.125, run=recorder,
+                deterministic=deterministic,
+            )  # fmt: skip
         return [
             {
                 p.name: launch.arguments[p.name]
