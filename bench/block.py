@@ -8,30 +8,29 @@ kernels one after the other would take; nothing overlaps in it and no launch cos
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import harness, timing
+from bench import block_traffic, harness, timing
 from bench.block_attention import SavingAttention
+from bench.block_compile import compile_whole, for_any_pack
 from bench.cases import REFUSALS, Absent, Results, draw_normal, judge, needs_triton, packing
 from bench.packs import TEXT_TOKENS, Pack, packs
 from bench.peers import LIBRARIES, needs_cuda
 from goku.flops import block_training_flops, named_peak
 from goku.model import PRESETS, GokuBlock, KernelConfig, ModelConfig
 from goku.model.initialise import initialise
-from goku_kernels import (
-    Packing,
-    adaln_modulate_bytes,
-    qk_norm_rope_bytes,
-    varlen_attention_flops,
-)
+from goku_kernels import Packing, varlen_attention_flops
 
 OPERATOR = "block"
 SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py",
-           "bench/block_attention.py", "bench/timing.py")  # fmt: skip
+           "bench/block_attention.py", "bench/block_compile.py", "bench/block_traffic.py",
+           "bench/timing.py")  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -41,23 +40,28 @@ class Kind(NamedTuple):
     compiled: whether torch.compile takes the block.
     saves: whether torch's varlen_attn stands in for our attention, whose torch backend keeps nothing
         of its forward and runs it again in the backward.
+    deterministic: whether attention's gradients have equal bits on every run, as Goku trains. Never
+        the reference's, whose deterministic attention holds a matrix of all pairs of tokens.
     """
 
     backend: Literal["torch", "triton"]
     compiled: bool = False
     saves: bool = False
+    deterministic: bool = False
 
 
 PEERS = {
     "eager": Kind("torch"),
+    "goku fused": Kind("triton", deterministic=True),
+    "goku fused, dq by atomics": Kind("triton"),
     "eager, varlen_attn": Kind("torch", saves=True),
-    "torch.compile": Kind("torch", compiled=True),
+    "goku fused, torch.compile": Kind("triton", compiled=True, deterministic=True),
     "torch.compile, varlen_attn": Kind("torch", compiled=True, saves=True),
-    "goku fused": Kind("triton"),
-    "goku fused, torch.compile": Kind("triton", compiled=True),
+    "torch.compile": Kind("torch", compiled=True),
 }
 _SAVES = "attention is torch.nn.attention.varlen's, which keeps what its backward needs"
 _REPEATS = "attention's forward is run again in its backward"
+_COMPILED = "compiled for packs of any size"
 MIXED, PLAIN = "bfloat16 autocast over float32", "bfloat16"
 
 
@@ -86,15 +90,30 @@ class Setting:
 
 
 def settings(device_type: str) -> Iterator[Setting]:
-    """What is measured on a device of this type."""
+    """What is measured on a device of this type, the most telling first: packs as Goku trains on."""
     cuda = device_type == "cuda"
     for preset in ("goku-2b", "goku-8b") if cuda else ("tiny",):
-        for pack in packs(device_type):
-            # A 220K pack leaves no room for the eager block of the 8B model on 80 GB.
-            if "220K" not in pack.name and (not cuda or pack.name != "16K, one clip"):
-                yield Setting(preset, pack, MIXED)
-                if "mixed" in pack.name:
-                    yield Setting(preset, pack, PLAIN)
+        for dtype in (MIXED, PLAIN):
+            for pack in sorted(packs(device_type), key=lambda pack: "mixed" not in pack.name):
+                # A 220K pack leaves no room for the eager block of the 8B model on 80 GB.
+                fits = "220K" not in pack.name and (not cuda or pack.name != "16K, one clip")
+                if fits and (dtype == MIXED or "mixed" in pack.name):
+                    yield Setting(preset, pack, dtype)
+
+
+def passes(device_type: str) -> Iterator[tuple[Setting, Sequence[str]]]:
+    """Settings and the peers to measure of each, in the order in which a GPU's time is spent.
+
+    Compiling takes most of it. So first all settings without, then with our kernels compiled and
+    the stronger baseline, then with every peer; what was measured before is measured again beside
+    the others, which costs little.
+    """
+    plain = [name for name, kind in PEERS.items() if not kind.compiled]
+    strong = [name for name, kind in PEERS.items() if kind.saves or kind.backend == "triton"]
+    groups = (plain, ["eager", *strong], list(PEERS)) if device_type == "cuda" else (list(PEERS),)
+    for names in groups:
+        for setting in settings(device_type):
+            yield setting, names
 
 
 # ---- what is run ----
@@ -129,27 +148,38 @@ class Batch:
         text = draw_normal(generator, text_places.total, setting.config.text_dim, dtype=low)
         return cls(x.requires_grad_(), c.requires_grad_(), text, gradient, places, text_places)
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the block is given."""
+        offsets = (self.packing.cu_seqlens, self.text_packing.cu_seqlens)
+        return self.x, self.c, self.text, self.packing.grid_sizes, *offsets
+
 
 def make_block(
-    setting: Setting, device: torch.device, backend: Literal["torch", "triton"]
-) -> GokuBlock:
-    """A block with open gates: shut ones would cost the same but hide mistakes.
+    setting: Setting, device: torch.device, backend: Literal["torch", "triton"],
+    deterministic: bool,
+) -> GokuBlock:  # fmt: skip
+    """A block with open gates: shut ones would cost the same but hide mistakes."""
+    kernels = KernelConfig(backend=backend, deterministic=deterministic)
+    stored = torch.float32 if setting.dtype == MIXED else torch.bfloat16
+    with torch.device("meta"):
+        block = GokuBlock(setting.config, kernels).to(stored)
+        block.norm1.float()  # the modulation stays fp32, as the operators' mixed case has it
+    block.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(_parameters(setting.preset)[name])
+    return block
 
-    Our kernels run as Goku trains, deterministically; the reference as fast as it can, since its
-    deterministic attention holds a matrix of all pairs of tokens.
-    """
-    kernels = KernelConfig(backend=backend, deterministic=backend == "triton")
-    block = GokuBlock(setting.config, kernels)
+
+@functools.lru_cache(maxsize=1)
+def _parameters(preset: str) -> Mapping[str, Tensor]:
+    """Of every block of this size, bf16: the same numbers in every precision, drawn once (seconds)."""
+    block = GokuBlock(PRESETS[preset])
     initialise(block, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         block.norm1.linear.weight.normal_(std=0.02, generator=generator)
-        for parameter in block.parameters():
-            parameter.copy_(parameter.bfloat16())  # the same numbers in every precision
-    stored = torch.float32 if setting.dtype == MIXED else torch.bfloat16
-    block.to(device, stored)
-    block.norm1.float()  # the modulation stays fp32, as the operators' mixed case has it
-    return block
+    return {name: x.detach().bfloat16() for name, x in block.named_parameters()}
 
 
 def make_peer(name: str, setting: Setting, device: torch.device) -> GokuBlock:
@@ -164,11 +194,11 @@ def make_peer(name: str, setting: Setting, device: torch.device) -> GokuBlock:
     attend = LIBRARIES["torch varlen_attn"]() if kind.saves else None
     if attend is not None:
         needs_cuda(device)
-    block = make_block(setting, device, kind.backend)
+    block = make_block(setting, device, kind.backend, kind.deterministic)
     if attend is not None:
         SavingAttention.replace(block, attend)
     if kind.compiled:
-        block.compile()
+        compile_whole(block)
     return block
 
 
@@ -216,39 +246,10 @@ def truth(setting: Setting, batch: Batch) -> Results:
 
 
 def memory_bytes(setting: Setting) -> float:
-    """Least traffic of a block's memory-bound operators, forward and backward.
-
-    adaLN, three gated residuals, both QK-norms (text keys are normed, not rotated) and the FFN's
-    GELU, whose input is read and output written, and in the backward two read and one written.
-    """
-    config, tokens = setting.config, setting.pack.tokens
-    elements = tokens * config.dim
-    text = sum(setting.text_lengths)
+    """Least traffic of the block's memory-bound operators, forward and backward."""
     stream = 4 if setting.dtype == MIXED else 2
-    heads = {"heads": config.heads, "head_dim": config.head_dim, "itemsize": 2}
-    total = 0
-    for backward in (False, True):
-        total += adaln_modulate_bytes(tokens, config.dim, itemsize=stream, backward=backward)
-        for gated, normed in ((True, True), (False, True), (True, False)):
-            total += elements * _residual_bytes(stream, gated, normed, backward)
-        total += qk_norm_rope_bytes(tokens, tokens, **heads, backward=backward)
-        total += qk_norm_rope_bytes(tokens, text, **heads, backward=backward)
-        total += tokens * config.mlp_dim * 2 * (3 if backward else 2)
-    return total
-
-
-def _residual_bytes(stream: int, gated: bool, normed: bool, backward: bool) -> int:
-    """Least traffic of one residual sum per element; its branch is bf16, the rest `stream` bytes.
-
-    Without a norm behind it there is one output, whose gradient is the residual's as it is.
-    """
-    branch = 2
-    if not backward:  # residual and branch read, the sum and what is normed of it written
-        return stream + branch + stream * (2 if normed else 1)
-    # Read: gradients of the outputs, the sum for its norm, the branch for its gate. Written: the
-    # gradients of residual and branch.
-    read = stream * (3 if normed else 1) + (branch if gated else 0)
-    return read + (stream if normed else 0) + branch
+    text = sum(setting.text_lengths)
+    return block_traffic.memory_bytes(setting.config, setting.pack.tokens, text, stream)
 
 
 def attention_flops(setting: Setting) -> float:
@@ -262,17 +263,19 @@ def attention_flops(setting: Setting) -> float:
 
 
 def attention_rate(
-    setting: Setting, records: Sequence[Mapping[str, Any]], device_name: str
+    setting: Setting, records: Sequence[Mapping[str, Any]], device_name: str, deterministic: bool
 ) -> float | None:
     """FLOP/s of our attention, forward and backward together, as measured on this pack and chip.
 
-    None unless both directions were measured with the sources as they are now.
+    deterministic: with the backward of equal bits. None unless both directions were measured with the
+    sources as they are now.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for record in harness.newest(records):
         wanted = {
             "name": "varlen_attention", "case": setting.preset, "pack": setting.pack.name,
-            "peer": "goku triton", "status": "measured",
+            "peer": f"goku triton{', deterministic' if deterministic else ''}",
+            "status": "measured",
         }  # fmt: skip
         here = record["hardware"]["device"] == device_name
         if here and all(record[k] == v for k, v in wanted.items()) and not harness.is_stale(record):
@@ -312,7 +315,10 @@ def measure(
     records: rows measured before; the attention's rate is looked for among them.
     """
     device_name = harness.hardware(device)["device"]
-    prediction = expected(setting, ceilings, attention_rate(setting, records, device_name))
+    predictions = {
+        flag: expected(setting, ceilings, attention_rate(setting, records, device_name, flag))
+        for flag in (False, True)
+    }
 
     def row(name: str, **more: Any) -> harness.Row:
         return harness.Row(
@@ -337,7 +343,8 @@ def measure(
         status, note = "measured", ""
         try:
             module = make_peer(name, setting, device)
-            got = {key: x.detach() for key, x in results(module, batch, setting).items()}
+            with for_any_pack(batch.tensors()) if PEERS[name].compiled else nullcontext():
+                got = {key: x.detach() for key, x in results(module, batch, setting).items()}
         except Absent as reason:
             status, note = "absent", str(reason)
         except REFUSALS as error:
@@ -366,14 +373,15 @@ def measure(
     found = timing.interleaved(calls, device, seconds=seconds)
     for name, timed in found.items():
         extra: dict[str, Any] = {"tokens_per_s": setting.pack.tokens / timed.median_ms * 1e3}
-        extra |= prediction
+        extra |= predictions[PEERS[name].deterministic]
         if device.type == "cuda":
             extra["peak_memory_bytes"] = peaks[name]
             peak = named_peak(device_name)
             if peak is not None:
                 extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
         kind = PEERS[name]
-        note = _SAVES if kind.saves else _REPEATS if kind.backend == "torch" else ""
+        notes = [_SAVES if kind.saves else _REPEATS] if kind.backend == "torch" else []
+        note = "; ".join([*notes, _COMPILED] if kind.compiled else notes)
         yield row(name, timing=timed, extra=extra, note=note)
 
 

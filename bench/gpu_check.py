@@ -12,7 +12,8 @@
 Needs torch, triton, numpy and pytest, no installation. Resumable: a step that went well with these
 sources on this GPU, as `gpu_check.json` in the folder of results says, is not done again, and a
 benchmark that was stopped goes on with what it had not measured; --fresh does everything again. The
-folder then holds that file and one of rows for each of the benchmarks.
+folder then holds that file, `gpu_check.log` with what every step said, and one of rows for each
+benchmark: no more than 8 after any one part.
 
 Exit codes: 0 all well, 1 a step failed, 2 wrong arguments, 3 no GPU on this machine.
 """
@@ -35,6 +36,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 460.0  # for all steps of one part together: under 8 minutes
 STATUS = "gpu_check.json"
+LOG = "gpu_check.log"  # what every step said
+LOG_CHARACTERS, SHOWN_CHARACTERS = 200_000, 6_000  # of one step, in the log and here
 PARTS = ("correctness", "memory", "attention", "block", "step")
 
 # Of each part: benchmark, and the seconds it may take. A benchmark begins nothing new when its time
@@ -49,7 +52,8 @@ BENCHMARKS = {
     "step": {"step": 280.0},
 }  # fmt: skip
 MARGIN = 25.0
-BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 400.0, 120.0
+BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 240.0, 120.0
+HANG_SECONDS = 120  # one test that takes longer (a kernel that waits for ever) ends its file
 # Of which the clip itself may take half: its attention grows with the square of what the card holds.
 LONGEST_SECONDS = 180.0
 # What the steps of `correctness` depend on.
@@ -89,8 +93,9 @@ def build_command() -> list[str] | None:
 
 
 def test_files() -> list[Path]:
-    """The test files of tests/gpu."""
-    return sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    """The test files of tests/gpu, those of the block behind those of its parts."""
+    found = (ROOT / "tests" / "gpu").glob("test_*.py")
+    return sorted(found, key=lambda path: (path.stem == "test_block", path.name))
 
 
 def test_command(*paths: Path) -> list[str]:
@@ -102,9 +107,13 @@ def test_command(*paths: Path) -> list[str]:
     folder = ROOT / "tests" / "gpu"
     quiet = ["-q", "-ra", "--import-mode=importlib", "-p", "no:cacheprovider"]
     alone = ["-c", os.devnull, "--rootdir", str(ROOT), "--confcutdir", str(folder)]
-    marker = ["-o", "markers=gpu: needs an accelerator"]
+    marker = ["-o", "markers=gpu: needs an accelerator\nxdist_group: tests that one process runs"]
+    hang = ["-o", f"faulthandler_timeout={HANG_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
+    # Two processes where pytest can: half of a file's time compiles kernels. Tests that want much
+    # of the GPU's memory are a group, which one of them runs alone.
+    two = ["-n", "2", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     chosen = [str(path) for path in paths or (folder,)]
-    return [sys.executable, "-m", "pytest", *quiet, *alone, *marker, *chosen]
+    return [sys.executable, "-m", "pytest", *quiet, *alone, *marker, *hang, *two, *chosen]
 
 
 def steps(part: str, out: Path, fresh: bool) -> Iterator[Step]:
@@ -130,18 +139,45 @@ def steps(part: str, out: Path, fresh: bool) -> Iterator[Step]:
         yield Step("longest", [sys.executable, "-m", "bench.longest", *clip], LONGEST_SECONDS)
 
 
-def run_step(name: str, command: Sequence[str], seconds: float) -> bool:
-    """Run one step in the repository's root; False if it fails or takes longer than `seconds`."""
+def run_step(name: str, command: Sequence[str], seconds: float, out: Path) -> bool:
+    """Run one step in the repository's root; False if it fails or takes longer than `seconds`.
+
+    What it says goes to the log in `out`, and when it has ended to the standard output: each time
+    its beginning and its end, if it says much.
+    """
     print(f"== {name}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    try:
-        code = subprocess.run(command, cwd=ROOT, env=environment(), timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"== {name}: stopped after {seconds:.0f} s", flush=True)
-        return False
-    took = time.monotonic() - began
-    print(f"== {name}: {'well' if code == 0 else f'exit code {code}'}, {took:.0f} s", flush=True)
+    with (out / LOG).open("a+b") as log:
+        log.write(f"== {name}\n".encode())
+        log.flush()
+        start = log.tell()
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment(), timeout=seconds, stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code, ended = 1, f"stopped after {seconds:.0f} s"
+        else:
+            took = time.monotonic() - began
+            ended = f"{'well' if code == 0 else f'exit code {code}'}, {took:.0f} s"
+        log.seek(start)
+        said = log.read().decode("utf-8", "replace")
+        log.truncate(start)
+        log.write(f"{shortened(said, LOG_CHARACTERS)}\n== {name}: {ended}\n\n".encode())
+    print(shortened(said, SHOWN_CHARACTERS))
+    print(f"== {name}: {ended}", flush=True)
     return code == 0
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`, or `most` of its characters: a quarter from its beginning, the rest from its end."""
+    if len(text) <= most:
+        return text.strip("\n")
+    head, tail = most // 4, most - most // 4
+    left = len(text) - head - tail
+    return f"{text[:head]}\n[{left} characters are left out]\n{text[-tail:]}".strip("\n")
 
 
 def run_part(part: str, out: Path, device: str, *, fresh: bool, sources: str) -> list[str]:
@@ -166,7 +202,7 @@ def run_part(part: str, out: Path, device: str, *, fresh: bool, sources: str) ->
         if left <= 1:
             print(f"== {step.name}: no time is left; call again to go on")
             failed.append(step.name)
-        elif run_step(step.name, step.command, min(step.seconds, left)):
+        elif run_step(step.name, step.command, min(step.seconds, left), out):
             if step.known:
                 write_status(out, step.name, {"sources_sha256": sources, "device": device})
         else:

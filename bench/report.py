@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 NOT_MEASURED = "not measured"
 STALE = "\u2020"
-OURS = {"block": ("goku fused", "goku fused, torch.compile")}
+OURS = {"block": tuple(name for name, kind in block.PEERS.items() if kind.backend == "triton")}
 _OURS_DEFAULT = ("goku triton",)
 
 HEAD = """\
@@ -62,8 +62,9 @@ NOTES = {
         "Forward and backward of one block. % is of the matrix product's ceiling, MFU of the data "
         "sheet's peak; FLOPs from `goku/flops.py`, nothing recomputed, no gradient of the text. "
         "Expected: matrix products, attention and memory-bound operators one after the other, each "
-        "at its ceiling. Ours runs deterministically, as Goku trains; eager and torch.compile take "
-        "torch's faster attention, whose backward is not. Within our operator that attention runs "
+        "at its ceiling. Ours runs deterministically, as Goku trains, but where it says that dq is added "
+        "up by atomics; eager and torch.compile take torch's faster attention, whose backward is not. "
+        "The fastest of ours is shown. Within our operator that attention runs "
         "its forward again in the backward; the peers with varlen_attn call "
         "torch.nn.attention.varlen in its place, which keeps what its backward needs. Peak memory is "
         "what one step allocates beside what was there before."
@@ -236,7 +237,7 @@ def summary(shown: Shown, name: str, groups: Sequence[tuple[str, str, str, str]]
     head = ["GPU", "case", "pack", "dtype", "direction", "ours ms", f"{unit}/s", "% of ceiling",
             "best peer", "its ms", "ratio"]  # fmt: skip
     if name == "block":
-        head += ["expected ms", "tokens/s", "MFU", "peak memory"]
+        head += ["of ours", "expected ms", "expected / ours", "tokens/s", "MFU", "peak memory"]
     lines = []
     for device in devices(shown) or ["-"]:
         for group in groups:
@@ -269,11 +270,13 @@ def summary(shown: Shown, name: str, groups: Sequence[tuple[str, str, str, str]]
 
 def _block_cells(ours: Record | None) -> list[str]:
     if ours is None:
-        return [NOT_MEASURED] * 4
+        return [NOT_MEASURED] * 6
     extra = ours["extra"]
     mfu, peak = extra.get("mfu"), extra.get("peak_memory_bytes")
     return [
+        ours["peer"].removeprefix("goku fused").removeprefix(", ") or "eager",
         f"{extra['expected_ms']:.2f} ({extra['attention_rate']})",
+        f"{extra['expected_ms'] / ours['median_ms']:.2f}",
         f"{extra['tokens_per_s']:,.0f}",
         "unknown peak" if mfu is None else f"{100 * mfu:.1f}%",
         NOT_MEASURED if peak is None else f"{peak / 2**30:.2f} GiB",

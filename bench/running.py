@@ -76,8 +76,8 @@ def works(name: str, options: Options) -> Iterator[Work]:
     """All problems of benchmark `name` that `options` ask for."""
     kind = options.device.type
     if name == block.OPERATOR:
-        names = options.chosen(list(block.PEERS))
-        for setting in block.settings(kind):
+        for setting, peers_of in block.passes(kind):
+            names = options.chosen(peers_of)
             if options.wants(setting.preset, setting.pack.name, setting.dtype):
                 key = (setting.preset, setting.pack.name, setting.dtype)
                 yield Work(key, block.SOURCES, names, partial(_block, setting, names, options))

@@ -43,7 +43,7 @@ SOURCES = (
     "goku/model", "goku/flow.py", "goku/optimizer.py", "goku/flops.py", "goku/step_memory.py",
     "goku/activation_bytes.py", "kernels/goku_kernels", "runtime/goku_runtime/activation_checkpoint.py",
     "runtime/goku_runtime/sharding.py", "bench/step.py", "bench/step_profile.py", "bench/block.py",
-    "bench/timing.py",
+    "bench/block_traffic.py", "bench/timing.py",
 )  # fmt: skip
 ATOMICS = "dq by atomics"
 # Loss and norm of the gradient of two ways to compute a step: bf16 products, summed over thousands of tokens.
@@ -325,7 +325,10 @@ def _measured(
     timed = timing.time_calls(lambda: run.step(batch), device, seconds=seconds, warm_up=2)
     name = harness.hardware(device)["device"]
     rate = block.attention_rate(
-        block.Setting(setting.preset, setting.pack, block.MIXED), records, name
+        block.Setting(setting.preset, setting.pack, block.MIXED),
+        records,
+        name,
+        setting.deterministic,
     )
     extra: dict[str, Any] = {
         "tokens_per_s": setting.pack.tokens / timed.median_ms * 1e3,

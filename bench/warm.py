@@ -108,8 +108,9 @@ def warm_one(work: Work) -> Done:
                     tests(work.op)[work.index]()
             else:
                 setting = block.Setting(*BLOCKS[work.index])
-                made = block.make_block(setting, torch.device("cpu"), "triton")
-                block.step(made, block.Batch.draw(setting, torch.device("cpu"), 0), setting)
+                for deterministic in (False, True):
+                    made = block.make_block(setting, torch.device("cpu"), "triton", deterministic)
+                    block.step(made, block.Batch.draw(setting, torch.device("cpu"), 0), setting)
         except cases.REFUSALS as error:
             return Done(len(fresh), f"{type(error).__name__}: {error}"[:200])
     return Done(len(fresh), seconds=time.perf_counter() - began)

@@ -4,15 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import block, harness, timing
 from bench.block_attention import SavingAttention
+from bench.block_compile import compile_whole, for_any_pack
+from bench.block_traffic import residual_bytes
 from bench.packs import Pack
 from goku.flops import block_training_flops
 from goku.model import PRESETS
-from goku_kernels import FLOP_FORMULAS, gated_residual_adaln_bytes, varlen_attention
+from goku_kernels import FLOP_FORMULAS, gated_residual_adaln_bytes, reference, varlen_attention
 
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings(
@@ -55,14 +58,14 @@ def test_residual_sums_move_what_they_need():
     # all of one width and with everything: the operator's own count
     for backward in (False, True):
         whole = gated_residual_adaln_bytes(1, 1, itemsize=2, backward=backward)
-        assert block._residual_bytes(2, True, True, backward) == whole
+        assert residual_bytes(2, True, True, backward) == whole
     # fp32 stream, bf16 branch: 4 + 2 read, 4 written, once more with a norm
-    assert block._residual_bytes(4, True, True, False) == 14
-    assert block._residual_bytes(4, True, False, False) == 10
+    assert residual_bytes(4, True, True, False) == 14
+    assert residual_bytes(4, True, False, False) == 10
     # the norm's sum and two gradients and the branch read, two gradients written
-    assert block._residual_bytes(4, True, True, True) == 20
-    assert block._residual_bytes(4, False, True, True) == 18
-    assert block._residual_bytes(4, True, False, True) == 8
+    assert residual_bytes(4, True, True, True) == 20
+    assert residual_bytes(4, False, True, True) == 18
+    assert residual_bytes(4, True, False, True) == 8
 
 
 def test_nobody_is_judged_where_eager_fails(monkeypatch):
@@ -144,11 +147,14 @@ def test_the_attentions_rate_needs_both_directions_of_this_chip_and_these_source
 
     here = harness.hardware(CPU)["device"]
     records = harness.write([row("forward"), row("backward", work=2e9)], CPU, tmp_path)
-    assert block.attention_rate(SETTING, records, here) == pytest.approx(3e9 / 2e-3)
-    assert block.attention_rate(SETTING, records[:1], here) is None
-    assert block.attention_rate(SETTING, records, "another chip") is None
+    assert block.attention_rate(SETTING, records, here, False) == pytest.approx(3e9 / 2e-3)
+    assert block.attention_rate(SETTING, records, here, True) is None
+    equal = [record | {"peer": "goku triton, deterministic"} for record in records]
+    assert block.attention_rate(SETTING, equal, here, True) == pytest.approx(3e9 / 2e-3)
+    assert block.attention_rate(SETTING, records[:1], here, False) is None
+    assert block.attention_rate(SETTING, records, "another chip", False) is None
     stale = [record | {"sources_sha256": "0"} for record in records]
-    assert block.attention_rate(SETTING, stale, here) is None
+    assert block.attention_rate(SETTING, stale, here, False) is None
 
 
 def test_a_wrong_block_is_found():
@@ -170,6 +176,50 @@ def test_a_wrong_block_is_found():
     }
     assert set(got) == set(exact)
     assert not block.judge(got, same, exact).right
+
+
+def test_a_compiled_block_is_compiled_once_for_all_packs(monkeypatch):
+    """And never runs as plain code under the name of a compiled one, whatever came before it."""
+    # Offsets are read here alone, and their values would be compiled in.
+    monkeypatch.setattr(reference, "readable", lambda index: False)
+    torch.compiler.reset()
+    packs = [((2, 3, 4), (1, 2, 2)), ((1, 5, 5), (2, 2, 2), (1, 3, 3)), ((3, 2, 2),)]
+    settings = [
+        dataclasses.replace(SETTING, pack=Pack(str(i), grids), dtype=dtype)
+        for i, grids in enumerate(packs) for dtype in (block.MIXED, block.PLAIN)
+    ]  # fmt: skip
+    runs = []
+
+    def graphs(count):
+        """Graphs that were compiled for each setting, of another peer every time."""
+        found = []
+        for setting in settings:
+            batch = block.Batch.draw(setting, CPU, 0)
+            module = block.make_peer("eager", setting, CPU)
+            compile_whole(module, count)
+            before = count.frame_count
+            with for_any_pack(batch.tensors()):
+                block.results(module, batch, setting)
+            found.append(count.frame_count - before)
+        return found
+
+    for _ in range(2):
+        count = CompileCounterWithBackend("eager")
+        runs.append(graphs(count))
+    # Each precision once, and again for a pack of one sample.
+    assert runs == [[1, 1, 0, 0, 1, 1]] * 2
+
+
+def test_every_setting_comes_first_without_compiling_and_in_the_end_with_every_peer():
+    gpu = list(block.passes("cuda"))
+    settings, n = list(block.settings("cuda")), len(list(block.settings("cuda")))
+    assert len(set(settings)) == n
+    assert [setting for setting, _ in gpu] == settings * 3
+    assert not any(block.PEERS[name].compiled for _, names in gpu[:n] for name in names)
+    assert all("goku fused" in names for _, names in gpu)
+    assert all(list(names) == list(block.PEERS) for _, names in gpu[2 * n :])
+    assert "mixed" in settings[0].pack.name
+    assert {tuple(names) for _, names in block.passes("cpu")} == {tuple(block.PEERS)}
 
 
 def test_what_is_measured_where():

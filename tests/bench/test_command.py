@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import block, harness, running, step
+from bench import block, gpu_check, harness, running, step
 from bench.packs import Pack
 
 PACKS = (Pack("one", ((1, 2, 3),)), Pack("two", ((1, 2, 2), (2, 1, 1))))
@@ -156,3 +156,18 @@ def test_help_has_examples_and_peers_lists_all():
 
     assert "examples" in said("--help")
     assert "flash-attn 3" in said("peers")
+
+
+def test_it_measures_where_the_native_modules_are_not_built(tmp_path):
+    """As on a GPU machine whose build failed or that was not asked for one."""
+    code = (
+        "import sys; sys.modules['goku_runtime._io'] = None; from bench.__main__ import main; "
+        f"sys.exit(main(['run', 'velocity_loss', '--device', 'cpu', '--only', 'one clip', "
+        f"'--peers', 'eager', '--seconds', '0', '--out', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=harness.ROOT,
+        env=gpu_check.environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "velocity_loss.jsonl").is_file()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,42 @@ def test_the_three_packages_are_found_uninstalled(tmp_path):
     assert done.stdout.count(str(gpu_check.ROOT)) == 3
 
 
-def test_a_step_that_fails_or_hangs_is_a_failure(capfd):
-    assert gpu_check.run_step("good", [sys.executable, "-c", "print('ran')"], 60)
+def test_a_step_that_fails_or_hangs_is_a_failure(capfd, tmp_path):
+    def step(name, code, seconds=60.0):
+        return gpu_check.run_step(name, [sys.executable, "-c", code], seconds, tmp_path)
+
+    assert step("good", "print('ran')")
     assert "ran" in capfd.readouterr().out
-    assert not gpu_check.run_step("bad", [sys.executable, "-c", "raise SystemExit(5)"], 60)
+    assert not step("bad", "raise SystemExit(5)")
     assert "bad: exit code 5" in capfd.readouterr().out
-    assert not gpu_check.run_step(
-        "slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.2
-    )
-    assert "slow: stopped after 0 s" in capfd.readouterr().out
+    slow = "import time; print('began', flush=True); time.sleep(60)"
+    assert not step("slow", slow, 2.0)
+    said = capfd.readouterr().out
+    assert "slow: stopped after 2 s" in said
+    assert "began" in said
+
+
+def test_the_log_keeps_beginning_and_end_of_what_every_step_said(capfd, tmp_path):
+    code = "import sys; [print('line', i) for i in range(100_000)]; sys.exit('the error')"
+    assert not gpu_check.run_step("long", [sys.executable, "-c", code], 60, tmp_path)
+    assert gpu_check.run_step("short", [sys.executable, "-c", "print('fine')"], 60, tmp_path)
+    log = (tmp_path / gpu_check.LOG).read_text(encoding="utf-8")
+    shown = capfd.readouterr().out
+    for text, most in ((log, gpu_check.LOG_CHARACTERS), (shown, gpu_check.SHOWN_CHARACTERS)):
+        assert most < len(text) < most + 300
+        for words in ("line 0\n", "the error\n== long: exit code 1", "fine\n== short: well"):
+            assert words in text
+        assert "line 50000\n" not in text
+
+
+def test_a_test_that_waits_for_ever_ends_its_file_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "HANG_SECONDS", 2)
+    file = tmp_path / "test_hang.py"
+    file.write_text("import time\n\ndef test_hang():\n    time.sleep(100)\n")
+    began = time.monotonic()
+    assert not gpu_check.run_step("hang", gpu_check.test_command(file), 90, tmp_path)
+    assert time.monotonic() - began < 60
+    assert "in test_hang" in (tmp_path / gpu_check.LOG).read_text(encoding="utf-8")
 
 
 # ---- what is run, taken up again and kept ----
@@ -95,6 +123,8 @@ def test_every_benchmark_is_in_one_part_and_each_part_fits():
     for part in gpu_check.BENCHMARKS.values():
         assert sum(part.values()) <= gpu_check.PART_SECONDS
         assert min(part.values()) > gpu_check.MARGIN
+        # A file of rows each, the status and the log.
+        assert len(part) + 2 <= 8
     step = sum(s.seconds for s in gpu_check.steps("step", Path("out"), fresh=False))
     assert step <= gpu_check.PART_SECONDS
 
@@ -124,7 +154,7 @@ def made_up_steps(monkeypatch):
         for name, known in (("good", True), ("bad", True), ("bench/x", False)):
             yield gpu_check.Step(name, [name], 1.0, known)
 
-    def run_step(name, command, seconds):
+    def run_step(name, command, seconds, out):
         ran.append(name)
         return name != "bad"
 

@@ -5,6 +5,7 @@ code in bf16, plus one rounding of the largest value. tests/bench runs the same 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from goku.model import PRESETS, GokuBlock, GokuTransformer, KernelConfig
 from goku.model.initialise import initialise
@@ -53,19 +55,30 @@ def make(config, device, dtype=torch.float32, backend="torch"):
     def draw(*shape):
         return torch.randn(*shape, generator=generator).bfloat16().to(device, dtype)
 
-    block = GokuBlock(config, kernels(backend))
-    initialise(block, 0)
+    with torch.device("meta"):
+        block = GokuBlock(config, kernels(backend)).to(dtype)
+    block.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
-            if name.startswith("norm1") or name == "attn2.o_proj.weight":
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-            parameter.copy_(parameter.bfloat16())
-    block.to(device, dtype)
+            parameter.copy_(parameters(config)[name])
     packing = Packing.from_grids(GRIDS, device=device)
     inputs = [
         draw(packing.total, config.dim), draw(len(GRIDS), config.dim), draw(sum(TEXT), config.text_dim)
     ]  # fmt: skip
     return block, [x.requires_grad_() for x in inputs], draw(packing.total, config.dim)
+
+
+@functools.lru_cache(maxsize=1)
+def parameters(config):
+    """The block's, bf16, by name: drawing Goku-2B's takes two seconds."""
+    generator = torch.Generator().manual_seed(1)
+    block = GokuBlock(config)
+    initialise(block, 0)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if name.startswith("norm1") or name == "attn2.o_proj.weight":
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return {name: x.detach().bfloat16() for name, x in block.named_parameters()}
 
 
 def results(out, block, inputs, gradient):
@@ -112,7 +125,9 @@ def bf16_is_near_fp32(config, device, backend, autocast):
 def fp32_is_near_fp64(config, device, backend):
     exact = plain(config, device, torch.float64)
     same = plain(config, device, torch.float32)
-    got = ours(config, device, torch.float32, backend)
+    # The fused attention of a GPU multiplies fp32 as three products of TF32, which loses more.
+    with sdpa_kernel(SDPBackend.MATH):
+        got = ours(config, device, torch.float32, backend)
     for name, want in exact.items():
         # Twice what plain PyTorch loses in fp32: some gradients, those of the QK-norms' gains first,
         # are sums that cancel to a thousandth of their terms, and lose as many digits in any order.
@@ -183,8 +198,8 @@ def compiled_serves_packs(config, device, backend, count, *, fullgraph, compiler
 # ---- on a GPU ----
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("preset", ["tiny", "goku-2b"])
 def test_bf16_is_no_further_from_fp32_than_twice_plain_bf16(preset, autocast, backend):
     bf16_is_near_fp32(fitting(preset, backend), DEVICE, backend, autocast)
