@@ -21,8 +21,17 @@ Maker = Callable[[str], Function]  # backend -> the operator
 
 def fits(problem: Problem, function: Function, device: torch.device) -> None:
     """Outputs and every gradient obey FlashAttention's rule, sample by sample."""
-    verdict = Truths(problem, problem.draw(device, 0)).verdict(function, problem.reference)
-    assert verdict.right, f"{problem.operator} {problem.case} {problem.pack.name}: {verdict}"
+    all_fit(problem, [function], device)
+
+
+def all_fit(problem: Problem, functions: Sequence[Function], device: torch.device) -> None:
+    """As `fits`, for several ways of computing one operator: the truth, which costs most, is found once."""
+    truths = Truths(problem, problem.draw(device, 0))
+    for i, function in enumerate(functions):
+        verdict = truths.verdict(function, problem.reference)
+        assert verdict.right, (
+            f"{problem.operator} {problem.case} {problem.pack.name} {i}: {verdict}"
+        )
 
 
 def deterministic(problem: Problem, function: Function, device: torch.device, runs: int) -> None:

@@ -57,7 +57,15 @@ HANG_SECONDS = 120  # one test that takes longer (a kernel that waits for ever) 
 # Of which the clip itself may take half: its attention grows with the square of what the card holds.
 LONGEST_SECONDS = 180.0
 # What the steps of `correctness` depend on.
-TESTED = ("kernels/goku_kernels", "goku", "bench", "tests/gpu", "setup.py", "CMakeLists.txt")
+TESTED = (
+    "kernels/goku_kernels",
+    "runtime/goku_runtime",
+    "goku",
+    "bench",
+    "tests/gpu",
+    "setup.py",
+    "CMakeLists.txt",
+)
 _SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".json", ".txt")
 
 

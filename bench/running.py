@@ -8,7 +8,6 @@ a peer of ours was wrong or failed in it.
 from __future__ import annotations
 
 import importlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,13 +82,12 @@ def works(name: str, options: Options) -> Iterator[Work]:
                 yield Work(key, block.SOURCES, names, partial(_block, setting, names, options))
         return
     if name == step.OPERATOR:
-        settings = step.settings(kind)
-        for _, group in itertools.groupby(settings, lambda s: (s.preset, s.pack.name)):
-            policies = [s for s in group if options.chosen([s.name])]
-            if policies and options.wants(policies[0].preset, policies[0].pack.name, block.MIXED):
-                key = (policies[0].preset, policies[0].pack.name, block.MIXED)
-                names = [s.name for s in policies]
-                yield Work(key, step.SOURCES, names, partial(_step, policies, options))
+        truths: dict[tuple[str, str], step.Truth] = {}
+        for one in step.settings(kind):
+            if options.wants(one.preset, one.pack.name, block.MIXED) and options.chosen([one.name]):
+                key = (one.preset, one.pack.name, block.MIXED)
+                work = partial(_step, one, truths, options)
+                yield Work(key, step.SOURCES, [one.name], work)
         return
     module = importlib.import_module(f"bench.{name}")
     peers = [p for p in module.PEERS if options.chosen([p.name])]
@@ -111,11 +109,12 @@ def _block(
 
 
 def _step(
-    settings: Sequence[step.Setting], options: Options, ceilings: timing.Ceilings
-) -> Iterator[harness.Row]:
-    return step.measure(
-        settings, options.device, ceilings, seconds=options.seconds,
-        records=harness.read(options.out),
+    setting: step.Setting, truths: dict[tuple[str, str], step.Truth], options: Options,
+    ceilings: timing.Ceilings,
+) -> Iterator[harness.Row]:  # fmt: skip
+    yield step.measure(
+        setting, options.device, ceilings, seconds=options.seconds,
+        records=harness.read(options.out), truths=truths,
     )  # fmt: skip
 
 

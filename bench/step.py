@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,11 @@ from goku_runtime.activation_checkpoint import apply_activation_checkpointing
 
 OPERATOR = "step"
 SOURCES = (
-    "goku/model", "goku/flow.py", "goku/optimizer.py", "goku/flops.py", "goku/step_memory.py",
-    "goku/activation_bytes.py", "kernels/goku_kernels", "runtime/goku_runtime/activation_checkpoint.py",
-    "runtime/goku_runtime/sharding.py", "bench/step.py", "bench/step_profile.py", "bench/block.py",
-    "bench/block_traffic.py", "bench/timing.py",
+    "goku/model", "goku/parallelize.py", "goku/precision.py", "goku/flow.py", "goku/optimizer.py",
+    "goku/flops.py", "goku/step_memory.py", "goku/activation_bytes.py", "kernels/goku_kernels",
+    "runtime/goku_runtime/activation_checkpoint.py", "runtime/goku_runtime/sharding.py",
+    "bench/step.py", "bench/step_profile.py", "bench/block.py", "bench/packs.py",
+    "bench/policy_runs.py", "bench/block_traffic.py", "bench/timing.py",
 )  # fmt: skip
 ATOMICS = "dq by atomics"
 # Loss and norm of the gradient of two ways to compute a step: bf16 products, summed over thousands of tokens.
@@ -208,6 +210,13 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         return float(loss.detach()), norm
 
+    def prepare(self) -> None:
+        """Make the optimizer's moments, which the first step otherwise does."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self, batch: Batch) -> None:
         """As `goku.trainer` does it, reading the norm back included: a step that is no number is skipped."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -278,42 +287,47 @@ def _computed_again(setting: Setting) -> dict[str, float]:
 # ---- measuring ----
 
 
+Truth = tuple[float, float]  # loss, and norm of the gradient
+
+
 def measure(
-    pack_settings: Sequence[Setting], device: torch.device, ceilings: timing.Ceilings, *,
-    seconds: float, records: Sequence[Mapping[str, Any]] = (),
-) -> Iterator[harness.Row]:  # fmt: skip
-    """Rows of the settings of one pack, one after the other: two models at once would not fit.
+    setting: Setting, device: torch.device, ceilings: timing.Ceilings, *, seconds: float,
+    records: Sequence[Mapping[str, Any]] = (), truths: dict[tuple[str, str], Truth] | None = None,
+) -> harness.Row:  # fmt: skip
+    """The row of one setting.
 
     Loss and norm of the gradient are compared with those of the eager operators that recompute every block.
 
     Args:
         records: rows measured before; the attention's rate is looked for among them.
+        truths: of (preset, pack), found before; what is found is added.
     """
-    first = pack_settings[0]
-    batch = Batch.draw(first, device)
-    room = _room(device)
-    truth: tuple[float, float] | None = None
-    for setting in pack_settings:
-        with torch.device("meta"):
-            count = sum(p.numel() for p in GokuTransformer(setting.config).parameters())
-        needed = setting.memory(count).peak
-        if needed > room:
-            note = f"estimated at {needed / 2**30:.1f} GiB, of which {room / 2**30:.1f} are there"
-            yield row(setting, ceilings, status="absent", note=note)
-            continue
-        try:
-            if truth is None:
-                plain = dataclasses.replace(first, policy="full", backend="torch")
-                truth = Run(plain, device, trained=False).gradients(batch)
-            yield _measured(setting, batch, truth, device, ceilings, seconds, records)
-        except REFUSALS as error:
-            note = f"{type(error).__name__}: {error}"[:400]
-            yield row(setting, ceilings, status="failed", note=note)
-        _release(device)
+    truths = {} if truths is None else truths
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GokuTransformer(setting.config).parameters())
+    needed, room = setting.memory(count).peak, _room(device)
+    estimate = f"estimated at {needed / 2**30:.1f} GiB, of which {room / 2**30:.1f} are there"
+    if needed > room:
+        return row(setting, ceilings, status="absent", note=estimate)
+    key = setting.preset, setting.pack.name
+    try:
+        batch = Batch.draw(setting, device)
+        if key not in truths:
+            plain = dataclasses.replace(setting, policy="full", backend="torch")
+            truths[key] = Run(plain, device, trained=False).gradients(batch)
+            release(device)
+        found = _measured(setting, batch, truths[key], device, ceilings, seconds, records)
+    except torch.OutOfMemoryError:
+        found = row(setting, ceilings, status="absent", note=f"out of memory; {estimate}")
+    except REFUSALS as error:
+        note = f"{type(error).__name__}: {error}"[:400]
+        found = row(setting, ceilings, status="failed", note=note)
+    release(device)  # only here has the error's traceback let go of the model
+    return found
 
 
 def _measured(
-    setting: Setting, batch: Batch, truth: tuple[float, float], device: torch.device,
+    setting: Setting, batch: Batch, truth: Truth, device: torch.device,
     ceilings: timing.Ceilings, seconds: float, records: Sequence[Mapping[str, Any]],
 ) -> harness.Row:  # fmt: skip
     """The row of one setting: right, then timed, then looked into."""
@@ -322,7 +336,6 @@ def _measured(
     if not all(abs(x - y) <= AGREE * abs(y) for x, y in zip(found, truth, strict=True)):
         note = f"loss and norm are {found}, of the eager operators {truth}"
         return row(setting, ceilings, status="wrong", note=note)
-    timed = timing.time_calls(lambda: run.step(batch), device, seconds=seconds, warm_up=2)
     name = harness.hardware(device)["device"]
     rate = block.attention_rate(
         block.Setting(setting.preset, setting.pack, block.MIXED),
@@ -330,17 +343,27 @@ def _measured(
         name,
         setting.deterministic,
     )
+    prediction = expected(setting, run.parameters, ceilings, rate)
+    slow = float(prediction["expected_ms"]) > 1e3 * timing.SLOW_ROUND_SECONDS
+    call: timing.Call = (lambda i: None), (lambda state: run.step(batch))
+    timed = timing.interleaved(
+        {"": call}, device, seconds=seconds, warm_up=1 if slow else 2, min_rounds=1 if slow else 3
+    )[""]
+    where: dict[str, float] = {}
+    most = peak_bytes(
+        lambda: where.update(where_time_goes(lambda: run.step(batch), device)), device
+    )
     extra: dict[str, Any] = {
         "tokens_per_s": setting.pack.tokens / timed.median_ms * 1e3,
         "estimated_memory_bytes": int(setting.memory(run.parameters).peak),
-        **expected(setting, run.parameters, ceilings, rate),
-    }  # fmt: skip
+        **prediction,
+        "where_ms": where,
+    }
     peak = named_peak(name) if device.type == "cuda" else None
     if peak is not None:
         extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
     if device.type == "cuda":
-        extra["peak_memory_bytes"] = peak_bytes(run, batch, device)
-    extra["where_ms"] = where_time_goes(lambda: run.step(batch), device)
+        extra["peak_memory_bytes"] = most
     return row(setting, ceilings, timing=timed, extra=extra)
 
 
@@ -355,11 +378,14 @@ def row(setting: Setting, ceilings: timing.Ceilings, **more: Any) -> harness.Row
     )  # fmt: skip
 
 
-def peak_bytes(run: Run, batch: Batch, device: torch.device) -> int:
-    """The most that one step has allocated on the GPU, weights and optimizer included."""
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most that is allocated on the GPU while `work` runs, what was there before included; 0 on a CPU."""
+    if device.type != "cuda":
+        work()
+        return 0
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run.step(batch)
+    work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 
@@ -371,6 +397,12 @@ def _room(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory - RESERVED_BYTES
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give back the memory of models that nobody holds any more.
+
+    A recomputed block holds itself, through the bound forward that it recomputes: only the collector
+    of cycles frees it.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

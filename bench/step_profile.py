@@ -17,14 +17,16 @@ from torch.autograd import DeviceType
 PHASE = "step: "
 """With what the names of a step's own parts begin."""
 
-# What an operator is counted as by a part of the name of any operator around it, the first that fits.
+# What an operator is counted as by how the name of any operator around it begins, the first that fits.
+# Its beginning, since a node of the backward is named after the operator too: within the first of a
+# block's, the whole block is computed again.
 _OURS = {
-    "varlen_attention": "attention",
-    "qk_norm_rope": "QK-norm and RoPE",
-    "gated_residual_adaln": "adaLN and residuals",
-    "adaln_modulate": "adaLN and residuals",
-    "rectified_flow_noise": "noise and loss",
-    "velocity_loss": "noise and loss",
+    "goku_kernels::varlen_attention": "attention",
+    "goku_kernels::qk_norm_rope": "QK-norm and RoPE",
+    "goku_kernels::gated_residual_adaln": "adaLN and residuals",
+    "goku_kernels::adaln_modulate": "adaLN and residuals",
+    "goku_kernels::rectified_flow_noise": "noise and loss",
+    "goku_kernels::velocity_loss": "noise and loss",
     f"{PHASE}noise": "noise and loss",
     f"{PHASE}loss": "noise and loss",
     f"{PHASE}clip": "clipping",
@@ -55,8 +57,8 @@ CATEGORIES = (
 def category(names: Iterable[str]) -> str:
     """What an operator's work is counted as, by its own name and those of the operators around it, inmost first."""
     around = list(names)
-    for part, found in _OURS.items():
-        if any(part in name for name in around):
+    for begin, found in _OURS.items():
+        if any(name.startswith(begin) for name in around):
             return found
     if around and around[0] in _PRODUCTS:
         return "matrix products"

@@ -178,6 +178,13 @@ class _Runs:
     deterministic = does_not_wait = fits
 
     @staticmethod
+    def all_fit(
+        problem: cases.Problem, functions: Sequence[cases.Function], *rest: Any
+    ) -> None:  # fmt: skip
+        for function in functions:
+            _Runs.fits(problem, function)
+
+    @staticmethod
     def all_of(
         problems: Sequence[cases.Problem], maker: checks.Maker, device: Any, backend: str, **more: Any
     ) -> None:  # fmt: skip

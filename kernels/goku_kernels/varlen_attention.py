@@ -84,7 +84,7 @@ def _backward(
 
         return kernels.backward(
             dout, q, k, v, out, lse, dlse, *cu, softmax_scale, run=launcher(q),
-            deterministic=deterministic,
+            deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     if backend == "flash":
         return flash_attn.backward(
@@ -191,10 +191,10 @@ def varlen_attention(
 
     "triton" takes fp16 and bf16, fp32 where torch allows TF32 (torch.set_float32_matmul_precision
     "high" or "medium": then it multiplies in it), and head_dim 64, 72, 96 and 128; 72 and 96 cost
-    128/72 and 128/96 times their matrix work. Its backward adds dq up by atomics, in fp32 and any
-    order; with deterministic=True (and in fp32 always) it computes the scores twice instead, seven
-    matrix products for five. "flash" is flash-attn 2.7 or newer: fp16 and bf16, no gradient through
-    lse.
+    128/72 and 128/96 times their matrix work. On sm_90 its backward in fp16 and bf16 adds dq up by
+    atomics, in fp32 and any order; elsewhere, with deterministic=True and under
+    torch.use_deterministic_algorithms it computes the scores twice instead, seven matrix products
+    for five. "flash" is flash-attn 2.7 or newer: fp16 and bf16, no gradient through lse.
 
     Args:
         q: (Tq, H, D) floating, unit inner stride.

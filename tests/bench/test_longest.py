@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import longest
+from bench import longest, timing
 from bench.policy_runs import POLICIES
 
 
@@ -43,6 +43,39 @@ def test_what_is_found_fits_and_two_per_cent_more_does_not(
     largest = (room / (1 + wasted) - lasting) / per_token
     if 0.5 * largest < first < 2 * largest and largest > 20 * longest.GRAIN:
         assert len(tried) <= 8
+
+
+def test_it_ends_when_it_is_late() -> None:
+    tried: list[int] = []
+
+    def trial(tokens: int) -> int | None:
+        tried.append(tokens)
+        return 1000 * tokens if tokens < 50_000 else None
+
+    tokens, _ = longest.longest(trial, 10**9, 100_000, is_late=lambda: True)
+    assert tried == [99_840, 49_664]  # what does not fit at all is no result
+    assert tokens == 49_664
+
+
+def test_what_was_found_is_there_before_the_clip_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = timing.Ceilings(
+        timing.Ceiling("matmul", 8e14, "FLOP/s"), timing.Ceiling("copy", 4e12, "byte/s")
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (76 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(longest, "try_tokens", lambda *_: lambda n: 10**5 * n if n < 9e4 else None)
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("fragments")
+
+    monkeypatch.setattr(longest.step, "Run", no_room)
+    device = torch.device("cpu")
+    (row,) = longest.measure("goku-2b", "full", device, ceilings, 1e9)
+    assert row.status == "absent"
+    assert 88_000 < row.extra["longest_tokens"] < 90_000
+    assert "was not run" in row.note
+    # Where it would take too long it is not even built.
+    monkeypatch.setattr(longest.step, "Run", None)
+    assert len(list(longest.measure("goku-2b", "full", device, ceilings, 1.0))) == 1
 
 
 def test_nothing_fits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import weakref
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ SETTING = step.Setting("tiny-test", Pack("two", ((2, 3, 4), (1, 2, 2))), NONE, "
 
 def test_a_row_of_every_policy() -> None:
     settings = [dataclasses.replace(SETTING, policy=name) for name in POLICIES]
-    rows = list(step.measure(settings, CPU, CEILINGS, seconds=0))
+    rows = [step.measure(setting, CPU, CEILINGS, seconds=0) for setting in settings]
     assert [row.peer for row in rows] == list(POLICIES)
     for row in rows:
         assert (row.status, row.note, row.direction) == ("measured", "", "step")
@@ -69,31 +70,74 @@ def test_a_policy_that_computes_something_else_is_wrong(monkeypatch: pytest.Monk
         step.Run, "loss", lambda run, batch: loss(run, batch) * (1.02 if run.setting.policy == NONE else 1)
     )  # fmt: skip
     settings = [dataclasses.replace(SETTING, policy=name) for name in (NONE, "full")]
-    wrong, right = step.measure(settings, CPU, CEILINGS, seconds=0)
+    wrong, right = (step.measure(one, CPU, CEILINGS, seconds=0) for one in settings)
     assert (wrong.status, right.status) == ("wrong", "measured")
     assert "of the eager operators" in wrong.note
 
 
 def test_what_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "_room", lambda device: 1000.0)
-    (row,) = step.measure([SETTING], CPU, CEILINGS, seconds=0)
+    row = step.measure(SETTING, CPU, CEILINGS, seconds=0)
     assert row.status == "absent"
     assert row.note.startswith("estimated at 0.")
 
 
-def test_a_failure_is_told_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients = step.Run.gradients
-
+@pytest.mark.parametrize(
+    ("error", "status", "note"),
+    [
+        (RuntimeError("no kernel for it"), "failed", "RuntimeError: no kernel for it"),
+        (torch.OutOfMemoryError("no room"), "absent", "out of memory; estimated at 0.0 GiB"),
+    ],
+)
+def test_a_failure_is_told(
+    error: Exception, status: str, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(run: step.Run, batch: step.Batch) -> tuple[float, float]:
-        if run.setting.policy == NONE:
-            raise torch.OutOfMemoryError("no room for it")
-        return gradients(run, batch)
+        raise error
 
     monkeypatch.setattr(step.Run, "gradients", failing)
-    settings = [dataclasses.replace(SETTING, policy=name) for name in (NONE, "full")]
-    failed, right = step.measure(settings, CPU, CEILINGS, seconds=0)
-    assert (failed.status, right.status) == ("failed", "measured")
-    assert failed.note == "OutOfMemoryError: no room for it"
+    row = step.measure(SETTING, CPU, CEILINGS, seconds=0)
+    assert row.status == status
+    assert row.note.startswith(note)
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_setting_leaves_nothing_behind(
+    policy: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that is recomputed holds itself; the next setting needs its memory."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    initial = step._initial
+
+    def seen(*arguments: Any) -> torch.Tensor:
+        value = initial(*arguments)
+        made.append(weakref.ref(value.untyped_storage()))
+        return value
+
+    monkeypatch.setattr(step, "_initial", seen)
+    if fails:
+        monkeypatch.setattr(step.Run, "step", lambda *_: exec('raise RuntimeError("broken")'))
+    gc.disable()  # as if it had not come around yet
+    try:
+        setting = dataclasses.replace(SETTING, policy=policy)
+        row = step.measure(setting, CPU, CEILINGS, seconds=0)
+        left = [storage for storage in made if storage() is not None]
+    finally:
+        gc.enable()
+    assert row.status == ("failed" if fails else "measured")
+    assert len(made) > 20
+    assert not left
+
+
+def test_the_truth_is_found_once_for_a_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    truths: dict[tuple[str, str], step.Truth] = {}
+    step.measure(SETTING, CPU, CEILINGS, seconds=0, truths=truths)
+    ((key, (loss, norm)),) = truths.items()
+    assert key == ("tiny-test", "two")
+    truths[key] = loss, 2 * norm
+    row = step.measure(SETTING, CPU, CEILINGS, seconds=0, truths=truths)
+    assert row.status == "wrong"  # by the truth that it was given
 
 
 def test_a_step_trains() -> None:
@@ -152,11 +196,17 @@ def test_what_is_computed_again_is_expected_again() -> None:
 def test_work_is_told_apart_by_who_asked_for_it() -> None:
     category, rest = step_profile.category, step_profile.REST
     assert category(["aten::mm", "aten::linear"]) == "matrix products"
-    assert category(["aten::mm", "goku_kernels::varlen_attention"]) == "attention"
+    assert category(["aten::mm", "goku_kernels::varlen_attention_backward"]) == "attention"
     assert category(["forward_kernel", "goku_kernels::qk_norm_rope"]) == "QK-norm and RoPE"
     assert category(["aten::copy_", "aten::_to_copy"]) == "casts and copies"
     assert category(["aten::copy_", "step: optimizer"]) == "AdamW"
     assert category(["aten::mul", "aten::linear"]) == rest
+    # Within a node of the backward that is named after an operator a block is computed again.
+    node = "GeneratedBackwardFor_goku_kernels_gated_residual_adaln_defaultBackward"
+    assert category(["aten::addmm", node, f"autograd::engine::evaluate_function: {node}"]) == (
+        "matrix products"
+    )
+    assert category(["goku_kernels::gated_residual_adaln_backward", node]) == "adaLN and residuals"
     assert category([]) == rest
     spent = step_profile.by_category([(["aten::mm"], 2.0), (["aten::addmm"], 1.0), (["x"], 4.0)])
     assert spent == {"matrix products": 3.0, rest: 4.0}

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from bench import checks
-from bench.cases import Inputs, Truths
+from bench.ahead import overridden
+from bench.cases import Inputs
 from bench.packs import GPU_PACKS, Pack
 from bench.varlen_attention import function, plain, problem
 from goku_kernels import varlen_attention
+from goku_kernels.triton import configs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,13 +69,15 @@ def variants(pack, dtype, heads, head_dim, probed=True):
     yield grouped(whole, heads // 2)
 
 
-def both(backend):
+def both(backend, deterministic=False):
     """The operator, and with its (out, lse) pair the gradient through lse."""
 
     def run(inputs):
         names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
         limits = [inputs.rest[name] for name in names]
-        out, lse = varlen_attention(*inputs.leaves, *limits, return_lse=True, backend=backend)
+        out, lse = varlen_attention(
+            *inputs.leaves, *limits, return_lse=True, deterministic=deterministic, backend=backend
+        )
         return out, lse.t()
 
     return run
@@ -90,11 +94,8 @@ deterministic = functools.partial(function, deterministic=True)
 
 
 def fit_both(case, device, backend):
-    """Both backwards obey the rule: the one of equal bits, and the one without."""
-    truths = Truths(case, case.draw(device, 0))
-    for make in (function, deterministic):
-        verdict = truths.verdict(make(backend), case.reference)
-        assert verdict.right, f"{case.case} {case.pack.name} {make}: {verdict}"
+    """Both backwards obey the rule: the one without equal bits, and the one of them."""
+    checks.all_fit(case, [function(backend), deterministic(backend)], device)
 
 
 def fits_in_tf32(pack, heads, head_dim, device, backend):
@@ -137,7 +138,20 @@ def test_fp32_in_tf32(head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lse_and_its_gradient(head_dim):
-    checks.fits(with_lse(ODD, torch.bfloat16, HEADS[head_dim], head_dim), both(BACKEND), DEVICE)
+    case = with_lse(ODD, torch.bfloat16, HEADS[head_dim], head_dim)
+    checks.all_fit(case, [both(BACKEND), both(BACKEND, deterministic=True)], DEVICE)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+def test_the_copy_engine_adds_dq_up(head_dim):
+    """As no shipped configuration has it, but the tuner may choose it."""
+    rows = [
+        row | {"config": row["config"] | ({"reduce": 1} if row["kernel"] == "gradient" else {})}
+        for row in configs.table("varlen_attention")
+    ]
+    with overridden("varlen_attention", rows):
+        for case in variants(ODD, torch.bfloat16, HEADS[head_dim], head_dim, probed=False):
+            checks.fits(case, function(BACKEND), DEVICE)
 
 
 @LARGE

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from goku_kernels.triton import configs
 from goku_kernels.triton import varlen_attention as kernels
 from goku_kernels.triton.compiling import compile_launch
 from goku_kernels.triton.configs import find
@@ -73,6 +74,12 @@ def test_all_gradients_at_once_where_their_bits_may_vary():
     # fp32 has no such configuration, and without being asked nobody gets other bits.
     assert len(gradients(90, 64, dtype=torch.float32, deterministic=False)) == len(both)
     assert len(gradients(90, 64)) == len(both)
+
+
+def test_who_reduces_has_descriptors():
+    """Only what loads through descriptors is given memory for them."""
+    for row in configs.table("varlen_attention"):
+        assert not row["config"].get("reduce") or row["config"]["tma"], row
 
 
 @pytest.mark.parametrize("reduce", [0, 1])

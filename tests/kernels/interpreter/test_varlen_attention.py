@@ -330,6 +330,32 @@ def test_autograd_gives_what_the_launchers_give(through_lse, flash_rule):
     case.judge(flash_rule, {"out": out.detach(), "lse": lse.detach()} | got, dlse=through_lse)
 
 
+@pytest.mark.parametrize("demanded", [False, True])
+def test_who_asks_torch_for_determinism_gets_it(demanded, monkeypatch):
+    """Whatever the call says: the launcher is told, and what is asked for in the call as well."""
+    told = []
+    backward = kernels.backward
+
+    def spy(*args, deterministic, **options):
+        told.append(deterministic)
+        return backward(*args, deterministic=deterministic, **options)
+
+    monkeypatch.setattr(kernels, "backward", spy)
+    case = Case([7, 3], [5, 9], torch.float16, kv_heads=1)
+    q, k, v = (x.requires_grad_() for x in (case.q, case.k, case.v))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(demanded)
+    try:
+        for deterministic in (False, True):
+            out = varlen_attention(
+                q, k, v, *limits(case), deterministic=deterministic, backend="triton"
+            )
+            out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert told == [demanded, True]
+
+
 def test_only_lse_is_differentiated(flash_rule):
     case = Case([7, 3], [5, 9], torch.float32, heads=1, kv_heads=1)
     q, k, v = (x.requires_grad_() for x in (case.q, case.k, case.v))
