@@ -108,26 +108,15 @@ def with_config(rows: Sequence[Row], row: Row, config: dict[str, int]) -> list[R
 
 def compile_one(task: Compiling) -> Compiled:
     """Compile what the operator launches up to the kernel of `task.row`, and look at that."""
-    from bench.absent_gpu import AbsentGpu
-
     began = time.perf_counter()
-    module = importlib.import_module(f"bench.{task.op}")
-    problem = module.tuning(task.size, getattr(torch, task.dtype), SMALL)
-    rows = with_config(task.rows, task.row, task.config)
+    found, error, fresh = _launches(task)
+    if error:
+        return Compiled(error=error)
     backward = direction(task.row["kernel"]) == "backward"
-    try:
-        with (
-            counting() as fresh,
-            overridden(task.op, rows),
-            AbsentGpu(task.chip, launchers=task.launchers) as gpu,
-        ):
-            run_small(problem, _function(task), backward)
-    except cases.REFUSALS as error:
-        return Compiled(error=f"{type(error).__name__}: {error}"[:200])
     name = function(task.op, task.row["kernel"])
     launched = [
         x
-        for x in gpu.launched
+        for x in found
         if x.kernel == name and (x.arguments.get("q_grad") is not None) == (backward and _turns(x))
     ]
     if not launched:
@@ -138,34 +127,33 @@ def compile_one(task: Compiling) -> Compiled:
     done = None
     if streams(name) and task.op != "varlen_attention":
         done = work(name, last.arguments, loop, task.config.get("programs", 0))
-    return Compiled(
-        **facts, loop=loop, work=done, seconds=time.perf_counter() - began, fresh=len(fresh)
-    )
-
-
-def _function(task: Compiling) -> cases.Function:
-    module = importlib.import_module(f"bench.{task.op}")
-    run: cases.Function = module.function("triton", **options(task.op, task.row["kernel"]))
-    return run
+    return Compiled(**facts, loop=loop, work=done, seconds=time.perf_counter() - began, fresh=fresh)
 
 
 def warm_one(task: Compiling) -> Compiled:
     """Only fill the cache: compile_one without a look at what came out."""
+    began = time.perf_counter()
+    _, error, fresh = _launches(task)
+    return Compiled(error, seconds=time.perf_counter() - began, fresh=fresh)
+
+
+def _launches(task: Compiling) -> tuple[list[Any], str, int]:
+    """What the operator launches with the task's configuration, why it cannot, and how many compiled anew."""
     from bench.absent_gpu import AbsentGpu
 
-    began = time.perf_counter()
     module = importlib.import_module(f"bench.{task.op}")
     problem = module.tuning(task.size, getattr(torch, task.dtype), SMALL)
+    run = module.function("triton", **options(task.op, task.row["kernel"]))
     rows = with_config(task.rows, task.row, task.config)
-    backward = direction(task.row["kernel"]) == "backward"
     error = ""
+    gpu = AbsentGpu(task.chip, launchers=task.launchers)
     with counting() as fresh:
         try:
-            with overridden(task.op, rows), AbsentGpu(task.chip, launchers=task.launchers):
-                run_small(problem, _function(task), backward)
+            with overridden(task.op, rows), gpu:
+                run_small(problem, run, direction(task.row["kernel"]) == "backward")
         except cases.REFUSALS as refusal:
             error = f"{type(refusal).__name__}: {refusal}"[:200]
-    return Compiled(error, seconds=time.perf_counter() - began, fresh=len(fresh))
+    return gpu.launched, error, len(fresh)
 
 
 def _turns(launched: Any) -> bool:
