@@ -53,7 +53,7 @@ def longest(
     """(tokens, bytes at most) of the longest pack that fits into `room` bytes.
 
     Args:
-        first: tokens to begin with, at least 2 * GRAIN; where it does not fit, half of it and so on.
+        first: tokens to begin with, at least 2 * GRAIN; where it does not fit, 7/8 of it, half of that and so on.
         is_late: whether no further length is to be tried, once one has fitted.
 
     Raises:
@@ -81,8 +81,10 @@ def longest(
 def _following(fits: dict[int, int], misses: list[int], room: int) -> int | None:
     """The next length to try; None where none is left."""
     if not fits:
-        half = _rounded(min(misses) // 2)
-        return None if half in misses else half
+        # An estimate is a little too much before it is twice too much.
+        shortest = min(misses)
+        fewer = _rounded(shortest // 2 if len(misses) > 1 else shortest * 7 // 8)
+        return None if fewer in misses else fewer
     most = max(fits)
     enough = most * (1 + CLOSE)
     wanted = _rounded(_guess(fits, room))
