@@ -57,7 +57,7 @@ def longest(
         is_late: whether no further length is to be tried, once one has fitted.
 
     Raises:
-        ValueError: not even GRAIN tokens fit.
+        ValueError: nothing that was tried fits.
     """
     fits: dict[int, int] = {}
     misses: list[int] = []
