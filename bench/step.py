@@ -44,7 +44,7 @@ SOURCES = (
     "goku/model", "goku/parallelize.py", "goku/precision.py", "goku/flow.py", "goku/optimizer.py",
     "goku/flops.py", "goku/step_memory.py", "goku/activation_bytes.py", "kernels/goku_kernels",
     "runtime/goku_runtime/activation_checkpoint.py", "runtime/goku_runtime/sharding.py",
-    "bench/step.py", "bench/step_profile.py", "bench/block.py", "bench/packs.py",
+    "bench/step.py", "bench/step_profile.py", "bench/longest.py", "bench/block.py", "bench/packs.py",
     "bench/policy_runs.py", "bench/block_traffic.py", "bench/timing.py",
 )  # fmt: skip
 ATOMICS = "dq by atomics"
