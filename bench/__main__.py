@@ -1,4 +1,4 @@
-"""The benchmarks' command: python -m bench run | report | tune | screen | warm | peers."""
+"""The benchmarks' command: python -m bench run | report | prune | tune | screen | warm | peers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ examples, from the repository with the packages installed (or kernels, runtime a
   python -m bench run step --peers full           whole training steps that recompute every block
   python -m bench run --resume --limit 440        go on where the last run stopped, for 440 s
   python -m bench report                          docs/performance.md and its plots from the rows
+  python -m bench prune                           drop the rows that newer ones replace
   python -m bench warm                            compile on all processors what they launch
   python -m bench screen --write                  which configurations may win; needs no GPU
   python -m bench tune --limit 300 --resume       measure those on this GPU
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument("--results", type=Path, default=harness.RESULTS)
     shown.add_argument("--docs", type=Path, default=harness.ROOT / "docs")
 
+    pruned = commands.add_parser("prune", help="drop the rows that newer ones replace")
+    pruned.add_argument("--results", type=Path, default=harness.RESULTS)
+
     tuned = commands.add_parser("tune", help="measure launch configurations on this GPU",
                                 description=tune.__doc__, formatter_class=raw)  # fmt: skip
     _choice(tuned)
@@ -121,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for page in (report, parallel_report, checkpoint_report):
                 for path in page.write(options.results, options.docs):
                     print(path)
+            return 0
+        if options.command == "prune":
+            for path, (before, after) in harness.prune(options.results).items():
+                print(f"{path}: {after} rows of {before}")
             return 0
         if options.command in ("tune", "screen", "warm"):
             return 0 if _compiled(options) else 1

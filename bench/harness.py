@@ -240,7 +240,7 @@ def write(rows: Iterable[Row], device: torch.device, folder: Path) -> list[dict[
         record = row.to_json(origins[key])
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{row.name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(_line(record))
         written.append(record)
     return written
 
@@ -253,18 +253,29 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is no row of this schema, naming file and line.
     """
+    return [record for path in _files(folder) for record in _read(path)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.jsonl") if p.stem.isidentifier())
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     found = []
-    for path in sorted(p for p in folder.glob("*.jsonl") if p.stem.isidentifier()):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is no JSON: {error}") from error
-            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-                raise ValueError(f"{path}:{number} has not schema {SCHEMA}, which this reads")
-            found.append(record)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is no JSON: {error}") from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ValueError(f"{path}:{number} has not schema {SCHEMA}, which this reads")
+        found.append(record)
     return found
 
 
@@ -286,6 +297,32 @@ def newest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if known is None or record["status"] != "absent" or known["status"] == "absent":
             latest[identity(record)] = record
     return list(latest.values())
+
+
+def prune(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Rewrite every file of rows with its `newest` alone; returns rows before and after, by file.
+
+    The pages stay as they are: they show no others. A file is replaced whole or not at all, and
+    none is touched unless all can be read.
+
+    Raises:
+        ValueError: `folder` is none; see `read`.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"results is {str(folder)!r}: allowed is a folder of rows")
+    kept: dict[Path, list[Mapping[str, Any]]] = {}
+    counts: dict[Path, tuple[int, int]] = {}
+    for path in _files(folder):
+        records = _read(path)
+        kept[path] = newest(records)
+        counts[path] = (len(records), len(kept[path]))
+    for path, rows in kept.items():
+        if counts[path][0] == len(rows):
+            continue
+        beside = path.with_name(f".{path.name}.new")
+        beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        beside.replace(path)
+    return counts
 
 
 def describe(record: Mapping[str, Any]) -> str:

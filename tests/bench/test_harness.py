@@ -73,6 +73,33 @@ def test_the_newest_row_of_each_peer_counts(tmp_path):
     ]  # fmt: skip
 
 
+def test_pruning_keeps_what_the_pages_show_and_changes_nothing_else(tmp_path):
+    rows = [row(), row(peer="other"), row(timing=timing.Timing(1.0, 1.0, 1.0, 3))]
+    harness.write([*rows, row(status="absent", timing=None)], CPU, tmp_path)
+    harness.write([row(name="single")], CPU, tmp_path)
+    shown = harness.newest(harness.read(tmp_path))
+    single = tmp_path / "single.jsonl"
+    before = single.stat()
+    counts = harness.prune(tmp_path)
+    assert {path.name: count for path, count in counts.items()} == {
+        "thing.jsonl": (4, 2), "single.jsonl": (1, 1)
+    }  # fmt: skip
+    assert sorted(map(str, harness.read(tmp_path))) == sorted(map(str, shown))
+    assert single.stat().st_ino == before.st_ino  # not even rewritten
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["single.jsonl", "thing.jsonl"]
+
+
+def test_pruning_touches_nothing_where_a_file_cannot_be_read(tmp_path):
+    harness.write([row(), row()], CPU, tmp_path)
+    (tmp_path / "zz.jsonl").write_text("{\n")
+    before = (tmp_path / "thing.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="zz.jsonl:1 is no JSON"):
+        harness.prune(tmp_path)
+    assert (tmp_path / "thing.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="allowed is a folder"):
+        harness.prune(tmp_path / "none")
+
+
 def test_a_clock_that_takes_too_long_to_read_is_unknown(monkeypatch):
     def slow(command, **options):
         raise subprocess.TimeoutExpired(command, 20)
