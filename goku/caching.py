@@ -20,7 +20,7 @@ from goku.data.record import counted
 from goku.data.sources import sources_of
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
-from goku.prepare import agreed_unseen
+from goku.prepare import agreed_unseen, mended_message
 from goku.run_config import RunConfig
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
@@ -147,6 +147,7 @@ def cache_latents(
 
             report = context.together(work)
         told([replace(p, source=_source(config, data, p.source)) for p in report.problems])
+        told.mended(mended_message(report))
         seconds = time.monotonic() - begin
         mine = CacheSummary(
             report.used, report.made, report.present, len(report.problems), report.nbytes, seconds
@@ -194,8 +195,17 @@ class Told:
             *(f"  {line}" for line in new[:10]),
         ]
         lines += [f"  ... and {len(new) - 10:,} more"] if len(new) > 10 else []
+        self._print("\n".join(lines))
+
+    def mended(self, line: str) -> None:
+        """Says what of the cache was damaged; nothing where `line` is empty."""
+        if line and self._context.is_main:
+            self._print(f"latents: {line}")
+
+    @staticmethod
+    def _print(text: str) -> None:
         console = RunLog(None, total_steps=0).console
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _line(problem: Problem) -> str:

@@ -14,6 +14,7 @@ from goku.data import (
     Dataset,
     ItemList,
     MixConfig,
+    PrepareReport,
     Problem,
     Quarantine,
     Record,
@@ -22,7 +23,7 @@ from goku.data import (
     prepare,
     quarantine_message,
 )
-from goku.data.filler import FROM_CACHE
+from goku.data.filler import FROM_CACHE, MENDED
 from goku.data.item_list import LEFT_OUT
 from goku.data.record import counted, some
 from goku.data.sources import check_listing
@@ -41,6 +42,7 @@ __all__ = [
     "agreed_unseen",
     "check_sources",
     "check_validation",
+    "mended_message",
     "prepare_datasets",
     "prepare_text",
     "prepare_vae",
@@ -346,6 +348,7 @@ def _prepare(
         for line in (
             quarantine_message(problems, report.listed, quarantine.path),
             cached and f"{len(cached)} with unusable media {FROM_CACHE}: {some(cached)}",
+            mended_message(report),
             new and f"{len(new)} left out, which the run did not begin with: {some(new)}",
             lost
             and f"{len(lost)} of {counted(len(dataset), 'item')} lost, in the run's steps with weight 0: {some(lost)}",
@@ -353,6 +356,12 @@ def _prepare(
             if line:
                 _say(f"{label}: {line}")
     return dataset
+
+
+def mended_message(report: PrepareReport) -> str:
+    """In words, which cached latents were damaged and made anew; "" where none was."""
+    mended = [remark.name for remark in report.remarks if remark.text == MENDED]
+    return f"{len(mended)} damaged in the cache, made anew: {some(mended)}" if mended else ""
 
 
 def _check_equal(dataset: Dataset, context: ParallelContext) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ Progress = Callable[[int, int], None]
 """Called as progress(done, total) after every item of this rank's share."""
 
 FROM_CACHE = "trained from its cached latent"
+MENDED = "its cached latent was damaged: made anew"
 """How the remark on an item ends whose media cannot be used, and whose latent can."""
 
 FRAMES = (0, -1)
@@ -260,14 +262,16 @@ class Filler:
         key = latent_key(self.fingerprint, read.identity, record, self.config, plan.geometry)
         entry = Entry(record, plan, key, read.identity)
         try:
-            self._write(entry, as_tensor(read.decoded), again=False)
+            damaged = self._write(entry, as_tensor(read.decoded), again=False)
         except ArithmeticError as error:
             return Problem(record.name, str(error))
-        return entry
+        return replace(entry, remarks=(MENDED,)) if damaged else entry
 
-    def _write(self, entry: Entry, pixels: Tensor, *, again: bool) -> None:
+    def _write(self, entry: Entry, pixels: Tensor, *, again: bool) -> bool:
+        """What the cache lacks of the entry, or all of it; whether a file was there that cannot be used."""
         # Another record may show the very same pixels.
         lacking = [None, *self._wanted(entry)] if again else self.lacking(entry)
+        damaged = any(self._path(entry, frame).exists() for frame in lacking)
         origin = {"name": entry.record.name, "vae": self.fingerprint}
         for frame in lacking:
             if frame is None:
@@ -277,6 +281,11 @@ class Filler:
                 at = frame % pixels.shape[1]
                 mean, _ = self.encoder(pixels[:, at : at + 1])
                 self.cache.write_frame(entry.key, frame, mean, origin)
+        return damaged
+
+    def _path(self, entry: Entry, frame: int | None) -> Path:
+        key = entry.key
+        return self.cache.path(key) if frame is None else self.cache.frame_path(key, frame)
 
 
 def stored_frames(vae: VideoVAE, frames: Sequence[int]) -> dict[int, bool]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load
 
 from goku.caching import CacheSummary, cache_latents, cache_text
@@ -267,6 +269,25 @@ def test_a_damaged_file_is_made_anew(config: Path) -> None:
         summary = cache_text(run, ALONE, load_text_encoder(run.text))
     assert (summary.made, summary.present) == (1, 8)
     assert equal(files(Path(run.out), "text"), first)
+
+
+def test_damaged_latents_are_named_and_made_anew(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(config)
+    vae = load_vae(run.vae.path)
+    items = cache_latents(run, ALONE, vae).items
+    assert "damaged" not in capsys.readouterr().err
+    first = files(Path(run.out), "latents")
+    path = next((Path(run.out) / "cache" / "latents").rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-5])
+    summary = cache_latents(run, ALONE, vae)
+    assert (summary.made, summary.present) == (1, items - 1)
+    said = re.search(r"latents: 1 damaged in the cache, made anew: (\S+)", capsys.readouterr().err)
+    assert said is not None
+    with safe_open(path, framework="np") as file:
+        assert json.loads(file.metadata()["goku"])["name"] == said[1]
+    assert equal(files(Path(run.out), "latents"), first)
 
 
 def test_few_embeddings_are_in_memory(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from goku.data import (
     read_records,
 )
 from goku.data.decode import decode_record
-from goku.data.filler import Filler
+from goku.data.filler import MENDED, Filler
 from goku.text import TextCache
 
 
@@ -166,9 +166,13 @@ def test_a_damaged_cache_file_is_made_anew(
     with pytest.raises(ValueError, match=f"cached latent {victim} is damaged"):
         [dataset.read(i) for i in range(4)]
     vae.encoded.clear()
-    assert prepare(config, vae, text, cache_dir=cache).items == dataset.items
+    mended = prepare(config, vae, text, cache_dir=cache)
+    assert mended.items == dataset.items
     assert len(vae.encoded) == 1
     assert contents(cache) == before
+    new = [remark for remark in mended.report.remarks if remark not in dataset.report.remarks]
+    assert [remark.text for remark in new] == [MENDED]
+    assert prepare(config, vae, text, cache_dir=cache).report.remarks == dataset.report.remarks
 
 
 @pytest.mark.parametrize("workers", [0, 2])
