@@ -192,7 +192,8 @@ class _Runs:
             _Runs.fits(problem, maker(backend))
 
     @staticmethod
-    def replays(first: cases.Problem, second: cases.Problem, function: cases.Function, *rest: Any) -> None:  # fmt: skip
+    def replays(first: cases.Problem, second: cases.Problem, function: cases.Function,
+                *rest: Any, **more: Any) -> None:  # fmt: skip
         _Runs.fits(second, function)
 
     far_rows = replays

@@ -125,6 +125,27 @@ def operator(request):
     return [problems_of(request.param, file, p, torch.float32)[0] for p in (HUGE, SMALL)], file
 
 
+def test_a_replay_may_differ_by_what_it_is_given_and_no_more(operator):
+    _, file = operator
+    pair = [problems_of(file.__name__.removeprefix("test_"), file, p, torch.float32)[0]
+            for p in GRAPH]  # fmt: skip
+    right = file.function("torch")
+
+    def drifting(by):
+        runs = []
+
+        def run(inputs):
+            runs.append(by)
+            return tuple(x * (1 + (len(runs) == 1) * by) for x in right(inputs))
+
+        return run
+
+    checks.replays(*pair, drifting(2**-9), CPU, within=2**-7)
+    for by, within in ((2**-9, 0.0), (2**-6, 2**-7)):
+        with pytest.raises(AssertionError, match="differs in the replay, by"):
+            checks.replays(*pair, drifting(by), CPU, within=within)
+
+
 def test_a_slightly_wrong_row_is_found(operator):
     (case, _), file = operator
     right = file.function("torch")

@@ -186,5 +186,8 @@ def test_rows_beyond_2_to_the_31():
 
 
 def test_a_graph_serves_another_pack():
-    pair = (problem("self", HEADS[64], 64, pack, torch.bfloat16) for pack in GRAPH)
+    pair = [problem("self", HEADS[64], 64, pack, torch.bfloat16) for pack in GRAPH]
     checks.replays(*pair, deterministic(BACKEND), DEVICE)
+    # Sums by atomics come in any order: dq may round to either neighbour, 2^-8 of it apart. What
+    # is left of another pack, or of a sum that was not cleared, is as large as dq itself.
+    checks.replays(*pair, function(BACKEND), DEVICE, within=2**-7)
