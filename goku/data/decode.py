@@ -2,9 +2,10 @@
 
 Rules, the same for training and for the doctor:
 - Video: every frame in display order from `start_frame`, at most `num_frames`. With `fps`, output
-  frame k is the last source frame whose timestamp is at most t0 + k / fps (t0 = the first frame's
-  timestamp; half a tick of the container's clock is allowed for its rounding), up to the last
-  source timestamp; frames repeat where the source is slower. The first 4k+1 <= max_frames are kept.
+  frame k is the last source frame that begins by t0 + k / fps (t0 = the first frame's timestamp), or
+  at most 7/16 of a frame later, of the source's or the output's, whichever is shorter: for clocks
+  that round, and 23.976 for 24. It ends with the last source frame, by the same rule; frames repeat
+  where the source is slower, which is remarked. The first 4k+1 <= max_frames are kept.
 - Display rotation and non-square pixels are applied. Conversion to RGB follows the stream's own
   colour tags (libswscale; untagged means BT.601, limited range).
 - Images: EXIF orientation applied; transparency composited onto white; greyscale, palette and CMYK

@@ -15,7 +15,7 @@ from goku.data.errors import DecodeError
 from goku.data.record import Record
 from goku.data.transform import Geometry, plan
 
-DECODE_VERSION = 2
+DECODE_VERSION = 3
 """Part of every cache key: raise it whenever the same file would give other pixels."""
 
 

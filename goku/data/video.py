@@ -33,6 +33,10 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264",
     "protocol_whitelist": "file",
 }
+# How much before its timestamp a frame may be shown when clips are resampled, in frames of the source or the output,
+# whichever are shorter. Near a half, so that clocks that round and NTSC's 23.976 for 24 drop and double nothing; not a
+# half, where every second output of a rate doubled would lie between two frames, and rounding would decide.
+EARLY = Fraction(7, 16)
 # A title in Latin-1 or GBK, which old AVI files have, is none of the pixels' business.
 _METADATA_ERRORS = "replace"
 
@@ -96,7 +100,8 @@ def probe_video(record: Record, config: DataConfig) -> Media:
     if available < 1:
         raise _too_short(record, total)
     if config.fps is not None and rate:
-        available = int((available - 1) / rate * config.fps + 1e-6) + 1
+        frames = config.fps / rate  # outputs a source frame
+        available = int((available - 1) * frames + EARLY * min(frames, 1) + 1e-6) + 1
     if config.max_seconds is not None and (config.fps or rate):
         available = min(available, int(config.max_seconds * (config.fps or rate) + 1e-6) + 1)
     selected = min(available, config.max_frames)
@@ -172,13 +177,15 @@ def _frames(container: InputContainer, stream: VideoStream, record: Record) -> I
         return
     start = (stream.start_time or 0) * (stream.time_base or Fraction(0))
     rate = stream.average_rate or Fraction(1)
+    # The last frame is shown for as long as its packet says, seconds at the end of slides; a rate is what the header
+    # makes of a default duration, which remuxed files have wrong.
+    shown = max((last.duration or 0) * last.time_base, 1 / rate)
+    missing = declared - float(last.pts * last.time_base - start + shown)
     # Two frames of slack: muxers differ in whether the last frame's own duration counts.
-    missing = declared - float(last.pts * last.time_base - start + 3 / rate)
-    if missing > 0:
+    if missing > 2 / rate:
         raise DecodeError(
             record.path,
-            f"truncated: {declared:.3f} s are declared, the frames end "
-            f"{missing + 2 / float(rate):.3f} s earlier",
+            f"truncated: {declared:.3f} s are declared, the frames end {missing:.3f} s earlier",
         )
 
 
@@ -250,7 +257,21 @@ class _Seen:
                 "taken as they come" if config.fps is None else f"resampled to {config.fps:g} fps"
             )
             found.append(f"variable frame rate ({spread}), {what}")
+        rate = self._rate()
+        # 23.976 for 24 doubles one frame in a thousand.
+        if config.fps is not None and rate is not None and rate < 0.99 * config.fps:
+            found.append(
+                f"has {rate:.3g} frames a second, fewer than data.fps {config.fps:g}: frames are repeated"
+            )
         return tuple(found)
+
+    def _rate(self) -> float | None:
+        """Frames a second of what was seen; None where timestamps do not tell."""
+        first = self.first
+        if self._at is None or first is None or first.pts is None or first.time_base is None:
+            return None
+        seconds = self._at - first.pts * first.time_base
+        return None if seconds <= 0 else float((self._count - 1) / seconds)
 
 
 def _selected(
@@ -294,20 +315,22 @@ def _resampled(record: Record, fps: Fraction, frames: Iterator[VideoFrame]) -> I
     held: VideoFrame | None = None
     begin = held_at = Fraction(0)
     output = 0
-    slack = Fraction(0)
+    early = EARLY / fps
     for number, frame in enumerate(frames, start=record.start_frame):
         if frame.pts is None or frame.time_base is None:
             raise DecodeError(record.path, f"frame {number} has no timestamp, which fps needs")
         at = frame.pts * frame.time_base
         if held is None:
-            begin, slack = at, frame.time_base / 2
+            begin = at
         elif at <= held_at:
             raise DecodeError(record.path, f"timestamps do not increase at frame {number}")
-        while held is not None and begin + output / fps + slack < at:
+        else:
+            early = EARLY * min(at - held_at, 1 / fps)
+        while held is not None and begin + output / fps < at - early:
             yield held
             output += 1
         held, held_at = frame, at
-    while held is not None and begin + output / fps <= held_at + slack:
+    while held is not None and begin + output / fps <= held_at + early:
         yield held
         output += 1
 

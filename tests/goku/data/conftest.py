@@ -34,7 +34,7 @@ def gradient() -> Callable[[int, int, int], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
-    """write_video(path, frames (T, H, W, 3), fps=24, times=None, rotation=0, aspect=None, ...)."""
+    """write_video(path, frames (T, H, W, 3), fps=24, times=None (s, in 1/clock), rotation=0, aspect=None, ...)."""
 
     def write(
         path: Path,
@@ -46,6 +46,7 @@ def write_video() -> Callable[..., Path]:
         rotation: int = 0,
         aspect: Fraction | None = None,
         faststart: bool = False,
+        clock: int = 1200,
     ) -> Path:
         options = {"movflags": "faststart"} if faststart else {}
         with av.open(str(path), "w", options=options) as container:
@@ -59,12 +60,12 @@ def write_video() -> Callable[..., Path]:
             if aspect is not None:
                 stream.codec_context.sample_aspect_ratio = aspect
             if times is not None:
-                stream.codec_context.time_base = Fraction(1, 1200)
+                stream.codec_context.time_base = Fraction(1, clock)
             for index, pixels in enumerate(frames):
                 frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 if times is not None:
-                    frame.time_base = Fraction(1, 1200)
-                    frame.pts = int(times[index] * 1200)
+                    frame.time_base = Fraction(1, clock)
+                    frame.pts = int(times[index] * clock)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return path

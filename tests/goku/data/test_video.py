@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import count, takewhile
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 
 import av
@@ -106,9 +106,14 @@ def test_resize_and_crop(
 
 
 def expected_indices(times: list[Fraction], fps: float) -> list[int]:
-    """The stated rule, directly: of the frames at or before t0 + k / fps, the last."""
-    targets = takewhile(lambda t: t <= times[-1], (times[0] + k / Fraction(fps) for k in count()))
-    return [max(i for i, time in enumerate(times) if time <= target) for target in targets]
+    """The stated rule, directly: of the frames that begin by t0 + k / fps, or a little later, the last."""
+    spaces = [b - a for a, b in pairwise(times)]
+    early = [Fraction(7, 16) * min(space, 1 / Fraction(fps)) for space in [*spaces[:1], *spaces]]
+    end = times[-1] + early[-1]
+    targets = takewhile(lambda t: t <= end, (times[0] + k / Fraction(fps) for k in count()))
+    return [
+        max(i for i, time in enumerate(times) if time - early[i] <= target) for target in targets
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])  # mkv keeps time in whole milliseconds
@@ -118,7 +123,9 @@ def expected_indices(times: list[Fraction], fps: float) -> list[int]:
         (24.0, list(range(29))),
         (12.0, list(range(0, 26, 2))),
         (8.0, list(range(0, 27, 3))),
-        (10.0, [int(k * 2.4) for k in range(13)]),
+        (10.0, [int(k * 2.4 + 7 / 16) for k in range(13)]),
+        (23.976, list(range(29))),
+        (25.0, [int(k * 0.96 + 0.42) for k in range(29)]),
         (48.0, [k // 2 for k in range(57)]),
     ],
 )
@@ -157,6 +164,68 @@ def test_resampling_by_timestamp(
     wanted = wanted[: (len(wanted) - 1) // 4 * 4 + 1]
     found = pixels(decode(record(path, start_frame=start), config(fps=fps)))
     np.testing.assert_array_equal(found, raw_frames(path)[wanted])
+
+
+# (clock, timestamps in it, fps, source frame of each output)
+CLOCKS = {
+    "23.976 at 24": (24000, [1001 * k for k in range(30)], 24.0, list(range(29))),
+    "29.97 at 30": (30000, [1001 * k for k in range(30)], 30.0, list(range(29))),
+    "24 at 23.976": (24000, [1000 * k for k in range(30)], 24000 / 1001, list(range(29))),
+    # A third of a millisecond late or early, as cameras are.
+    "jitter at 30": (
+        90000, [3000 * k + (-30, 17, 30, -8, 0)[k % 5] * (k > 0) for k in range(30)], 30.0,
+        list(range(29)),
+    ),
+    "jitter at 15": (
+        90000, [3000 * k + (-30, 17, 30, -8, 0)[k % 5] * (k > 0) for k in range(30)], 15.0,
+        list(range(0, 26, 2)),
+    ),
+    # Slides stay until the next one comes.
+    "slides": (1000, [0, 2000, 2500], 4.0, [0] * 8 + [1] * 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_clocks_that_are_a_little_off_drop_and_double_no_frame(
+    tmp_path: Path, write_video: Write, raw_frames: Read, gradient: Gradient, name: str
+) -> None:
+    clock, stamps, fps, indices = CLOCKS[name]
+    times = [Fraction(stamp, clock) for stamp in stamps]
+    path = write_video(tmp_path / "a.mp4", gradient(len(times), 32, 32), times=times, clock=clock)
+    with av.open(str(path)) as container:
+        stored = [f.pts * f.time_base for f in container.decode(video=0)]
+    assert [t - stored[0] for t in stored] == times
+    found = decode_record(record(path), config(fps=fps))
+    np.testing.assert_array_equal(found.pixels, raw_frames(path)[indices])
+    repeated = [words for words in found.media.remarks if words.endswith("frames are repeated")]
+    assert len(repeated) == (name == "slides")
+
+
+def remuxed(path: Path, out: Path, durations: list[int]) -> None:
+    """The same packets, shown for so many ms each."""
+    with av.open(str(path)) as source, av.open(str(out), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [p for p in source.demux(video=0) if p.dts is not None]
+        for packet, duration in zip(packets, durations, strict=True):
+            packet.stream, packet.duration = stream, duration
+            container.mux(packet)
+
+
+@pytest.mark.parametrize("space", [40, 500])  # a camera, slides
+@pytest.mark.parametrize("last", [1, 100])
+def test_the_last_frame_of_a_matroska_file_may_stay(
+    tmp_path: Path, write_video: Write, gradient: Gradient, space: int, last: int
+) -> None:
+    times = [Fraction(space * k, 1000) for k in range(9)]
+    path = write_video(
+        tmp_path / "a.mkv", gradient(9, 32, 32), times=times, clock=1000, codec="mpeg4"
+    )
+    remuxed(path, tmp_path / "b.mkv", [space] * 8 + [space * last])
+    with av.open(str(tmp_path / "b.mkv")) as container:
+        declared = container.streams.video[0].metadata["DURATION"]
+    seconds = space * (8 + last) / 1000
+    assert declared.startswith(f"00:{int(seconds // 60):02}:{seconds % 60:06.3f}")
+    assert decode_record(record(tmp_path / "b.mkv"), config()).media.geometry.frames == 9
 
 
 @pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (-90, -1)])
