@@ -16,6 +16,7 @@ from goku.data import ItemList
 from goku.metrics import RunLog
 from goku.parallelize import copy_parameters
 from goku.recipe import CarryConfig
+from goku.trained import read_run
 from goku_runtime import checkpoint
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Start:
 
     def items(self) -> ItemList | None:
         """The items of the run that wrote the checkpoint; None where its folder does not list them, or lists others."""
-        run = checkpoint.read_values(self.path)["run"]
+        run = read_run(self.path)
         return ItemList.of_run(self.path.parent.parent, run["fingerprints"]["data"])
 
     def record(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def carry_over(trainer: Trainer, start: Start, log: RunLog) -> None:
     checkpoint is damaged or a tensor has another shape.
     """
     saved = checkpoint.describe(start.path)
-    run = checkpoint.read_values(start.path)["run"]
+    run = read_run(start.path)
     carry, group = start.carry, trainer.context.host_group
     weights = dict(trainer.model.state_dict())
     taken = _present(weights, carry.weights, saved)

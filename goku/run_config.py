@@ -142,6 +142,11 @@ class RunConfig:
                 f"model.latent_channels is {self.model.latent_channels}, but vae.model.channels is "
                 f"{self.vae.model.channels}; they must be equal"
             )
+        if self.model.patch != (1, 2, 2):
+            raise ValueError(
+                f"model.patch is {list(self.model.patch)}; allowed: [1, 2, 2], in which packing, caching and sampling "
+                "count tokens (GokuTransformer itself takes any)"
+            )
         if self.parallel.sp > self.packing.tokens_per_pack:
             raise ValueError(
                 f"parallel.sp is {self.parallel.sp}, more than packing.tokens_per_pack = "

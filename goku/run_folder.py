@@ -16,7 +16,18 @@ from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 
-__all__ = ["locked", "profiler", "run_log", "write_config", "write_whole"]
+__all__ = ["check_writable", "locked", "profiler", "run_log", "write_config", "write_whole"]
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where `folder` is none and could not be made, or not written to; makes and changes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"out is {folder}: {there} is no folder; allowed: a folder, there or not")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"out is {folder}: {there} cannot be written to; allowed: a folder that can"
+        )
 
 
 @contextmanager

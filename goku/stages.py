@@ -36,6 +36,7 @@ from goku.run_config import RunConfig, model_differences, resume_differences
 from goku.run_folder import locked, write_config, write_whole
 from goku.sampler import find_checkpoint
 from goku.text import TextEncoder
+from goku.trained import read_run
 from goku.trainer import STAGE_NOTE, StopRequest, Trainer
 from goku.vae import VideoVAE
 from goku_runtime import checkpoint
@@ -85,7 +86,7 @@ def states(recipe: Recipe) -> list[StageState]:
         if path is None:
             found.append(StageState(stage, "fresh"))
             continue
-        run = checkpoint.read_values(path)["run"]
+        run = read_run(path)
         finished = run["step"] >= stage.config.train.steps
         found.append(
             StageState(stage, "finished" if finished else "partial", run["step"], path, run)
@@ -98,7 +99,7 @@ def resolved(stage: Stage, state: StageState, start: Start | None) -> RunConfig:
     if state.begun:
         offset = state.run.get("schedule_offset", 0) if stage.carry.schedule else 0
     elif start is not None and stage.carry.schedule:
-        saved = checkpoint.read_values(start.path)["run"]
+        saved = read_run(start.path)
         offset = saved.get("schedule_offset", 0) + start.step
     else:
         return stage.config
@@ -168,7 +169,7 @@ def check_start(
         return None
     if path is None or not ready:
         raise StageRefused(f"{_head(stage)}:\n  {absent}")
-    run = checkpoint.read_values(path)["run"]
+    run = read_run(path)
     names = checkpoint.describe(path)
     start = Start(path, checkpoint_id(path), run.get("stage"), run["step"], stage.carry)
     lines = model_differences(run["config"], stage.config)

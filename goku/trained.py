@@ -33,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "load_companions",
     "read_checkpoint",
+    "read_run",
 ]
 
 Weights = Literal["ema", "model"]
@@ -126,7 +127,7 @@ def read_checkpoint(run: Path) -> Trained:
         raise ValueError(
             f"{run} holds no checkpoint; allowed: the `out` folder of a training run, or a checkpoint in it{hint}"
         )
-    values = checkpoint.read_values(path)["run"]
+    values = read_run(path)
     config: Mapping[str, Any] = values["config"]
     flow, data = config["flow"], config["data"]
     limits = values.get("limits") or {}
@@ -155,6 +156,24 @@ def read_checkpoint(run: Path) -> Trained:
         vae_dtype=config["vae"].get("dtype", "auto"),
         text=parser.parse(TextConfig, config["text"], where="text"),
     )
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What the checkpoint at `path` keeps of its run beside the tensors: step, config, fingerprints and more.
+
+    Raises ValueError when it is not one of `goku train`, CheckpointError when it is damaged.
+    """
+    run = checkpoint.read_values(path).get("run")
+    absent = [
+        name
+        for name in ("step", "config", "fingerprints")
+        if not isinstance(run, dict) or name not in run
+    ]
+    if absent:
+        raise ValueError(
+            f"{path} is a checkpoint without run.{absent[0]}; allowed: those that `goku train` writes"
+        )
+    return dict(run)
 
 
 def _motion_caption(data: Mapping[str, Any]) -> str | None:

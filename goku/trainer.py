@@ -55,6 +55,7 @@ from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics
 from goku.text import TextEncoder
+from goku.trained import read_run
 from goku.vae import VideoVAE
 from goku.validation import Validator
 from goku_runtime import checkpoint
@@ -80,6 +81,11 @@ class _Notice:
     source: str = ""
 
 
+SAME_STOP = 5.0
+"""Seconds in which further signals say the same: Slurm and a terminal signal every process of a job, and torchrun
+passes on to its workers what it gets. Each worker hears of one stop twice, and must not leave in its step."""
+
+
 class StopRequest(threading.Event):
     """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process."""
 
@@ -91,11 +97,18 @@ def stop_signals() -> Iterator[StopRequest]:
     """What SIGTERM and SIGINT do inside: while training, finish the step, write a checkpoint and return.
 
     Before the loop (a VAE in training, latents being encoded), or at a second signal, the process leaves at once by
-    SystemExit(128 + signal), which cleans up half-written files on its way.
+    SystemExit(128 + signal), which cleans up half-written files on its way. Signals within `SAME_STOP` seconds of one
+    that counted are that one again.
     """
     request = StopRequest()
+    counted = -math.inf
 
     def handle(number: int, _frame: object) -> None:
+        nonlocal counted
+        now = time.monotonic()
+        if now - counted < SAME_STOP:
+            return
+        counted = now
         if request.is_set() or not request.graceful:
             raise SystemExit(128 + number)
         request.set()
@@ -220,7 +233,8 @@ class Trainer:
                 self._check_start()
                 if self.start is not None:
                     carry_over(self, self.start, log)
-                self.evaluate(log)
+                if train.eval_every:
+                    self.evaluate(log)
                 self.sample(log)
                 self.validate(log)
             first = self.step
@@ -287,7 +301,6 @@ class Trainer:
             lengths, self.costs(lengths), self.context.packs, packing.tokens_per_pack
         )
 
-        self.optimizer.zero_grad(set_to_none=True)
         statistics = StepStatistics(self.device)
         packs = self._rounds(shares, lengths)
         for number, (pack, idle) in enumerate(packs, start=1):
@@ -306,6 +319,8 @@ class Trainer:
         statistics.count_lost(self.lost.count)
         self.context.all_sum(statistics.vector)
         norm, lr = self._update()
+        # What is drawn between steps, and a VAE that decodes it, has the gradients' memory.
+        self.optimizer.zero_grad(set_to_none=True)
 
         self.position += len(positions)
         self.step += 1
@@ -514,7 +529,7 @@ class Trainer:
         if newest.name > path.name:
             log.event("damaged", self.step, path=str(newest), used=str(path))
             log.message(f"{newest} is damaged: going on from {path}")
-        run = checkpoint.read_values(path)["run"]
+        run = read_run(path)
         lines = resume_differences(run["config"], self.config)
         for name, value in self.fingerprints.items():
             if name == "grids" and lines:

@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     from goku.metrics import RunLog, progress_bar
     from goku.parallelize import ParallelDims, parallel_context
     from goku.precision import autocast_dtype
+    from goku.run_folder import check_writable
     from goku.sampler import (
         SampleConfig,
         describe,
@@ -159,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; allowed: >= 1")
+    check_writable(args.out)
     # What can be refused is refused before the weights are read.
     settings = SampleConfig(
         steps=args.steps,
@@ -252,15 +254,21 @@ def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
     from goku.requests import read_requests
     from goku.sizes import request_defaults
 
-    given: dict[int, Path | Tensor] = {}
+    options: list[tuple[int, Path]] = []
     for option in args.given:
         frame, colon, file = option.partition(":")
         if not colon or not file or not frame.lstrip("-").isdecimal():
             raise ValueError(f"--given is {option!r}; allowed: FRAME:FILE, such as 16:middle.png")
-        given[int(frame)] = Path(file)
-    for frame, path in ((0, args.image), (-1, args.last_image)):
-        if path is not None:
-            given[frame] = path
+        options.append((int(frame), Path(file)))
+    options += [(0, args.image)] * (args.image is not None)
+    options += [(-1, args.last_image)] * (args.last_image is not None)
+    given: dict[int, Path | Tensor] = {}
+    for number, path in options:
+        if number in given:
+            raise ValueError(
+                f"frame {number} is given twice: {given[number]} and {path}; allowed: one image for each"
+            )
+        given[number] = path
     defaults = request_defaults(
         about,
         height=args.height,
@@ -305,6 +313,10 @@ def _embedded(
 def _with_motion(prompt: str, motion: float | None, about: Trained) -> str:
     if motion is None:
         return prompt
+    if not math.isfinite(motion):
+        raise ValueError(
+            f"--motion is {motion}; allowed: finite numbers, as training captions have"
+        )
     if about.motion_caption is None:
         raise ValueError(
             "--motion is given, but the model's training captions had no motion score "

@@ -92,6 +92,7 @@ def test_overrides_replace_what_the_file_says_and_later_ones_win() -> None:
         (["vae.model.channels=8"], r"latent_channels is 16, but vae.model.channels is 8"),
         (["packing.tokens_per_pack=65"], r"tokens_per_pack=65 must not exceed tokens_per_step=64"),
         (["model.text_dim=64"], r"model.text_dim is 64, .*text.tiny_dim = 32.*text.path"),
+        (["model.patch=[2,2,1]"], r"model.patch is \[2, 2, 1\]; allowed: \[1, 2, 2\]"),
         (["model.heads=3"], r"heads is 3: allowed are divisors of dim = 32"),
         (["optimizer.lr=0"], r"optimizer.lr is 0"),
         (["ema.decay=1"], r"ema.decay is 1"),

@@ -312,3 +312,50 @@ def test_a_prompt_that_is_no_unicode_is_refused(
         assert _sample(run, out, *arguments) == 2
         assert said in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_what_cannot_be_meant_is_refused_before_the_weights(
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    image: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained_run(
+        condition="frames", limits=[3, 2, 3], area=6,
+        data={"fps": 24.0, "motion_caption": "{caption} motion {motion}"},
+    )  # fmt: skip
+
+    def unread(*_: object, **__: object) -> None:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(trained, "load_checkpoint", unread)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for out, arguments, words in (
+        ("x", ["--given", f"4:{image}", "--given", "4:b.png"], f"frame 4 is given twice: {image} and b.png"),
+        ("x", ["--given", "0:b.png", "--image", image], f"frame 0 is given twice: b.png and {image}"),
+        ("x", ["--given=-1:b.png", "--last-image", image], "frame -1 is given twice"),
+        ("x", ["--motion", "nan"], "--motion is nan; allowed: finite numbers"),
+        ("file", [], f"{tmp_path}/file is no folder"),
+        ("file/below/it", [], f"{tmp_path}/file is no folder"),
+        ("dangling", [], f"{tmp_path}/dangling is no folder"),
+    ):  # fmt: skip
+        assert _sample(run, tmp_path / out, *arguments) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_checkpoint_of_another_trainer_is_refused_in_a_line(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    from goku_runtime import checkpoint
+
+    path = tmp_path / "theirs" / "checkpoints" / "step_1"
+    checkpoint.save({"model": {"w": torch.zeros(2)}, "step": 1}, path)
+    for run in (tmp_path / "theirs", path):
+        assert _sample(run, tmp_path / "x") == 2
+        assert main(["export", str(run), str(tmp_path / "exported")]) == 2
+        said = capsys.readouterr().err
+        assert said.count("is a checkpoint without run.step; allowed: those that `goku train` writes") == 2  # fmt: skip
+    assert not (tmp_path / "exported").exists()

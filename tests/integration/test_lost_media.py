@@ -50,6 +50,8 @@ def test_lost_media_do_not_keep_a_run_from_going_on(run: Path, capsys: Any) -> N
     folder = run.parent / "media"
     assert main(["train", str(run)]) == 0
     assert (run.parent / "run/items.json.gz").is_file()
+    # train.eval_every is 0, at the beginning too
+    assert all(e["event"] != "eval" for e in read_log(run.parent / "run" / "train.jsonl"))
     shutil.copytree(run.parent / "run", run.parent / "whole")
     assert main(["train", str(run), f"out={run.parent / 'whole'}", "train.steps=6"]) == 0
     # Its latent is there: nothing is lost. A new item changes nothing either.

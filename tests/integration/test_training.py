@@ -22,7 +22,7 @@ from goku.metrics import RunLog, read_log
 from goku.parallelize import parallel_context
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
-from goku.trainer import Trainer, TrainingStopped
+from goku.trainer import Trainer, TrainingStopped, stop_signals
 from goku_runtime import checkpoint
 
 
@@ -183,12 +183,33 @@ def test_a_stop_signal_finishes_the_step_and_exits_0(
     process = start(config)
     _wait_for(out / "train.jsonl", lambda e: e["event"] == "step" and e["step"] >= 3, process)
     process.send_signal(number)
+    # As torchrun passes on what was sent to all: heard twice, it is one stop. (Twice the same at once is once.)
+    process.send_signal(signal.SIGINT if number == signal.SIGTERM else signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     log = read_log(out / "train.jsonl")
     last = max(e["step"] for e in log if e["event"] == "step")
     assert log[-1]["event"] == "stop"
     assert log[-1]["step"] == last == _latest_step(out)
     assert checkpoint.verify(out / "checkpoints" / f"step_{last:07d}").total_bytes > 0
+
+
+def test_a_second_signal_counts_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_signals() as stop:
+        stop.graceful = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        monkeypatch.setattr("goku.trainer.SAME_STOP", 0.0)
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert left.value.code == 128 + signal.SIGINT
+    with stop_signals():  # what cleans up before the loop is not interrupted by the same signal
+        monkeypatch.setattr("goku.trainer.SAME_STOP", 60.0)
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_samples_of_all_ranks_are_logged_and_one_rank_may_fail(
