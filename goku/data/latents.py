@@ -35,7 +35,7 @@ from torch import Tensor
 
 from goku.data.config import DataConfig
 from goku.data.errors import DecodeError
-from goku.data.media import DECODE_VERSION, Media, decoder_version
+from goku.data.media import DECODE_VERSION, RESAMPLE_VERSION, Media, decoder_version
 from goku.data.record import Member, Record
 from goku.data.transform import Geometry
 
@@ -227,6 +227,7 @@ def request_key(identity: FileIdentity, record: Record, config: DataConfig) -> s
     return _key(
         {
             **limits,
+            **_resampled(record, config),
             "decode": DECODE_VERSION,
             "decoder": decoder_version(record),
             "file": asdict(identity),
@@ -251,6 +252,7 @@ def latent_key(
     file."""
     return _key(
         {
+            **_resampled(record, config),
             "format": _FORMAT,
             "decode": DECODE_VERSION,
             "decoder": decoder_version(record),
@@ -261,6 +263,10 @@ def latent_key(
             "file": asdict(identity),
         }
     )
+
+
+def _resampled(record: Record, config: DataConfig) -> dict[str, object]:
+    return {} if record.is_image or config.fps is None else {"resample": RESAMPLE_VERSION}
 
 
 def _key(content: Mapping[str, object]) -> str:

@@ -15,8 +15,11 @@ from goku.data.errors import DecodeError
 from goku.data.record import Record
 from goku.data.transform import Geometry, plan
 
-DECODE_VERSION = 3
+DECODE_VERSION = 2
 """Part of every cache key: raise it whenever the same file would give other pixels."""
+
+RESAMPLE_VERSION = 2
+"""Part of the keys of clips taken at `data.fps`: raise it whenever they would get other frames."""
 
 
 def decoder_version(record: Record) -> dict[str, str]:

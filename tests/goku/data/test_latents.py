@@ -185,6 +185,26 @@ def test_request_key_covers_what_a_geometry_depends_on() -> None:
     assert key(replace(RECORD, path="/x/a.png"), image_pixels=10**6) != key()
 
 
+def test_another_way_to_resample_is_another_key_of_resampled_clips_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resampled = replace(CONFIG, fps=12.0)
+    picture = replace(RECORD, path="/x/a.png", num_frames=None)
+    cases = [(RECORD, resampled), (RECORD, CONFIG), (picture, resampled)]
+
+    def keys() -> list[tuple[str, str]]:
+        return [
+            (request_key(IDENTITY, r, c), latent_key("v", IDENTITY, r, c, GEOMETRY))
+            for r, c in cases
+        ]
+
+    before = keys()
+    monkeypatch.setattr("goku.data.latents.RESAMPLE_VERSION", 99)
+    after = keys()
+    assert not set(before[0]) & set(after[0])
+    assert before[1:] == after[1:]
+
+
 def test_keys_change_with_the_libraries_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = replace(RECORD, path="/x/a.png", num_frames=None)
 
