@@ -164,16 +164,13 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises ValueError when it is not one of `goku train`, CheckpointError when it is damaged.
     """
     run = checkpoint.read_values(path).get("run")
-    absent = [
-        name
-        for name in ("step", "config", "fingerprints")
-        if not isinstance(run, dict) or name not in run
-    ]
-    if absent:
-        raise ValueError(
-            f"{path} is a checkpoint without run.{absent[0]}; allowed: those that `goku train` writes"
-        )
-    return dict(run)
+    known: dict[str, Any] = run if isinstance(run, dict) else {}
+    for name in ("step", "config", "fingerprints"):
+        if name not in known:
+            raise ValueError(
+                f"{path} is a checkpoint without run.{name}; allowed: those that `goku train` writes"
+            )
+    return known
 
 
 def _motion_caption(data: Mapping[str, Any]) -> str | None:
