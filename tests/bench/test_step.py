@@ -282,7 +282,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     ("policy", "pack"),
     [
         (NONE, "16K, one clip"),
-        ("full", "64K, mixed"),
+        pytest.param("full", "64K, mixed", marks=pytest.mark.long),
         pytest.param("every second block", "16K, mixed", marks=pytest.mark.long),
         pytest.param("operators: attention", "64K, one clip", marks=pytest.mark.long),
         pytest.param("operators: matrix products, attention", "16K, mixed", marks=pytest.mark.long),

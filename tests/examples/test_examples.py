@@ -172,9 +172,9 @@ def test_torchrun_resumes(tmp_path):
     ("command", "option"),
     [
         ("plain_loop", "--sp"),
-        ("checkpoint_fsdp2", "--every"),
+        pytest.param("checkpoint_fsdp2", "--every", marks=pytest.mark.long),
         pytest.param("deepspeed_zero", "--sp", marks=needs_deepspeed),
-        pytest.param("checkpoint_deepspeed", "--stage", marks=needs_deepspeed),
+        pytest.param("checkpoint_deepspeed", "--stage", marks=[needs_deepspeed, pytest.mark.long]),
         pytest.param("checkpoint_trainer", "--out", marks=[needs_accelerate, pytest.mark.long]),
     ],
 )

@@ -110,6 +110,7 @@ def test_validation_knows_what_was_trained_on_and_wandb_ends_nothing(
     assert events[-1]["event"] == "finish"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nor_does_it_on_one_of_two_processes(
     write_config: Callable[..., Path],
