@@ -93,7 +93,10 @@ def half_order(axes_dim: Sequence[int], device: torch.device) -> Tensor:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x (T, H, D) by rotation (T, D/2) complex."""
     # A pair as one complex number: one pass, 30 times faster on a CPU than slicing (measured).
-    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    x = x.contiguous()
+    if x.storage_offset() % 2:  # which no complex number begins at
+        x = x.clone()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation[:, None]).flatten(-2)
 
 

@@ -58,6 +58,24 @@ def test_every_check_of_every_operator_runs(stem, dtype):
     checks.replays(*pair, file.function("torch"), CPU)
 
 
+def test_attention_of_heads_that_lie_apart_or_in_one_place():
+    attention = gpu_file("test_varlen_attention")
+    seen = []
+
+    def watched(backend):
+        def run(inputs):
+            seen.append({x.stride()[1:] for x in inputs.leaves})
+            return attention.function(backend)(inputs)
+
+        return run
+
+    for case, change in attention.layouts(MIXED, torch.bfloat16, 2, 16):
+        checks.all_fit(case, [change(watched)("torch"), change(attention.deterministic)("torch")], CPU)
+    assert {frozenset(strides) for strides in seen} >= {
+        frozenset({(24, 1)}), frozenset({(17, 1)}), frozenset({(16, 1), (0, 1)})
+    }  # fmt: skip
+
+
 def test_attention_with_lse_and_in_tf32():
     attention = gpu_file("test_varlen_attention")
     case = attention.with_lse(MIXED, torch.float32, 2, 16)

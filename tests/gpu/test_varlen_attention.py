@@ -44,6 +44,44 @@ def views(case):
     return dataclasses.replace(case, case=f"{case.case}, views", draw=draw)
 
 
+def padded(case, elements):
+    """Heads that lie so many elements apart: not adjacent, and, by one, at odd addresses."""
+
+    def draw(device, seed):
+        inputs = case.draw(device, seed)
+        leaves = []
+        for x in inputs.leaves:
+            *rows, head_dim = x.shape
+            wide = torch.empty(*rows, head_dim + elements, dtype=x.dtype, device=x.device)
+            leaves.append(wide[..., :head_dim].copy_(x))
+        return Inputs(tuple(leaves), inputs.rest)
+
+    return dataclasses.replace(case, case=f"{case.case}, {elements} between heads", draw=draw)
+
+
+def expanding(make):
+    """Makers of functions that expand the only head of keys and values to all of them, by stride 0."""
+
+    def maker(backend):
+        def run(inputs):
+            q, *others = inputs.leaves
+            wide = (x.expand(-1, q.shape[1], -1) for x in others)
+            return make(backend)(Inputs((q, *wide), inputs.rest))
+
+        return run
+
+    return maker
+
+
+def layouts(pack, dtype, heads, head_dim):
+    """(problem, how a maker of functions is changed) of layouts that take other kernels, and loads
+    by pointers where descriptors cannot say where heads lie."""
+    whole = problem("self", heads, head_dim, pack, dtype, probed=False)
+    yield padded(whole, 8), lambda make: make
+    yield padded(whole, 1), lambda make: make
+    yield grouped(whole, 1), expanding
+
+
 def grouped(case, kv_heads):
     """Fewer heads of keys and values; the truth repeats them."""
 
@@ -129,6 +167,13 @@ def test_every_variant(pack, head_dim, dtype):
         checks.deterministic(case, deterministic(BACKEND), DEVICE, runs=2)
         for make in (function, deterministic):
             checks.does_not_wait(case, make(BACKEND), DEVICE)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_layouts_that_few_have(head_dim):
+    for case, change in layouts(ODD, torch.bfloat16, HEADS[head_dim], head_dim):
+        makers = [change(function), change(deterministic)]
+        checks.all_fit(case, [make(BACKEND) for make in makers], DEVICE)
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128])

@@ -106,6 +106,17 @@ def test_any_grids(grids, norm):
     assert_same_with_gradients(got, want, (q, k, qw, kw))
 
 
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_queries_that_begin_at_an_odd_element(pairing):
+    packing = Packing.from_grids([(1, 2, 2)])
+    arguments = {"cu_seqlens": packing.cu_seqlens, "grid_sizes": packing.grid_sizes,
+                 "axes_dim": AXES, "norm": "none", "pairing": pairing}  # fmt: skip
+    q = torch.randn(4 * 2 * D + 3)[3:].view(4, 2, D)
+    assert q.is_contiguous()
+    out = qk_norm_rope(q, **arguments)
+    torch.testing.assert_close(out, qk_norm_rope(q.clone(), **arguments), rtol=0, atol=0)
+
+
 def test_unrotated_keys_may_have_any_length():
     packing, q, k, qw, kw = arguments(GRIDS, tokens_k=7)
     got = call(packing, q, k, qw, kw, rotate_k=False)
