@@ -136,9 +136,19 @@ class _Recomputed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         contexts = self.traced_contexts if torch.compiler.is_compiling() else self.contexts
+        # All by position. Of `checkpoint`'s keyword arguments some are its own (debug, early_stop), and
+        # of the block's it reads no devices: dropout on a GPU would draw another mask when recomputed.
+        # Not in one tuple: only tensors that are arguments themselves are saved as inputs are, seen by
+        # the hooks of saved tensors and checked for changes in place.
+        count, names = len(args), tuple(kwargs)
+
+        def forward(*values: Any) -> Any:
+            named = dict(zip(names, values[count:], strict=True))
+            return self.forward(*values[:count], **named)
+
         return checkpoint(
-            self.forward, *args, use_reentrant=False, context_fn=contexts,
-            preserve_rng_state=self.preserve_rng_state, **kwargs,
+            forward, *args, *kwargs.values(), use_reentrant=False, context_fn=contexts,
+            preserve_rng_state=self.preserve_rng_state,
         )  # fmt: skip
 
 

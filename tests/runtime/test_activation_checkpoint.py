@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,7 +143,7 @@ def test_an_operator_that_takes_functions() -> None:
 def test_what_was_kept_serves_one_backward_pass() -> None:
     loss = _velocity(_goku(POLICIES[2])).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="varlen_attention"):
+    with pytest.raises(RuntimeError, match="varlen_attention|backward an extra time"):  # torch 2.11
         loss.backward()
 
 
@@ -181,6 +184,123 @@ def test_dropout_draws_the_same_again_where_asked(preserve: bool) -> None:
         results.append({name: p.grad for name, p in module.named_parameters()} | {"": scale.grad})
     equal = all(torch.equal(results[0][name], value) for name, value in results[1].items())
     assert equal == preserve
+
+
+class _Generator:
+    """Stands for a device's random numbers: torch.cuda, as `checkpoint` uses it, on a CPU."""
+
+    _initialized = True
+    state = 0
+
+    @classmethod
+    def draw(cls) -> int:
+        cls.state += 1
+        return cls.state
+
+    @staticmethod
+    def device(number: int) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    @classmethod
+    def get_rng_state(cls, device: Any = None) -> int:
+        return cls.state
+
+    @classmethod
+    def set_rng_state(cls, state: int, device: Any = None) -> None:
+        cls.state = state
+
+
+class _OnDevice(Tensor):
+    """A CPU tensor that says that it lies on the device of `_Generator`."""
+
+    device = SimpleNamespace(type="cuda", index=0)
+
+    def get_device(self) -> int:
+        return 0
+
+
+class _Draws(nn.Module):
+    """Scales by what the device draws."""
+
+    def forward(self, hidden: Tensor, other: Tensor | None = None) -> Tensor:
+        factor = float(_Generator.draw())
+        return (hidden.as_subclass(Tensor) * factor).exp()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_tensors_given_by_name_have_their_devices_random_numbers_kept(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU shows: `checkpoint` asks the tensors among its positional arguments for devices alone."""
+    monkeypatch.setattr(torch.utils.checkpoint, "_get_device_module", lambda _: _Generator)
+    seen: list[list[int]] = []
+    original = torch.utils.checkpoint.get_device_states
+
+    def spy(*args: Any) -> Any:
+        devices, states = original(*args)
+        seen.append(devices)
+        return devices, states
+
+    monkeypatch.setattr(torch.utils.checkpoint, "get_device_states", spy)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    block = nn.Sequential(_Draws())[0]
+    apply_activation_checkpointing(
+        root := nn.ModuleDict({"block": block}), ActivationCheckpointing(mode="full"), ("block",)
+    )
+    x = torch.ones(3, requires_grad=True)
+    given = x.as_subclass(_OnDevice)
+    _Generator.state = 6
+    out = root["block"](hidden=given) if named else root["block"](given)
+    _Generator.state = 40  # others draw before the backward pass
+    out.sum().backward()
+    assert seen == [[0]]
+    assert x.grad is not None
+    assert torch.equal(x.grad, 7 * torch.full((3,), 7.0).exp())
+
+
+class _Greedy(nn.Module):
+    """Has keyword arguments named as those of `torch.utils.checkpoint.checkpoint`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        self.seen.append(options)
+        return x.sin().sin()
+
+
+def test_a_blocks_own_keyword_arguments_reach_it_whatever_their_names() -> None:
+    module = nn.ModuleList([_Greedy()])
+    apply_activation_checkpointing(module, ActivationCheckpointing(mode="full"), ("0",))
+    options = {
+        "use_reentrant": True, "context_fn": None, "determinism_check": "mine", "debug": True,
+        "early_stop": "mine", "preserve_rng_state": 3, "function": 1,
+    }  # fmt: skip
+    module[0](torch.ones(2, requires_grad=True), **options).sum().backward()
+    assert module[0].seen == [options, options]  # forward and recomputation
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_inputs_are_saved_as_autograd_saves_them(named: bool) -> None:
+    """Hooks of saved tensors (save_on_cpu) see a block's inputs, and a change in place is an error."""
+    module = nn.ModuleList([_Noisy()])
+    apply_activation_checkpointing(module, ActivationCheckpointing(mode="full"), ("0",))
+    x, scale = torch.ones(4, 8, requires_grad=True), torch.full((8,), 1.5)
+    packed: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module[0](x=x, scale=scale) if named else module[0](x, scale=scale)
+    assert {x.data_ptr(), scale.data_ptr()} <= set(packed)
+    out.sum().backward()
+    out = module[0](x=x, scale=scale) if named else module[0](x, scale=scale)
+    scale.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 # --- what is computed again -----------------------------------------------------------------------
