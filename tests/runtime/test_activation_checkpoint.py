@@ -143,7 +143,9 @@ def test_an_operator_that_takes_functions() -> None:
 def test_what_was_kept_serves_one_backward_pass() -> None:
     loss = _velocity(_goku(POLICIES[2])).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="varlen_attention|backward an extra time"):  # torch 2.11
+    with pytest.raises(
+        RuntimeError, match=r"varlen_attention|backward an extra time"
+    ):  # torch 2.11
         loss.backward()
 
 
@@ -491,6 +493,9 @@ def test_all_usable_overloads_of_a_name_are_kept() -> None:
         (("*.mlp",), "matches"),  # '*' is one part
         (("blocks.*", "blocks.*.mlp"), "'blocks.0' and 'blocks.0.mlp' in it"),
         ("blocks.*", "blocks is 'blocks.*': allowed is a tuple"),
+        ((3,), r"blocks is \(3,\): allowed is a tuple"),
+        (("blocks",), "'blocks', a ModuleList without forward.* allowed are .* 'blocks.\\*'"),
+        (("bl*", "blocks.*"), r"'bl\*', which matches 'blocks', a ModuleList"),
     ],
 )
 @pytest.mark.parametrize("policy", [NONE, POLICIES[0]])
@@ -503,3 +508,47 @@ def test_a_second_policy_is_refused() -> None:
     model = _goku(POLICIES[0])
     with pytest.raises(ValueError, match=r"'blocks.0' recomputes already"):
         apply_activation_checkpointing(model, POLICIES[0])
+
+
+@pytest.mark.parametrize("calls", [("blocks.*", "blocks.*.mlp"), ("blocks.*.mlp", "blocks.*")])
+def test_blocks_inside_one_another_are_refused_over_several_calls(calls: tuple[str, str]) -> None:
+    model = _goku(NONE)
+    apply_activation_checkpointing(model, POLICIES[0], (calls[0],))
+    wrapped = [n for n, m in model.named_modules() if "forward" in m.__dict__]
+    message = rf"'blocks.0' and 'blocks.0.mlp' in it, '{wrapped[0]}' by a call before"
+    with pytest.raises(ValueError, match=message):
+        apply_activation_checkpointing(model, POLICIES[0], (calls[1],))
+    assert [n for n, m in model.named_modules() if "forward" in m.__dict__] == wrapped
+
+
+def test_a_block_that_lies_in_another_under_another_name_is_refused() -> None:
+    inner = _Noisy()
+    module = nn.ModuleDict({"first": inner, "second": nn.Sequential(inner)})
+    with pytest.raises(ValueError, match="'second' and 'first' in it: allowed is one of them"):
+        apply_activation_checkpointing(module, POLICIES[0], ("first", "second"))
+
+
+def test_further_blocks_may_be_given_another_policy() -> None:
+    module = apply_activation_checkpointing(_Nested(2), POLICIES[0], ("stages.0.*",))
+    apply_activation_checkpointing(module, POLICIES[1], ("stages.1.*",))
+    wrapped = [n for n, m in module.named_modules() if "forward" in m.__dict__]
+    assert wrapped == ["stages.0.0", "stages.0.1", "stages.1.0"]
+
+
+def test_the_module_itself_is_named_by_nothing_and_not_by_a_star() -> None:
+    for pattern, wanted in (("*", ["0", "1"]), ("", [""])):
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        apply_activation_checkpointing(module, POLICIES[0], (pattern,))
+        assert [n for n, m in module.named_modules() if "forward" in m.__dict__] == wanted
+
+
+def test_a_forward_of_the_instance_is_one() -> None:
+    module = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(2, 2)])})
+    module["list"].forward = lambda x: module["list"][0](x)
+    apply_activation_checkpointing(module, POLICIES[0], ("list",))
+    module["list"](torch.ones(2)).sum().backward()
+
+
+def test_a_policy_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="policy is 'full': allowed is an ActivationCheckpointing"):
+        apply_activation_checkpointing(_goku(NONE), "full")  # type: ignore[arg-type]
