@@ -144,7 +144,8 @@ def train(out: Path, steps: int, stage: int) -> Iterator[tuple[int, float]]:
     if (out / "latest").exists():
         engine.load_checkpoint(str(out))
     for step in range(engine.global_steps, steps):
-        share = (engine(samples_of(step)) - samples_of(step + 1)).square().sum() / BATCH
+        inputs, targets = (samples_of(each).to(engine.device) for each in (step, step + 1))
+        share = (engine(inputs) - targets).square().sum() / BATCH
         engine.backward(share * dist.get_world_size())  # DeepSpeed averages over the ranks
         engine.step()
         loss = share.detach()

@@ -29,7 +29,8 @@ BATCH, WIDTH = 8, 30
 
 def samples_of(step: int) -> Tensor:
     """This rank's samples of a step, (BATCH / ranks, WIDTH): all ranks together have the same ones."""
-    samples = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+    generator = torch.Generator("cpu").manual_seed(step)
+    samples = torch.randn(BATCH, WIDTH, generator=generator, device="cpu")
     mine = samples[dist.get_rank() :: dist.get_world_size()]
     return mine.to(torch.get_default_device(), torch.get_default_dtype())
 

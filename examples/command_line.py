@@ -52,8 +52,11 @@ def start(parser: argparse.ArgumentParser, packs: int) -> tuple[argparse.Namespa
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; allowed: >= 1")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    # DeepSpeed's word for where it computes; the others know nothing of it.
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= (count := torch.cuda.device_count()):
+            parser.error(f"LOCAL_RANK is {device.index}; allowed: below {count}, the GPUs here")
         torch.cuda.set_device(device)
     torch.set_default_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -16,7 +16,7 @@ from goku.media_files import file_stem
 from goku.metrics import RunLog
 from goku.packing import partition
 from goku.sampler import Request, SampleConfig, decode, integrate_all, save_media
-from goku.statistics import StepStatistics
+from goku.statistics import StepStatistics, sample_groups
 from goku.text import LazyTextEncoder, TextCache
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def _fixed_statistics(trainer: Trainer, builder: BatchBuilder) -> StepStatistics
     shares = partition(lengths, costs, trainer.context.packs, packing.tokens_per_pack)
     for pack, idle in trainer._rounds(shares, lengths):
         batch = builder.fixed([cases[k][0] for k in pack], [cases[k][1] for k in pack])
+        groups = sample_groups(batch)
         per_sample = trainer.per_sample_loss(trainer.ema.module, batch)
         if not idle:
-            statistics.add(batch, per_sample, weight_sum)
+            statistics.add(batch, per_sample, weight_sum, groups=groups)
     trainer.context.all_sum(statistics.vector)
     return statistics
 

@@ -188,8 +188,8 @@ def parallel_context(
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda". timeout_minutes bounds the collectives of a training step,
     so that a lost peer ends the job instead of hanging it. dims: how to arrange them, by default all in dp_shard.
-    Raises ValueError for a device that is absent, or dims that do not fit the number of processes. The process group
-    is destroyed on the way out.
+    Raises ValueError for a device that is absent, more processes here than GPUs, an environment that is none of
+    torchrun's, or dims that do not fit the number of processes. The process group is destroyed on the way out.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed: 'auto', 'cpu', 'cuda'")
@@ -198,10 +198,15 @@ def parallel_context(
             "device is 'cuda', but torch sees no CUDA device here; allowed: 'auto', 'cpu'"
         )
     cuda = torch.cuda.is_available() and device != "cpu"
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
+    local_rank = _environment("LOCAL_RANK", 0)
     dims = (dims or ParallelDims()).resolve(world)
     if cuda:
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, but torch sees {count} CUDA device{'s' if count > 1 else ''} here; "
+                f"allowed: 0 to {count - 1} (torchrun --nproc-per-node {count} or less), or device 'cpu'"
+            )
         torch.cuda.set_device(local_rank)
     where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world == 1:
@@ -238,6 +243,14 @@ def parallel_context(
             # one has yet to drop a tensor of its last collective, for which it needs the interpreter: it gets it here,
             # where later it would abort the process (seen once in six runs).
             time.sleep(0.1)
+
+
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    value = os.environ.get(name, str(default)).strip()
+    if not value.isdecimal():
+        raise ValueError(f"{name} is {value!r} in the environment; allowed: an integer >= 0")
+    return int(value)
 
 
 class PackSharding:

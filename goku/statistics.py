@@ -8,7 +8,7 @@ from torch import Tensor
 
 from goku.batch import Batch
 
-__all__ = ["RESOLUTIONS", "TIME_BINS", "StepStatistics", "resolution_name"]
+__all__ = ["RESOLUTIONS", "TIME_BINS", "StepStatistics", "resolution_name", "sample_groups"]
 
 TIME_BINS = 8
 _MODALITIES = ("image", "video")
@@ -20,6 +20,17 @@ _GROUPS = (TIME_BINS, len(_MODALITIES), RESOLUTIONS)
 _SIZE = _FIRST + 2 * sum(_GROUPS)
 
 
+def sample_groups(batch: Batch) -> Tensor:
+    """(2, B) of each sample its modality and its group of resolutions, on the batch's device.
+
+    To be called before the forward: a copy from the host waits for what the device was given before it, and after a
+    backward the host would prepare no next pack meanwhile.
+    """
+    kinds = [_MODALITIES.index(item.modality) for item in batch.items]
+    sizes = [_resolution(item.grid[1] * item.grid[2]) for item in batch.items]
+    return torch.tensor([kinds, sizes], device=batch.t.device)
+
+
 class StepStatistics:
     """One fp64 vector of sums, so that one all-reduce adds a step's samples over the ranks.
 
@@ -29,23 +40,27 @@ class StepStatistics:
 
     def __init__(self, device: torch.device) -> None:
         self.vector: Tensor = torch.zeros(_SIZE, dtype=torch.float64, device=device)
+        self._values: list[float] | None = None
 
-    def add(self, batch: Batch, per_sample: Tensor, weight_sum: float, flops: int = 0) -> None:
-        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs.
+    def add(
+        self,
+        batch: Batch,
+        per_sample: Tensor,
+        weight_sum: float,
+        flops: int = 0,
+        groups: Tensor | None = None,
+    ) -> None:
+        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs, its `sample_groups`.
 
         Of the shards of a pack each adds its part of the losses, and the first alone counts the samples and FLOPs. A
-        lost sample counts in no mean.
+        lost sample counts in no mean. With groups, made before the forward, the host waits for no device.
         """
         losses = per_sample.detach().double()
         first = batch.shard is None or batch.shard.token_offset == 0
         self.vector[_LOSS] += (losses * batch.weights).sum() / weight_sum
         self.vector[_FLOPS] += flops if first else 0
         bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        kinds = torch.tensor(
-            [_MODALITIES.index(item.modality) for item in batch.items], device=losses.device
-        )
-        areas = [item.grid[1] * item.grid[2] for item in batch.items]
-        sizes = torch.tensor([_resolution(area) for area in areas], device=losses.device)
+        kinds, sizes = (sample_groups(batch) if groups is None else groups).unbind()
         there = batch.weights > 0  # an item's weight is; lost ones have none
         losses, ones = losses * there, float(first) * there.double()
         begin = _FIRST
@@ -63,25 +78,35 @@ class StepStatistics:
         """Let every rank know that this one was asked to stop."""
         self.vector[_STOP] = 1.0
 
+    def read(self) -> None:
+        """After the reduction: bring the sums to the host at once, for all that is asked for below.
+
+        Without it each question waits for the device, also for what it was given after the sums.
+        """
+        self._values = self.vector.tolist()
+
+    def _read(self) -> list[float]:
+        return self.vector.tolist() if self._values is None else self._values
+
     @property
     def stopping(self) -> bool:
         """After the reduction: was any rank asked to stop?"""
-        return bool(self.vector[_STOP] > 0)
+        return self._read()[_STOP] > 0
 
     @property
     def lost(self) -> int:
         """After the reduction: items that are lost, counted by every process that drew them: when it grows, some more
         are."""
-        return int(self.vector[_LOST])
+        return int(self._read()[_LOST])
 
     @property
     def flops(self) -> float:
         """After the reduction: FLOPs of the whole step."""
-        return float(self.vector[_FLOPS])
+        return self._read()[_FLOPS]
 
     def means(self) -> tuple[float, list[float | None], dict[str, float | None]]:
         """(loss, mean loss per time bin, per modality); None where a group had no sample."""
-        values = self.vector.tolist()
+        values = self._read()
         middle = _FIRST + 2 * TIME_BINS
         kinds = _group_means(values[middle:], len(_MODALITIES))
         by_bin = _group_means(values[_FIRST:middle], TIME_BINS)
@@ -89,7 +114,7 @@ class StepStatistics:
 
     def by_resolution(self) -> dict[str, float]:
         """Mean loss per group of resolutions that had a sample, smallest first, by `resolution_name`."""
-        values = self.vector[_SIZE - 2 * RESOLUTIONS :].tolist()
+        values = self._read()[_SIZE - 2 * RESOLUTIONS :]
         means = _group_means(values, RESOLUTIONS)
         return {resolution_name(k): mean for k, mean in enumerate(means) if mean is not None}
 

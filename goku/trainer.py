@@ -53,7 +53,7 @@ from goku.run_checkpoints import RunCheckpoints
 from goku.run_config import RunConfig, resume_differences
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
-from goku.statistics import StepStatistics
+from goku.statistics import StepStatistics, sample_groups
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.vae import VideoVAE
@@ -305,6 +305,7 @@ class Trainer:
         packs = self._rounds(shares, lengths)
         for number, (pack, idle) in enumerate(packs, start=1):
             batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
+            groups = sample_groups(batch)
             keep = self.config.sharding.keep_unsharded
             microbatch(self.model, last=number == len(packs), keep_unsharded=keep)
             per_sample = self.per_sample_loss(self.model, batch)
@@ -313,12 +314,12 @@ class Trainer:
             if not idle:
                 sizes = batch.packing.lengths, batch.text_lengths
                 work = flops.training_flops(self.config.model, *sizes)
-                statistics.add(batch, per_sample, weight_sum, work)
+                statistics.add(batch, per_sample, weight_sum, work, groups)
         if stop.is_set():
             statistics.ask_to_stop()
         statistics.count_lost(self.lost.count)
         self.context.all_sum(statistics.vector)
-        norm, lr = self._update()
+        norm, lr = self._update(statistics)
         # What is drawn between steps, and a VAE that decodes it, has the gradients' memory.
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -366,11 +367,14 @@ class Trainer:
             backend=self.config.kernels.operator_backend,
         )
 
-    def _update(self) -> tuple[float, float]:
+    def _update(self, statistics: StepStatistics) -> tuple[float, float]:
         """Clip, step, average. The norm is of the reduced gradient, hence equal on all ranks, as is the decision."""
         optimizer = self.config.optimizer
         lr = learning_rate(optimizer, self.step, self.config.train.steps)
         norm = clip(self.model, optimizer.grad_clip, self.context).item()
+        # The device has nothing to do at this moment: later the host would wait for the optimizer, with the next
+        # step's first pack to prepare.
+        statistics.read()
         if not math.isfinite(norm):
             self.skipped += 1
             return norm, lr

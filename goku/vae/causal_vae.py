@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from goku.vae.folder import write_folder
-from goku.vae.interface import STRIDES, Posterior, check_latent, check_video
+from goku.vae.interface import STRIDES, Copies, Posterior, check_latent, check_video
 from goku.vae.layers import (
     PATCH,
     PATCH_VALUES,
@@ -134,6 +134,7 @@ class GokuVAE(nn.Module):
         with torch.random.fork_rng(devices=[]):  # layers draw weights of their own, replaced below
             self.encoder = Encoder(self.config)
             self.decoder = Decoder(self.config)
+        self._copies = Copies()
         self.register_buffer("latent_mean", torch.zeros(self.config.channels))
         self.register_buffer("latent_std", torch.ones(self.config.channels))
         self._initialise(seed)
@@ -254,7 +255,8 @@ class GokuVAE(nn.Module):
     def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         check_latent(latent, self.channels)
         shape = (1, -1, 1, 1, 1)
-        mean, std = self.latent_mean.to(latent.device), self.latent_std.to(latent.device)
+        mean = self._copies.of("mean", self.latent_mean, latent.device)
+        std = self._copies.of("std", self.latent_std, latent.device)
         return mean.view(shape), std.view(shape)
 
     def _encode_piece(self, video: Tensor, past: Past | None) -> tuple[Posterior, Past]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from goku.vae.folder import CONFIG
-from goku.vae.interface import STRIDES, Posterior, check_latent, check_video
+from goku.vae.interface import STRIDES, Copies, Posterior, check_latent, check_video
 
 VAEDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -52,6 +52,7 @@ class DiffusersVAE(nn.Module):
         super().__init__()
         self.inner = inner
         self._fingerprint: tuple[object, str] | None = None
+        self._copies = Copies()
         self.register_buffer("latent_mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("latent_std", torch.tensor(std, dtype=torch.float32))
         self.eval().requires_grad_(False)
@@ -149,7 +150,8 @@ class DiffusersVAE(nn.Module):
     def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         check_latent(latent, self.channels)
         shape = (1, -1, 1, 1, 1)
-        mean, std = self.latent_mean.to(latent.device), self.latent_std.to(latent.device)
+        mean = self._copies.of("mean", self.latent_mean, latent.device)
+        std = self._copies.of("std", self.latent_std, latent.device)
         return mean.view(shape), std.view(shape)
 
 

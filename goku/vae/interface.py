@@ -83,6 +83,27 @@ class VideoVAE(Protocol):
         """Hex digest of configuration and weights: part of the key of every cached latent."""
 
 
+class Copies:
+    """A module's small buffers on other devices than its own, each copied once.
+
+    A copy from a GPU waits for all that it was given before. Latents that are prepared in host memory, while the VAE
+    lies on the GPU, would wait for the training step under way.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.device], tuple[Tensor, int, Tensor]] = {}
+
+    def of(self, name: str, buffer: Tensor, device: torch.device) -> Tensor:
+        """The buffer of this name on the device, as it is now: a changed or replaced one is copied anew."""
+        if buffer.device == device:
+            return buffer
+        source, version, copy = self._kept.get((name, device), (None, 0, buffer))
+        if source is not buffer or version != buffer._version:
+            copy = buffer.to(device)
+            self._kept[name, device] = (buffer, buffer._version, copy)
+        return copy
+
+
 def latent_shape(
     frames: int, height: int, width: int, strides: tuple[int, int, int] = STRIDES
 ) -> tuple[int, int, int]:

@@ -90,15 +90,19 @@ def apply_activation_checkpointing(
     Args:
         module: changed in place, but for mode "none".
         policy: what to keep.
-        blocks: patterns of module names, as in fnmatch; '*' matches within one part of the name.
+        blocks: patterns of module names, as in fnmatch; '*' matches within one part of the name; ""
+            is the module itself.
 
     Returns:
         module.
 
     Raises:
-        ValueError: a pattern that no module's name matches, blocks inside one another or applied to
-            before, an operator that does not exist or cannot be kept.
+        ValueError: a pattern that no module's name matches, or that of a list of modules, which nobody
+            calls; blocks that recompute already, or inside one another, by a call before too; an operator
+            that does not exist or cannot be kept; a policy of another type.
     """
+    if not isinstance(policy, ActivationCheckpointing):
+        raise ValueError(f"policy is {policy!r}: allowed is an ActivationCheckpointing")
     chosen = _find(module, blocks)
     if policy.mode == "none":
         return module
@@ -136,9 +140,19 @@ class _Recomputed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         contexts = self.traced_contexts if torch.compiler.is_compiling() else self.contexts
+        # All by position. Of `checkpoint`'s keyword arguments some are its own (debug, early_stop), and
+        # of the block's it reads no devices: dropout on a GPU would draw another mask when recomputed.
+        # Not in one tuple: only tensors that are arguments themselves are saved as inputs are, seen by
+        # the hooks of saved tensors and checked for changes in place.
+        count, names = len(args), tuple(kwargs)
+
+        def forward(*values: Any) -> Any:
+            named = dict(zip(names, values[count:], strict=True))
+            return self.forward(*values[:count], **named)
+
         return checkpoint(
-            self.forward, *args, use_reentrant=False, context_fn=contexts,
-            preserve_rng_state=self.preserve_rng_state, **kwargs,
+            forward, *args, *kwargs.values(), use_reentrant=False, context_fn=contexts,
+            preserve_rng_state=self.preserve_rng_state,
         )  # fmt: skip
 
 
@@ -180,20 +194,25 @@ def _contexts(kept: list[OpOverload]) -> tuple[_Only, _Only]:
 
 def _find(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     """The modules whose names match, in the order of registration."""
-    if not isinstance(patterns, tuple):  # a string would be taken letter by letter
+    # A string would be taken letter by letter.
+    if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(f"blocks is {patterns!r}: allowed is a tuple of patterns")
+    modules = dict(module.named_modules())
     found: dict[str, nn.Module] = {}
     unused = set(patterns)
-    for name, child in module.named_modules():
+    for name, child in modules.items():
         matching = {pattern for pattern in patterns if _matches(name, pattern)}
         unused -= matching
         if not matching:
             continue
-        outer = next((other for other in found if name.startswith(f"{other}.")), None)
-        if outer is not None:
-            raise ValueError(f"blocks match {outer!r} and {name!r} in it: allowed is one of them")
-        if isinstance(child.__dict__.get("forward"), _Recomputed):
+        if _recomputes(child):
             raise ValueError(f"{name!r} recomputes already: apply one policy, once")
+        # The bound method's function: a forward may also be an instance's own.
+        if getattr(child.forward, "__func__", None) is nn.Module.forward:
+            raise ValueError(
+                f"blocks has {min(matching)!r}, which matches {name!r}, a {type(child).__name__} without "
+                f"forward, which nobody calls: allowed are modules that are called, as {name + '.*'!r}"
+            )
         found[name] = child
     for pattern in patterns:
         if pattern in unused:
@@ -202,10 +221,32 @@ def _find(module: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
                 f"blocks has the pattern {pattern!r}, which no module's name matches: '*' stands "
                 f"for one part of a name, and the children here are {children or 'none'}"
             )
+    _check_apart(modules, found)
     return list(found.values())
 
 
+def _recomputes(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("forward"), _Recomputed)
+
+
+def _check_apart(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
+    """No block within another one, matched now or by a call before: the inner one would run three times."""
+    before = {name: child for name, child in modules.items() if _recomputes(child)}
+    for outer, block in (found | before).items():
+        inside = set(block.modules()) - {block}  # not by name: a module may lie in several places
+        for inner, child in (found | before).items():
+            if child in inside and (outer in found or inner in found):
+                earlier = [
+                    f", {name!r} by a call before" for name in (outer, inner) if name in before
+                ]
+                raise ValueError(
+                    f"blocks match {outer!r} and {inner!r} in it{''.join(earlier)}: allowed is one of them"
+                )
+
+
 def _matches(name: str, pattern: str) -> bool:
+    if not name:  # the module itself, which '*' does not mean
+        return not pattern
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 

@@ -120,13 +120,20 @@ class ParallelDims:
                 nothing is said about nodes.
 
         Raises:
-            ValueError: torch.distributed is not initialised, or the degrees do not fit its world.
+            ValueError: torch.distributed is not initialised, the degrees do not fit its world, the
+                default group serves no such device, or LOCAL_WORLD_SIZE is no integer >= 0.
         """
         if not dist.is_initialized():
             raise ValueError("there is no process group: call init_process_group before build_mesh")
+        served = [each.partition(":")[0] for each in dist.get_backend_config().split(",")]
+        if device_type not in served:
+            raise ValueError(
+                f"device_type is {device_type!r}; allowed: what the default group serves, "
+                f"{' or '.join(map(repr, served))}"
+            )
         dims = self.resolve(dist.get_world_size())
         if ranks_per_node is None:
-            ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
+            ranks_per_node = _local_world_size()
         if ranks_per_node is not None:
             placed = dims.placement(dims.world, ranks_per_node)
             if placed.sp_nodes > 1 and dist.get_rank() == 0:
@@ -137,6 +144,16 @@ class ParallelDims:
         for group in (*mesh.get_all_groups(), *sharded.get_all_groups()):
             _take_timeout(group, dist.group.WORLD, device_type)
         return mesh
+
+
+def _local_world_size() -> int | None:
+    """Of torchrun; None where it is not set."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "0").strip()
+    if not value.isdecimal():
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE is {value!r} in the environment; allowed: an integer >= 1, or none"
+        )
+    return int(value) or None
 
 
 def _processes(world: int) -> str:

@@ -81,18 +81,18 @@ class SequenceParallel:
         size: P, the processes of the group.
 
     Raises:
-        ValueError: heads < 1, heads not divisible by kv_heads, a group that is no process group or
+        ValueError: heads that are no integer >= 1 or not divisible by kv_heads, a group that is no process group or
             that this process is not in.
     """
 
     def __init__(self, group: ProcessGroup | None, heads: int, kv_heads: int | None = None) -> None:
-        if heads < 1:
-            raise ValueError(f"heads is {heads}; at least 1 is needed")
+        if not _is_integer(heads) or heads < 1:
+            raise ValueError(f"heads is {heads!r}; at least 1, an integer, is needed")
         if kv_heads is None:
             kv_heads = heads
-        if kv_heads < 1 or heads % kv_heads:
+        if not _is_integer(kv_heads) or kv_heads < 1 or heads % kv_heads:
             raise ValueError(
-                f"kv_heads is {kv_heads}; with {heads} heads a divisor of {heads} is needed"
+                f"kv_heads is {kv_heads!r}; with {heads} heads a divisor of {heads} is needed"
             )
         self.group = group
         self.heads = heads
@@ -303,6 +303,11 @@ class SequenceParallel:
                 f"attn returned {out.dtype} of shape {tuple(out.shape)} for {q.dtype} queries of "
                 f"shape {tuple(q.shape)}; the result has to be like the queries"
             )
+
+
+def _is_integer(value: object) -> bool:
+    # A torch.SymInt where a batch's size is part of it and is traced.
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

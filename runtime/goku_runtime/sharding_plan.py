@@ -7,6 +7,7 @@ holds, or a module that stays in full precision while its surroundings do not.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -55,19 +56,24 @@ class ShardingPolicy:
     def __post_init__(self) -> None:
         for name in ("blocks", "full_precision"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns):
+            # Strings are sequences too, of letters.
+            listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+            if not listed or not all(isinstance(p, str) and p for p in patterns):
                 raise ValueError(
                     f"{name} is {patterns!r}; allowed: a tuple of module name patterns"
                 )
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
-            if dtype is not None and not dtype.is_floating_point:
-                raise ValueError(f"{name} is {dtype}; allowed: a floating dtype or None")
-        if self.prefetch < 0:
-            raise ValueError(f"prefetch is {self.prefetch}; allowed: >= 0")
+            if dtype is None:
+                continue
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ValueError(f"{name} is {dtype!r}; allowed: a floating dtype or None")
+        ahead = self.prefetch
+        if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0:
+            raise ValueError(f"prefetch is {ahead!r}; allowed: integers >= 0")
         divisor = self.gradient_divisor
-        if divisor is not None and not 0 < divisor < math.inf:
-            raise ValueError(f"gradient_divisor is {divisor}; allowed: > 0 and finite, or None")
+        if divisor is not None and not _divides(divisor):
+            raise ValueError(f"gradient_divisor is {divisor!r}; allowed: > 0 and finite, or None")
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,12 @@ def reduce_dtype(unit: Unit, policy: ShardingPolicy) -> torch.dtype | None:
         return policy.reduce_dtype
     stored = next((p.dtype for p in unit.parameters.values()), torch.float32)
     return torch.promote_types(unit.gathered_dtype or stored, torch.float32)
+
+
+def _divides(value: object) -> bool:
+    """Whether it is a number that a sum can be divided by: positive and finite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _floating(module: nn.Module) -> filter[nn.Parameter]:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -127,6 +130,50 @@ def test_checkpoint_deepspeed(run_processes, tmp_path):
 def test_checkpoint_trainer(run_processes, tmp_path, world):
     script = HERE / "checkpoint_trainer_processes.py"
     run_processes(world, script, ("resume", {"out": str(tmp_path)}))
+
+
+class OnTheirGenerator(TorchDispatchMode):
+    """Numbers are drawn on the device of the generator that is given: on another one CUDA refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        generator = (kwargs or {}).get("generator")
+        if generator is not None:
+            self.draws += 1
+            assert out.device.type == generator.device.type, func
+        return out
+
+
+@pytest.mark.parametrize(
+    ("example", "data"),
+    [
+        ("packed_transformer", lambda example: example.packs_of_step(1)),
+        ("checkpoint_fsdp2", lambda example: example.samples_of(1)),
+        # Importing transformers and diffusers takes ten seconds.
+        pytest.param(
+            "transformers_model",
+            lambda example: example.packs_of_step(1, 64),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "diffusers_wan",
+            lambda example: example.videos_of_step(1, range(2)),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_data_are_drawn_whatever_the_default_device(example, data, monkeypatch):
+    """The examples' commands make a GPU the default device: a device without values stands for it."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    module = importlib.import_module(example)
+    with torch.device("meta"), OnTheirGenerator() as mode:
+        data(module)
+    assert mode.draws
 
 
 def run(*command, **environment):

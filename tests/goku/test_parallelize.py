@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goku.cli import main
 from goku.model import PRESETS, GokuTransformer, KernelConfig
 from goku.parallelize import (
     ActivationCheckpointing,
@@ -110,6 +111,50 @@ def test_bad_values_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda"), parallel_context("cuda"):
             pass
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """What torch says on a machine with two GPUs; choosing one of them fails the test."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def choose(device):
+        pytest.fail(f"device {device} was chosen")
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.usefixtures("two_gpus")
+def test_more_processes_than_gpus_are_refused(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    message = r"LOCAL_RANK is 2, but torch sees 2 CUDA devices here; allowed: 0 to 1 .*'cpu'"
+    with pytest.raises(ValueError, match=message), parallel_context(device):
+        pass
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_command_line_ends_with_2_for_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"{{out: {tmp_path}/run, data: {{path: {tmp_path}}}, vae: {{path: vae, train: {{}}}}, model: {{preset: tiny}},"
+        " packing: {tokens_per_step: 64, tokens_per_pack: 64}}"
+    )
+    assert main(["train", str(config), "train.device=cuda"]) == 2
+    assert capsys.readouterr().err.startswith("goku train: LOCAL_RANK is 5, but torch sees 2")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "-1", ""])
+def test_an_environment_that_is_none_of_torchruns_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    message = f"{name} is {value!r} in the environment; allowed: an integer"
+    with pytest.raises(ValueError, match=message), parallel_context("cpu"):
+        pass
 
 
 def test_one_process_is_arranged_in_one_way_alone() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from goku.statistics import RESOLUTIONS, StepStatistics, resolution_name
+from goku.statistics import RESOLUTIONS, StepStatistics, resolution_name, sample_groups
 
 CPU = torch.device("cpu")
 # Grids (t, h, w): an image of 256x256 pixels, clips of 288x512 and 720x1280, a single token.
@@ -135,3 +137,62 @@ def test_the_groups_are_end_to_end_and_the_papers_resolutions_are_apart() -> Non
     assert list(statistics.by_resolution()) == ["512-1023", "1024-2047", "2048-4095"]
     with pytest.raises(ValueError, match="group is 16; allowed: 0 to 15"):
         resolution_name(16)
+
+
+class _OnTheDevice(TorchDispatchMode):
+    """Fails at what moves a tensor from or to the host, or reads its values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero"), name
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, list) else [out]:
+            assert each.device.type == "meta", name
+        return out
+
+
+class _NothingNew(TorchFunctionMode):
+    """Fails at what makes a tensor of the host's numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_after_the_forward_the_host_waits_for_nothing() -> None:
+    """On a device without values: neither copies to it nor reads from it, whatever the pack."""
+    meta = torch.device("meta")
+    statistics = StepStatistics(meta)
+    for offset in (None, 0, 7):
+        batch = _batch([0, 1, 2, 3, 4], offset)
+        batch.t, batch.weights = batch.t.to(meta), batch.weights.to(meta)
+        groups = sample_groups(batch)
+        losses = torch.ones(5, device=meta)
+        with _OnTheDevice(), _NothingNew():
+            statistics.add(batch, losses, 7.5, 10, groups)
+            statistics.ask_to_stop()
+            statistics.count_lost(3)
+        with pytest.raises(AssertionError, match="tensor"), _NothingNew():
+            statistics.add(batch, losses, 7.5, 10)  # without groups it makes them
+
+
+def test_groups_made_before_the_forward_count_alike_to_the_bit() -> None:
+    before, after = StepStatistics(CPU), StepStatistics(CPU)
+    losses = torch.rand(5, generator=torch.Generator().manual_seed(0))
+    for which in ([0, 1, 2, 3, 4], [4, 4, 1, 0, 0]):
+        batch = _batch(which)
+        before.add(batch, losses, 7.5, 3, sample_groups(batch))
+        after.add(batch, losses, 7.5, 3)
+    assert torch.equal(before.vector, after.vector)
+
+
+def test_what_was_read_at_once_answers_every_question() -> None:
+    statistics = StepStatistics(CPU)
+    _add(statistics, [0, 1, 2, 3, 4])
+    statistics.count_lost(2)
+    statistics.ask_to_stop()
+    _check(statistics, 1)
+    statistics.read()
+    statistics.vector.zero_()  # no question reaches it any more
+    _check(statistics, 1)
+    assert (statistics.lost, statistics.stopping) == (2, True)

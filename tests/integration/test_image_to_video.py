@@ -14,6 +14,7 @@ from goku.metrics import RunLog, read_log
 from goku.parallelize import copy_parameters, parallel_context
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
+from goku.statistics import StepStatistics
 from goku.trainer import Trainer
 
 GIVEN = {"model": {"condition": "frames"}, "conditioning": {"drop": 0.25, "drop_both": 0.0}}
@@ -64,9 +65,9 @@ def test_it_starts_as_the_base_and_learns_from_the_first_step(
     given.per_sample_loss = watched  # type: ignore[method-assign]
     gradients, update = [], given._update
 
-    def looked_at() -> tuple[float, float]:
+    def looked_at(statistics: StepStatistics) -> tuple[float, float]:
         gradients.append({name: bool(given.model.get_parameter(name).grad.any()) for name in OWN})
-        return update()
+        return update(statistics)
 
     given._update = looked_at  # type: ignore[method-assign]
     for _ in range(2):

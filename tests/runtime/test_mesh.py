@@ -1,11 +1,13 @@
 """Degrees, placement on nodes, and the groups of a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from goku_runtime.mesh import ParallelDims
 
@@ -64,6 +66,30 @@ def test_bad_degrees_are_named(name: str, value: object) -> None:
 
 def test_no_process_group() -> None:
     with pytest.raises(ValueError, match="init_process_group before build_mesh"):
+        ParallelDims().build_mesh("cpu")
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A default group of one process that serves CPUs alone."""
+    dist.init_process_group("cpu:fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cpu:0", "", None, 0])
+@pytest.mark.usefixtures("alone")
+def test_a_device_that_the_group_does_not_serve_is_refused(device: object) -> None:
+    message = f"device_type is {device!r}; allowed: what the default group serves, 'cpu'"
+    with pytest.raises(ValueError, match=message):
+        ParallelDims().build_mesh(device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5"])
+@pytest.mark.usefixtures("alone")
+def test_a_bad_local_world_size_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE is {value!r} in the environment"):
         ParallelDims().build_mesh("cpu")
 
 

@@ -361,8 +361,12 @@ def test_one_process_is_the_identity(fake_group: Callable[..., dist.ProcessGroup
 
 def test_bad_construction(fake_group: Callable[..., dist.ProcessGroup]) -> None:
     group = fake_group(0, 4)
-    with pytest.raises(ValueError, match="heads is 0; at least 1"):
-        SequenceParallel(group, 0)
+    for heads in (0, 2.5, "8", True, None):
+        with pytest.raises(ValueError, match=f"^heads is {heads!r}; at least 1, an integer"):
+            SequenceParallel(None, heads)  # type: ignore[arg-type]
+    for heads in (2.0, "2", True):
+        with pytest.raises(ValueError, match=f"kv_heads is {heads!r}; with 8 heads a divisor"):
+            SequenceParallel(None, 8, heads)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kv_heads is 3; with 8 heads a divisor of 8"):
         SequenceParallel(group, 8, 3)
     with pytest.raises(ValueError, match="kv_heads is 0"):

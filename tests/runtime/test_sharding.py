@@ -6,6 +6,7 @@ their functions, as start-up is most of what each would take.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -253,9 +254,19 @@ def test_patterns_that_cannot_be_meant(options: dict[str, Any], words: str) -> N
     ("options", "words"),
     [
         ({"blocks": "blocks.*"}, "blocks is 'blocks.*'; allowed: a tuple"),
-        ({"prefetch": -1}, "prefetch is -1; allowed: >= 0"),
+        ({"blocks": None}, "blocks is None; allowed: a tuple"),
+        ({"blocks": (1,)}, "blocks is (1,); allowed: a tuple"),
+        ({"full_precision": None}, "full_precision is None; allowed: a tuple"),
+        ({"prefetch": -1}, "prefetch is -1; allowed: integers >= 0"),
+        ({"prefetch": "1"}, "prefetch is '1'; allowed: integers >= 0"),
+        ({"prefetch": 1.5}, "prefetch is 1.5; allowed: integers >= 0"),
+        ({"prefetch": True}, "prefetch is True; allowed: integers >= 0"),
         ({"param_dtype": torch.int8}, "param_dtype is torch.int8"),
+        ({"param_dtype": "bfloat16"}, "param_dtype is 'bfloat16'; allowed: a floating dtype"),
+        ({"reduce_dtype": 32}, "reduce_dtype is 32; allowed: a floating dtype"),
         ({"gradient_divisor": 0.0}, "gradient_divisor is 0.0; allowed: > 0"),
+        ({"gradient_divisor": math.nan}, "gradient_divisor is nan; allowed: > 0"),
+        ({"gradient_divisor": "1"}, "gradient_divisor is '1'; allowed: > 0"),
     ],
 )
 def test_policies_that_cannot_be_meant(options: dict[str, Any], words: str) -> None:

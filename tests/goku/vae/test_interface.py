@@ -1,14 +1,18 @@
 """The adapter interface: geometry, posterior, and that GokuVAE is a VideoVAE."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from goku.vae import STRIDES, GokuVAE, Posterior, VAEConfig, VideoVAE, latent_shape
-from goku.vae.interface import check_latent, check_video
+from goku.vae.diffusers_vaes import DiffusersVAE
+from goku.vae.interface import Copies, check_latent, check_video
 
 
 def test_goku_vae_is_a_video_vae() -> None:
@@ -78,3 +82,50 @@ def test_kl_is_the_divergence_to_the_standard_normal() -> None:
     expected = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0))
     torch.testing.assert_close(posterior.kl(), expected, rtol=1e-6, atol=0)
     assert Posterior(torch.zeros(shape), torch.zeros(shape)).kl() == 0
+
+
+class _Moves(TorchDispatchMode):
+    """Counts tensors that go to the device without values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.count += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        GokuVAE(VAEConfig(channels=2, stem_width=8, width=8)),
+        DiffusersVAE(nn.Identity(), [0.0, 0.0], [1.0, 1.0]),
+    ],
+    ids=["GokuVAE", "DiffusersVAE"],
+)
+def test_latents_on_another_device_than_the_vae_wait_for_it_once(vae: Any) -> None:
+    """From a GPU each copy would wait for the training step under way, while packs are prepared on the host."""
+    there = torch.zeros(1, 2, 1, 2, 2, device="meta")
+    with torch.no_grad(), _Moves() as moves:
+        for _ in range(3):
+            assert vae.denormalise(vae.normalise(there)).device.type == "meta"
+        assert moves.count == 2  # the mean, the standard deviation
+        vae.latent_std.fill_(2.0)
+        vae.normalise(there)
+        assert moves.count == 3
+        vae.normalise(torch.zeros(1, 2, 1, 2, 2))
+        assert moves.count == 3
+
+
+def test_a_copy_is_of_the_buffer_as_it_is() -> None:
+    copies, meta = Copies(), torch.device("meta")
+    first = torch.ones(3)
+    kept = copies.of("mean", first, meta)
+    assert copies.of("mean", first, meta) is kept
+    assert copies.of("mean", first, torch.device("cpu")) is first
+    assert copies.of("std", torch.ones(2), meta).shape == (2,)
+    first.add_(1)
+    changed = copies.of("mean", first, meta)
+    assert changed is not kept
+    assert copies.of("mean", first.clone(), meta) is not changed  # as Module.to replaces it
