@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from goku_runtime.checkpoint import version1
+from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.collection import no_collection
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
@@ -62,7 +63,9 @@ def load(
         partial: leave out what the checkpoint has and `state` has not, such as the optimizer.
         convert: accept tensors of another dtype, and convert as `Tensor.copy_` does.
         broadcast: read what several ranks hold on one of them, which sends it to the others: for file
-            systems slower than the network. Tensors on a GPU need a group that can send them.
+            systems slower than the network. Tensors on a GPU need a group that can send them. What is not
+            wanted alike (dtype, device, mesh, placements) by all ranks that hold it, each reads by itself.
+            The same on all ranks.
         process_group: the ranks that load, each with its own `state`; None takes the default group where
             there is one.
         options: of the reading engine.
@@ -71,13 +74,14 @@ def load(
         CheckpointError: no checkpoint, or files missing, truncated, altered or extra: named, with the
             tensors in the altered bytes and the rank that wrote them.
         ValueError: keys missing or unexpected, or kinds, shapes or dtypes that differ: all named,
-            with what was saved and what is wanted. (CheckpointError is a ValueError too.)
+            with what was saved and what is wanted; or ranks that were given different checkpoints.
+            (CheckpointError is a ValueError too.)
         OSError: a file cannot be read.
         Either on all ranks; those where nothing is wrong name one where something is.
     """
     ranks = Ranks(process_group)
     directory = Path(os.path.abspath(path))
-    manifest = _looked_at(ranks, directory)
+    manifest = _looked_at(ranks, directory, broadcast=broadcast)
     if manifest.version == 1:
         first = version1.Version1(ranks, directory, manifest)
         _, plan = _matched(state, ranks, directory, lambda: first, partial=partial, convert=convert)
@@ -128,22 +132,36 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
     return version1.described(directory, manifest)
 
 
-def _looked_at(ranks: Ranks, directory: Path) -> Manifest:
+def _looked_at(ranks: Ranks, directory: Path, *, broadcast: bool) -> Manifest:
     """The manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
 
-    Raises CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
+    Raises:
+        CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
+        ValueError: ranks were given different checkpoints, or `broadcast` differs.
     """
     own: list[Manifest] = []
 
-    def look() -> list[str]:
+    def look() -> tuple[str, int, bool, list[str]]:
         own.append(Manifest.read(directory))
-        if own[0].version == 1:
-            return []  # it reads the files themselves
-        share = (ranks.rank, ranks.count)
-        return file_problems(directory, own[0], sums=False, share=share)
+        problems = []
+        if own[0].version > 1:  # version 1 reads the files themselves
+            share = (ranks.rank, ranks.count)
+            problems = file_problems(directory, own[0], sums=False, share=share)
+        return str(directory), crc32c(own[0].to_bytes()), broadcast, problems
 
     found = ranks.collect(look)
-    raise_problems(directory, [problem for each in found for problem in each])
+    first, manifest, sends, _ = found[0]
+    for rank, (path, other, sent, _) in enumerate(found):
+        # By the manifest, which has the time of the save and all sums: one directory may be mounted under
+        # two names. Before the problems: each rank has looked at its share of its own checkpoint alone.
+        if other != manifest:
+            note = "" if path != first else ", but another checkpoint lies there"
+            raise ValueError(
+                f"path: all ranks load one checkpoint; it is {first} on rank 0 and {path} on rank {rank}{note}"
+            )
+        if sent != sends:
+            raise ValueError(f"broadcast is {sends} on rank 0 and {sent} on rank {rank}")
+    raise_problems(directory, [problem for each in found for problem in each[3]])
     return own[0]
 
 

@@ -1,6 +1,6 @@
 """A directory of checkpoints: which one is the latest, and which ones are no longer needed.
 
-None of these is collective: in a job of several ranks, rank 0 calls them and tells the others.
+None of these is collective but ``latest(root, together=True)``: in a job of several ranks, rank 0 calls them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+import torch.distributed as dist
 
 from goku_runtime.checkpoint.directory import (
     POINTER_NAME,
@@ -22,6 +24,7 @@ from goku_runtime.checkpoint.directory import (
 )
 from goku_runtime.checkpoint.journal import Journal, logged
 from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
+from goku_runtime.checkpoint.ranks import Ranks
 
 __all__ = ["POINTER_NAME", "latest", "prune", "series_of", "set_latest"]
 
@@ -48,7 +51,12 @@ def set_latest(root: str | os.PathLike[str], name: str, *, journal: Journal | No
     sync_directory(root, journal)
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
+def latest(
+    root: str | os.PathLike[str],
+    *,
+    together: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Path | None:
     """The checkpoint to go on from, or None where there is none.
 
     That is the one `set_latest` named last. Where the pointer is missing or what it names is gone
@@ -57,8 +65,26 @@ def latest(root: str | os.PathLike[str]) -> Path | None:
 
     A job killed between `save` and `set_latest` goes on from the one before, and meets the unnamed
     one again when it saves that step: such a job saves with ``overwrite=True``.
+
+    Args:
+        root: the directory of checkpoints.
+        together: all ranks call this, and get what rank 0 finds: ranks that look for themselves may see
+            different ones while another process saves or removes some, or through a file system's caches.
+        process_group: of those ranks; None takes the default group where there is one.
+
+    Raises:
+        ValueError: `process_group` without `together`.
+        OSError: the directory cannot be read. With `together` on all ranks.
     """
-    root = Path(root)
+    if together:
+        ranks = Ranks(process_group)
+        return ranks.collect(lambda: _latest(Path(root)) if ranks.is_first else None)[0]
+    if process_group is not None:
+        raise ValueError("process_group: given without together=True; one rank alone needs none")
+    return _latest(Path(root))
+
+
+def _latest(root: Path) -> Path | None:
     if not root.is_dir():
         return None
     named = _pointed(root)
@@ -112,7 +138,7 @@ def prune(
     root = Path(root)
     remove_leftovers(root, journal)
     complete = [path for path in _complete(root) if series in (None, series_of(path.name))]
-    keep = {*complete[:keep_last], latest(root)}
+    keep = {*complete[:keep_last], _latest(root)}
     good = (path for path in complete if not _problems(root, path.name, sums=sums))
     keep.add(next(good, None))
     if keep_every:
