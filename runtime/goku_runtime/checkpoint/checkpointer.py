@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.committing import SmallFiles, commit
+from goku_runtime.checkpoint.committing import SmallFiles, commit, thin_out
 from goku_runtime.checkpoint.directory import POINTER_NAME, NewDirectory, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
@@ -367,6 +367,9 @@ class Checkpointer:
         except BaseException:
             self._abandon(job)
             raise
+        # By rank 0 alone, when all have the result: deleting may take longer than a group's patience.
+        if job.directory is not None and job.retention is not None:
+            thin_out(job.target, job.retention, self._journal)
 
     def _abandon(self, job: _Job) -> None:
         if job.beside is not None:
@@ -452,7 +455,7 @@ class Checkpointer:
         assert job.beside is not None
         if job.handle is not None and job.handle.cancelled:
             raise _cancelled(job)
-        commit(job.directory, sums | job.beside.sums(), latest=job.latest, retention=job.retention)
+        commit(job.directory, sums | job.beside.sums(), latest=job.latest)
 
     def _opened(self) -> Engine:
         """The engine, kept for its memory, which takes time to be had; with a journal one for each save."""

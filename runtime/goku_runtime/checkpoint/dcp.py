@@ -64,6 +64,7 @@ from goku_runtime.checkpoint.manifest import (
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box
+from goku_runtime.checkpoint.root import newest_ns, series_of
 from goku_runtime.checkpoint.stored import Stored
 from goku_runtime.checkpoint.tree import parse_tree
 
@@ -215,7 +216,9 @@ class GokuStorageWriter(StorageWriter):
             for name, data in files(metadata, collected).items():
                 write_durably(directory.path / name, data, fsync=directory.fsync)
                 sums[name] = FileSum(len(data), crc32c(data))
-            manifest = Manifest.of(sums)
+            target = directory.target
+            after = newest_ns(target.parent, series_of(target.name))
+            manifest = Manifest.of(sums, after=after)
             path = directory.path / MANIFEST_NAME
             write_durably(path, manifest.to_bytes(), fsync=directory.fsync)
             raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
