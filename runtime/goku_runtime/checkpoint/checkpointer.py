@@ -25,7 +25,7 @@ from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.committing import SmallFiles, commit, thin_out
-from goku_runtime.checkpoint.directory import POINTER_NAME, NewDirectory, write_durably
+from goku_runtime.checkpoint.directory import NewDirectory, check_name, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
 from goku_runtime.checkpoint.journal import Journal
@@ -291,8 +291,7 @@ class Checkpointer:
         )
 
     def _make(self, target: Path, overwrite: bool) -> NewDirectory:
-        if target.name in ("", POINTER_NAME):
-            raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+        check_name(target)
         directory = NewDirectory(
             target,
             overwrite=overwrite,

@@ -47,8 +47,8 @@ from goku_runtime.checkpoint._dcp_writing import write_items
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.dcp_metadata import leaves
 from goku_runtime.checkpoint.directory import (
-    POINTER_NAME,
     NewDirectory,
+    check_name,
     remove,
     unfinished,
     write_durably,
@@ -153,9 +153,7 @@ class GokuStorageWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: no path, or a save without collectives, of which no rank knows all."""
         self._abandon()
-        target = _target(self.checkpoint_id)
-        if target.name in ("", POINTER_NAME):
-            raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+        check_name(_target(self.checkpoint_id))
         if not kwargs.get("use_collectives", True):
             raise ValueError("use_collectives is False; allowed: True")
 

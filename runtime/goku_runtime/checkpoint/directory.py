@@ -29,6 +29,7 @@ from goku_runtime.checkpoint.manifest import MANIFEST_NAME
 __all__ = [
     "POINTER_NAME",
     "NewDirectory",
+    "check_name",
     "next_pointer",
     "remove",
     "remove_leftovers",
@@ -229,6 +230,19 @@ def sole_access(parent: Path) -> Generator[bool]:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def check_name(target: Path) -> None:
+    """Raises ValueError for a path at whose name no checkpoint would be found again.
+
+    Names that begin with a dot are ours, or hidden; the pointer is a line of UTF-8.
+    """
+    name = target.name
+    if name in ("", POINTER_NAME) or name.startswith(".") or not name.isprintable():
+        raise ValueError(
+            f"path: found {os.fspath(target)!r}; the name {name!r} is not allowed: it must not be empty or "
+            f"{POINTER_NAME!r}, begin with a dot, or hold what cannot be printed"
+        )
 
 
 def next_pointer(root: Path) -> Path:

@@ -151,15 +151,15 @@ class Ranks:
         return [int(number) for number in found.tolist()]
 
     def new_gloo_group(self) -> dist.ProcessGroup:
-        """Another group of the same ranks, with connections of its own. All of them call this together.
+        """Another group of the same ranks in the same order, with connections of its own. All call this together.
 
-        ``new_group`` makes one of all ranks. Of some ranks it could not be made again and again: with
-        ``use_local_synchronization`` a group is named by its ranks and the number of groups that this
-        process has, so that after one was destroyed the next finds the old one's addresses in the
+        ``new_group`` makes one of all ranks, in ascending order. Of others it could not be made again and
+        again: with ``use_local_synchronization`` a group is named by its ranks and the number of groups that
+        this process has, so that after one was destroyed the next finds the old one's addresses in the
         store, and ranks that have other groups beside wait for each other under different names.
         """
         members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        if len(members) == dist.get_world_size():
+        if members == list(range(dist.get_world_size())):
             return dist.new_group(backend="gloo")
         from torch.distributed import distributed_c10d as c10d
 

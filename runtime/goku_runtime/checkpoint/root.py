@@ -222,7 +222,7 @@ def series_of(name: str) -> str:
 
 def _pointed(root: Path) -> str | None:
     try:
-        return (root / POINTER_NAME).read_text(encoding="utf-8").strip()
+        return (root / POINTER_NAME).read_text(encoding="utf-8").rstrip("\r\n")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         return None
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_runtime.checkpoint import load, save
+from goku_runtime.checkpoint import latest, load, save
 
 
 class Colour(enum.IntEnum):
@@ -47,10 +47,26 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, state: Any, words: str) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["latest", "/"])
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "/", ".hidden", ".c.saving-0123456789abcdef", "two\nlines", "not UTF-8 \udcff"],
+)
 def test_names_that_a_checkpoint_cannot_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="is not allowed"):
-        save({}, tmp_path / name)
+    """`latest` would not find it; so it says before anything is written."""
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="is not allowed"):
+            save({}, directory / name, latest=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["step 4 ", "\u00e9", "a.b", "-"])
+def test_odd_names_that_it_can_have(tmp_path: Path, name: str) -> None:
+    save({}, tmp_path / "step 4")
+    assert latest(tmp_path) == tmp_path / "step 4"
+    save({}, tmp_path / name, latest=True)
+    assert latest(tmp_path) == tmp_path / name
+    save({}, tmp_path / "step_5")
+    assert latest(tmp_path) == tmp_path / name
 
 
 SAVED: dict[str, Any] = {
