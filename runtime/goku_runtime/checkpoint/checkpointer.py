@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.committing import SmallFiles, commit, thin_out
+from goku_runtime.checkpoint.committing import SmallFiles, beside, commit, thin_out
 from goku_runtime.checkpoint.directory import NewDirectory, check_name, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
@@ -60,6 +60,8 @@ class _Job:
     retention: Retention | None
     progress: Progress
     beside: SmallFiles | None = None  # rank 0's, from when its data is written
+    # Rank 0's: the deletion of what killed processes left there, for which no rank waits.
+    swept: Future[None] | None = None
     handle: SaveHandle | None = None
     device: int | None = None  # the training's GPU
     # What the training's stream had reached on each GPU when the save was asked for.
@@ -286,9 +288,12 @@ class Checkpointer:
             raise
         directory = made[0] if made else None
         progress = Progress(layout.image.nbytes)
-        return _Job(
+        job = _Job(
             layout, tree, sources, target, directory, unfinished, latest, retention, progress
         )
+        if directory is not None and directory.leftovers:
+            job.swept = beside(f"sweep for {target.name}", directory.clear)
+        return job
 
     def _make(self, target: Path, overwrite: bool) -> NewDirectory:
         check_name(target)
@@ -298,6 +303,7 @@ class Checkpointer:
             fsync=self._options.fsync,
             anchored=target.parent == self._anchored,
             journal=self._journal,
+            deferred=True,
         )
         self._anchored = target.parent
         return directory
@@ -367,14 +373,23 @@ class Checkpointer:
             self._abandon(job)
             raise
         # By rank 0 alone, when all have the result: deleting may take longer than a group's patience.
-        if job.directory is not None and job.retention is not None:
-            thin_out(job.target, job.retention, self._journal)
+        if job.directory is not None:
+            self._swept(job)
+            job.directory.clear()  # what the new one replaced
+            if job.retention is not None:
+                thin_out(job.target, job.retention, self._journal)
 
     def _abandon(self, job: _Job) -> None:
         if job.beside is not None:
             job.beside.wait()
         if job.directory is not None:
+            self._swept(job)
             job.directory.discard()
+
+    def _swept(self, job: _Job) -> None:
+        """Waits until nothing is deleted in the background any more."""
+        if job.swept is not None:
+            job.swept.result()
 
     def _written(self, job: _Job) -> dict[str, FileSum]:
         """`_write_files`, and the one error for a save that was given up, however far it was."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.directory import NewDirectory, write_durably
@@ -20,7 +21,9 @@ from goku_runtime.checkpoint.manifest import (
 from goku_runtime.checkpoint.options import Retention
 from goku_runtime.checkpoint.root import newest_ns, prune, series_of, set_latest
 
-__all__ = ["SmallFiles", "commit", "thin_out"]
+__all__ = ["SmallFiles", "beside", "commit", "thin_out"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +39,9 @@ class SmallFiles:
     """
 
     def __init__(self, directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> None:
-        executor = ThreadPoolExecutor(1, thread_name_prefix=f"index of {directory.target.name}")
-        self._written: Future[dict[str, FileSum]]
-        try:
-            self._written = executor.submit(_write, directory, files)
-        except RuntimeError:  # the interpreter is ending and starts no more threads: here, then
-            self._written = Future()
-            self._written.set_result(_write(directory, files))
-        executor.shutdown(wait=False)  # the thread ends with its one task
+        self._written = beside(
+            f"index of {directory.target.name}", lambda: _write(directory, files)
+        )
 
     def sums(self) -> dict[str, FileSum]:
         """Waits, and gives size and CRC-32C of each file; raises what writing them raised."""
@@ -52,6 +50,18 @@ class SmallFiles:
     def wait(self) -> None:
         """Waits until nothing is written any more, and raises nothing."""
         self._written.exception()
+
+
+def beside(name: str, task: Callable[[], T]) -> Future[T]:
+    """Runs a task in a thread of this name; here, where the interpreter starts no more of them."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        done = executor.submit(task)
+    except RuntimeError:  # the interpreter is ending
+        done = Future()
+        done.set_result(task())
+    executor.shutdown(wait=False)  # the thread ends with its one task
+    return done
 
 
 def _write(directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> dict[str, FileSum]:

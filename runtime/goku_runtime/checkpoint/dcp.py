@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import secrets
 import weakref
 from contextlib import suppress
 from functools import cache
@@ -49,6 +48,7 @@ from goku_runtime.checkpoint.dcp_metadata import leaves
 from goku_runtime.checkpoint.directory import (
     NewDirectory,
     check_name,
+    new_token,
     remove,
     unfinished,
     write_durably,
@@ -98,7 +98,7 @@ class _Place(NamedTuple):
 @cache
 def _token(process: int) -> str:
     """One for each process: DCP's cached plans bring a rank what it was told in the first save."""
-    return secrets.token_hex(8)
+    return new_token()
 
 
 class GokuStorageWriter(StorageWriter):

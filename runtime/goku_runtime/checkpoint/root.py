@@ -19,9 +19,11 @@ import torch.distributed as dist
 
 from goku_runtime.checkpoint.directory import (
     POINTER_NAME,
+    delete,
     next_pointer,
     remove,
     remove_leftovers,
+    set_aside,
     sole_access,
     sync_directory,
     write_durably,
@@ -111,22 +113,28 @@ def latest(
         OSError: the directory, or the checkpoint that the pointer names, cannot be read, or a device fails.
             With `together` on all ranks.
     """
+    leftovers: list[Path] = []
     if together:
         ranks = Ranks(process_group)
-        return ranks.collect(lambda: _latest(Path(root)) if ranks.is_first else None)[0]
-    if process_group is not None:
+        found = ranks.collect(lambda: _latest(Path(root), leftovers) if ranks.is_first else None)[0]
+    elif process_group is not None:
         raise ValueError("process_group: given without together=True; one rank alone needs none")
-    return _latest(Path(root))
+    else:
+        found = _latest(Path(root), leftovers)
+    for path in leftovers:
+        delete(path)
+    return found
 
 
-def _latest(root: Path) -> Path | None:
+def _latest(root: Path, leftovers: list[Path]) -> Path | None:
+    """The latest; what killed processes left there is added to `leftovers`, to be deleted."""
     if not root.is_dir():
         return None
     named = _pointed(root)
     if named is not None and not _problems(root, named):
         return root / named
     try:
-        remove_leftovers(root)  # a replaced checkpoint may have to be put back first
+        leftovers += set_aside(root)  # a replaced checkpoint may have to be put back first
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
