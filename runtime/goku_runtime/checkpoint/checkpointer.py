@@ -78,7 +78,8 @@ class Checkpointer:
 
     Args:
         process_group: the ranks that save; None takes the default group where there is one. If it has no
-            backend for CPU tensors (NCCL alone) a Gloo group of the same ranks is made.
+            backend for CPU tensors (NCCL alone), or `options` have a timeout, a Gloo group of the same ranks
+            is made.
         options: of files and memory.
         journal: that this rank's requests to the file system are logged in.
 
@@ -97,7 +98,7 @@ class Checkpointer:
         self._options = options or CheckpointOptions()
         self._groups: list[dist.ProcessGroup] = []
         self._ranks = Ranks(process_group)
-        if self._ranks.count > 1 and self._ranks.device != "cpu":
+        if self._ranks.needs_own(self._options.timeout_s):
             self._ranks = self._gloo()
         self._background: Ranks | None = None
         self._layouts = Layouts(self._ranks)
@@ -251,7 +252,7 @@ class Checkpointer:
 
     def _gloo(self) -> Ranks:
         """The same ranks with a Gloo group of their own."""
-        group = self._ranks.new_gloo_group()
+        group = self._ranks.new_gloo_group(self._options.timeout_s)
         self._groups.append(group)
         return Ranks(group)
 

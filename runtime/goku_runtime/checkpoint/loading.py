@@ -67,8 +67,9 @@ def load(
             wanted alike (dtype, device, mesh, placements) by all ranks that hold it, each reads by itself.
             The same on all ranks.
         process_group: the ranks that load, each with its own `state`; None takes the default group where
-            there is one.
-        options: of the reading engine.
+            there is one. If it has no backend for CPU tensors (NCCL alone), or `options` have a timeout, a Gloo
+            group of the same ranks is made for the time of the call.
+        options: of the reading engine, and how long a rank waits for the others' files.
 
     Raises:
         CheckpointError: no checkpoint, or files missing, truncated, altered or extra: named, with the
@@ -79,20 +80,24 @@ def load(
         OSError: a file cannot be read.
         Either on all ranks; those where nothing is wrong name one where something is.
     """
-    ranks = Ranks(process_group)
+    options = options or CheckpointOptions()
+    given = Ranks(process_group)
     directory = Path(os.path.abspath(path))
-    manifest = _looked_at(ranks, directory, broadcast=broadcast)
-    if manifest.version == 1:
-        first = version1.Version1(ranks, directory, manifest)
-        _, plan = _matched(state, ranks, directory, lambda: first, partial=partial, convert=convert)
-        first.load(_tensors(plan))
-    else:
-        with no_collection():
-            second, plan = _matched(
-                state, ranks, directory, lambda: Version2(ranks, directory, manifest),
-                partial=partial, convert=convert,
-            )  # fmt: skip
-        second.load(_tensors(plan), options or CheckpointOptions(), broadcast=broadcast)
+    with given.for_files(options.timeout_s) as ranks:
+        manifest = _looked_at(ranks, directory, broadcast=broadcast)
+        if manifest.version == 1:
+            first = version1.Version1(ranks, directory, manifest)
+            _, plan = _matched(
+                state, ranks, directory, lambda: first, partial=partial, convert=convert
+            )
+            first.load(_tensors(plan))
+        else:
+            with no_collection():
+                second, plan = _matched(
+                    state, ranks, directory, lambda: Version2(ranks, directory, manifest),
+                    partial=partial, convert=convert,
+                )  # fmt: skip
+            second.load(_tensors(plan), options, senders=given if broadcast else None)
     for parent, key, value in plan.values:
         parent[key] = value
 

@@ -174,17 +174,18 @@ class Version2(Stored):
         return str(stored.dtype), stored.shape
 
     def load(
-        self, tensors: Mapping[str, Tensor], options: CheckpointOptions, *, broadcast: bool
+        self, tensors: Mapping[str, Tensor], options: CheckpointOptions, *, senders: Ranks | None
     ) -> None:
         """Reads tensors into the caller's, by saved name, on all ranks.
 
         Args:
             tensors: of the saved shapes; another dtype is converted to.
             options: of the reading engine.
-            broadcast: read what several ranks hold on one of them, which sends it to the others. What is
-                not wanted alike by all that hold it, each reads by itself.
+            senders: the same ranks, with the group that tensors on a GPU are sent by: what several ranks hold
+                is read on one of them, which sends it to the others. What is not wanted alike by all
+                that hold it, each reads by itself, and so is everything with None.
         """
-        sent = shared(tensors, self._ranks) if broadcast else []
+        sent = [] if senders is None else shared(tensors, self._ranks)
         waits = {name for name in sent if not is_reader(tensors[name], self._ranks)}
 
         def read() -> None:
@@ -199,7 +200,8 @@ class Version2(Stored):
 
         self._ranks.together(read)
         for name in sent:
-            send(tensors[name], self._ranks)
+            assert senders is not None
+            send(tensors[name], self._ranks if tensors[name].device.type == "cpu" else senders)
 
     def _load(self, tensors: Mapping[str, Tensor], mine: Mapping[str, Box], engine: Engine) -> None:
         wanted: list[tuple[str, Box, Tensor]] = []

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from goku_runtime.checkpoint import latest, load, save, set_latest
+from goku_runtime.checkpoint import (
+    CheckpointOptions,
+    Retention,
+    committing,
+    latest,
+    load,
+    save,
+    set_latest,
+)
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.replicas import shared
 from goku_runtime.checkpoint.stored import Stored
@@ -147,3 +157,62 @@ def the_latest_of_all(rank: int, world: int, root: str) -> None:
     assert latest(seen, together=True) == directory / "step_1"
     assert latest((Path(root) / "none", directory)[rank], together=True) is None
     assert latest(seen) == ((directory / "step_1") if rank == 0 else None)
+
+
+class Patience:
+    """Notes the groups that are made, with their timeouts, and pretends that the default one is of NCCL alone."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, alone: bool) -> None:
+        self.made: list[float] = []
+        real = Ranks.new_gloo_group
+
+        def noting(ranks: Ranks, timeout_s: float | None = None) -> dist.ProcessGroup:
+            group = real(ranks, timeout_s)
+            backend = group._get_backend(torch.device("cpu"))
+            self.made.append(backend.options._timeout.total_seconds())
+            return group
+
+        patch.setattr(Ranks, "new_gloo_group", noting)
+        if alone:
+            device = property(lambda ranks: "cuda" if ranks.group is None else "cpu")
+            patch.setattr(Ranks, "device", device)
+
+
+def a_group_of_its_own(rank: int, world: int, root: str) -> None:
+    """Beside NCCL alone, whose all-reduce gives up after ten minutes; or with a timeout of the caller's."""
+    path, other = saved(root), Path(root) / "other"
+    before = len(c10d._world.pg_map)
+    for alone, timeout_s, expected in ((True, None, 7200), (True, 500, 500), (False, 500, 500)):
+        with pytest.MonkeyPatch.context() as patch:
+            patience = Patience(patch, alone=alone)
+            options = CheckpointOptions(timeout_s=timeout_s)
+            state = zeros("abc")
+            load(state, path, partial=True, broadcast=True, options=options)
+            check(state)
+            assert patience.made == [expected]
+            save(state, other, overwrite=True, options=options)
+            assert patience.made == [expected] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patience = Patience(patch, alone=False)
+        load(state, path, partial=True)
+        assert patience.made == []
+    assert len(c10d._world.pg_map) == before
+
+
+def removals_take_longer(rank: int, world: int, root: str) -> None:
+    """Deleting old ones takes longer than the group's timeout: the save is none the worse for it."""
+    directory = Path(root) / "slow"
+    real = committing.prune
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(5)
+        return real(*arguments, **options)
+
+    save({"step": 1}, directory / "step_1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(committing, "prune", slow)
+        save({"step": 2}, directory / "step_2", latest=True, retention=Retention(1))
+    assert (directory / "step_2").is_dir()
+    time.sleep(0 if rank == 0 else 5)  # what training does meanwhile
+    dist.barrier()
+    assert not (directory / "step_1").exists()

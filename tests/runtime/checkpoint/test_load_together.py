@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("load_processes.py")
 def test_two_ranks(run_processes: Run, tmp_path: Path) -> None:
     cases = (
         "other_orders_and_keys", "one_reads_what_all_want", "meshes_that_differ",
-        "values_that_are_lazy", "other_checkpoints", "the_latest_of_all",
+        "values_that_are_lazy", "other_checkpoints", "the_latest_of_all", "a_group_of_its_own",
     )  # fmt: skip
     run_processes(2, SCRIPT, *((case, {"root": str(tmp_path)}) for case in cases), group_timeout=20)
 
@@ -26,6 +26,11 @@ def test_two_ranks(run_processes: Run, tmp_path: Path) -> None:
 def test_a_group_that_is_a_part_of_a_mesh(run_processes: Run, tmp_path: Path) -> None:
     case = ("parts_of_the_world", {"root": str(tmp_path)})
     run_processes(3, SCRIPT, case, group_timeout=20)
+
+
+def test_removals_that_take_longer_than_the_timeout(run_processes: Run, tmp_path: Path) -> None:
+    case = ("removals_take_longer", {"root": str(tmp_path)})
+    run_processes(2, SCRIPT, case, group_timeout=3)
 
 
 def test_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from goku_runtime.checkpoint import latest, load, save
+from goku_runtime.checkpoint import CheckpointOptions, latest, load, save
 
 
 class Colour(enum.IntEnum):
@@ -204,3 +204,9 @@ def test_only_a_checkpoint_is_ever_replaced(tmp_path: Path) -> None:
 def test_a_group_without_initialisation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="process_group: given, but"):
         save({}, tmp_path / "c", process_group=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, "60", True, float("inf"), float("nan")])
+def test_timeouts(timeout_s: Any) -> None:
+    with pytest.raises(ValueError, match=r"timeout_s is .*; allowed: None or seconds > 0"):
+        CheckpointOptions(timeout_s=timeout_s)
