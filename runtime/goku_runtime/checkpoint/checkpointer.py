@@ -25,7 +25,7 @@ from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.committing import SmallFiles, beside, commit, thin_out
-from goku_runtime.checkpoint.directory import NewDirectory, check_name, write_durably
+from goku_runtime.checkpoint.directory import NewDirectory, check_name, given_path, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
 from goku_runtime.checkpoint.journal import Journal
@@ -84,7 +84,7 @@ class Checkpointer:
         journal: that this rank's requests to the file system are logged in.
 
     Raises:
-        ValueError: this process is not in the group.
+        ValueError: this process is not in the group, or something else than options was given.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Checkpointer:
         journal: Journal | None = None,
     ) -> None:
         self._journal = journal
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._groups: list[dist.ProcessGroup] = []
         self._ranks = Ranks(process_group)
         if self._ranks.needs_own(self._options.timeout_s):
@@ -264,11 +264,9 @@ class Checkpointer:
         latest: bool,
         retention: Retention | None,
     ) -> _Job:
-        if "://" in os.fspath(path):
-            raise ValueError(f"path is {os.fspath(path)!r}; allowed: a directory, no address")
+        target = Path(os.path.abspath(given_path(path)))
         if retention is not None and not isinstance(retention, Retention):
             raise ValueError(f"retention is {retention!r}; allowed: None or Retention(keep_last)")
-        target = Path(os.path.abspath(path))
         layout, tree, sources = self._layouts.of(state)
         made: list[NewDirectory] = []
 

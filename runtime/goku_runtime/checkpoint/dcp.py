@@ -127,7 +127,7 @@ class GokuStorageWriter(StorageWriter):
     ) -> None:
         self.checkpoint_id = path
         self._overwrite = overwrite
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._directory: NewDirectory | None = None  # the coordinator's
         self._undo: weakref.finalize[Any, Any] | None = None
 
@@ -263,7 +263,7 @@ class GokuStorageReader(StorageReader):
         options: CheckpointOptions | None = None,
     ) -> None:
         self.checkpoint_id = path
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._opened: tuple[Stored, dict[str, Any]] | None = None
 
     @classmethod

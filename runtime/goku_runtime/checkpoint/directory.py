@@ -38,6 +38,7 @@ __all__ = [
     "NewDirectory",
     "check_name",
     "delete",
+    "given_path",
     "new_token",
     "next_pointer",
     "remove",
@@ -279,6 +280,16 @@ def sole_access(parent: Path) -> Generator[bool]:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def given_path(path: str | os.PathLike[str], field: str = "path") -> Path:
+    """A path that a caller gave. Raises ValueError naming the field: it is an address, or no path."""
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{field} is {path!r}; allowed: a directory, as str or os.PathLike of str")
+    if "://" in name:
+        raise ValueError(f"{field} is {name!r}; allowed: a directory, no address")
+    return Path(name)
 
 
 def check_name(target: Path) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from goku_runtime.checkpoint import version1
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.collection import no_collection
+from goku_runtime.checkpoint.directory import given_path
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
@@ -80,11 +81,10 @@ def load(
         OSError: a file cannot be read.
         Either on all ranks; those where nothing is wrong name one where something is.
     """
-    options = options or CheckpointOptions()
+    options = CheckpointOptions.given(options)
     given = Ranks(process_group)
-    directory = Path(os.path.abspath(path))
     with given.for_files(options.timeout_s) as ranks:
-        manifest = _looked_at(ranks, directory, broadcast=broadcast)
+        directory, manifest = _looked_at(ranks, path, broadcast=broadcast)
         if manifest.version == 1:
             first = version1.Version1(ranks, directory, manifest)
             _, plan = _matched(
@@ -109,9 +109,10 @@ def read_values(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
     Raises:
         CheckpointError: no checkpoint, or one of the two files is damaged.
+        ValueError: `path` is an address, or no path.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    directory = given_path(path)
     manifest = Manifest.read(directory)
     if STATE_NAME not in manifest.files:
         raise CheckpointError(f"{directory} is damaged: {STATE_NAME}: missing")
@@ -127,9 +128,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
 
     Raises:
         CheckpointError: no checkpoint, or one of the two files is damaged.
+        ValueError: `path` is an address, or no path.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    directory = given_path(path)
     manifest = Manifest.read(directory)
     if manifest.version > 1:
         tensors = Stored(directory, manifest).index.tensors
@@ -137,36 +139,40 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
     return version1.described(directory, manifest)
 
 
-def _looked_at(ranks: Ranks, directory: Path, *, broadcast: bool) -> Manifest:
-    """The manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
+def _looked_at(
+    ranks: Ranks, path: str | os.PathLike[str], *, broadcast: bool
+) -> tuple[Path, Manifest]:
+    """The directory and the manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
 
     Raises:
         CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
-        ValueError: ranks were given different checkpoints, or `broadcast` differs.
+        ValueError: no path, ranks were given different checkpoints, or `broadcast` differs.
     """
-    own: list[Manifest] = []
+    own: list[tuple[Path, Manifest]] = []
 
     def look() -> tuple[str, int, bool, list[str]]:
-        own.append(Manifest.read(directory))
+        directory = Path(os.path.abspath(given_path(path)))
+        manifest = Manifest.read(directory)
+        own.append((directory, manifest))
         problems = []
-        if own[0].version > 1:  # version 1 reads the files themselves
+        if manifest.version > 1:  # version 1 reads the files themselves
             share = (ranks.rank, ranks.count)
-            problems = file_problems(directory, own[0], sums=False, share=share)
-        return str(directory), crc32c(own[0].to_bytes()), broadcast, problems
+            problems = file_problems(directory, manifest, sums=False, share=share)
+        return str(directory), crc32c(manifest.to_bytes()), broadcast, problems
 
     found = ranks.collect(look)
     first, manifest, sends, _ = found[0]
-    for rank, (path, other, sent, _) in enumerate(found):
+    for rank, (place, other, sent, _) in enumerate(found):
         # By the manifest, which has the time of the save and all sums: one directory may be mounted under
         # two names. Before the problems: each rank has looked at its share of its own checkpoint alone.
         if other != manifest:
-            note = "" if path != first else ", but another checkpoint lies there"
+            note = "" if place != first else ", but another checkpoint lies there"
             raise ValueError(
-                f"path: all ranks load one checkpoint; it is {first} on rank 0 and {path} on rank {rank}{note}"
+                f"path: all ranks load one checkpoint; it is {first} on rank 0 and {place} on rank {rank}{note}"
             )
         if sent != sends:
             raise ValueError(f"broadcast is {sends} on rank 0 and {sent} on rank {rank}")
-    raise_problems(directory, [problem for each in found for problem in each[3]])
+    raise_problems(own[0][0], [problem for each in found for problem in each[3]])
     return own[0]
 
 

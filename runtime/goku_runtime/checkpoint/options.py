@@ -76,6 +76,13 @@ class CheckpointOptions:
                 f"window_bytes is {self.window_bytes}; allowed: multiples of {CHUNK}, the bytes of a chunk"
             )
 
+    @classmethod
+    def given(cls, options: CheckpointOptions | None) -> CheckpointOptions:
+        """What a caller gave, or the defaults. Raises ValueError: it is something else."""
+        if options is not None and not isinstance(options, cls):
+            raise ValueError(f"options is {options!r}; allowed: None or CheckpointOptions(...)")
+        return options or cls()
+
     def engine(self, *, trace: bool = False) -> Engine:
         """The engine of these options.
 

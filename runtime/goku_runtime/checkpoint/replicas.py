@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.staging import copyable
 from goku_runtime.checkpoint.tree import is_spread, local_part
 
 __all__ = ["is_reader", "send", "shared"]
@@ -127,7 +128,7 @@ def _replicated(tensor: Tensor) -> list[tuple[Any, int]]:
 def _broadcast(tensor: Tensor, source: int, group: Any) -> None:
     """Sends the bytes: not every backend knows every dtype, nor lazy conjugation and negation."""
     with torch.no_grad():
-        part = tensor.detach()
+        part = copyable(tensor.detach())
         dense = part.resolve_conj().resolve_neg().contiguous()
         dist.broadcast(dense.reshape(-1).view(torch.uint8), source, group=group)
         if dense.data_ptr() != part.data_ptr():

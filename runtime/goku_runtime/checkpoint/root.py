@@ -20,6 +20,7 @@ import torch.distributed as dist
 from goku_runtime.checkpoint.directory import (
     POINTER_NAME,
     delete,
+    given_path,
     next_pointer,
     remove,
     remove_leftovers,
@@ -69,9 +70,10 @@ def set_latest(
 
     Raises:
         CheckpointError: `name` is not the name of a complete checkpoint in `root`.
+        ValueError: `root` is an address, or no path.
         OSError: the pointer cannot be written; the old one then stays.
     """
-    root = Path(root)
+    root = given_path(root, "root")
     problems = [] if verified else _problems(root, name)
     if problems:
         raise CheckpointError(f"{root / name} cannot become the latest: " + "; ".join(problems))
@@ -109,18 +111,20 @@ def latest(
         process_group: of those ranks; None takes the default group where there is one.
 
     Raises:
-        ValueError: `process_group` without `together`.
+        ValueError: `root` is an address, or no path; `process_group` without `together`.
         OSError: the directory, or the checkpoint that the pointer names, cannot be read, or a device fails.
             With `together` on all ranks.
     """
     leftovers: list[Path] = []
     if together:
         ranks = Ranks(process_group)
-        found = ranks.collect(lambda: _latest(Path(root), leftovers) if ranks.is_first else None)[0]
+        found = ranks.collect(
+            lambda: _latest(given_path(root, "root"), leftovers) if ranks.is_first else None
+        )[0]
     elif process_group is not None:
         raise ValueError("process_group: given without together=True; one rank alone needs none")
     else:
-        found = _latest(Path(root), leftovers)
+        found = _latest(given_path(root, "root"), leftovers)
     for path in leftovers:
         delete(path)
     return found
@@ -175,14 +179,14 @@ def prune(
         The deleted ones, the newest first.
 
     Raises:
-        ValueError: `keep_last` is less than 1 or `keep_every` less than 0.
+        ValueError: `keep_last` is less than 1 or `keep_every` less than 0; `root` is an address, or no path.
         OSError: as the system raises it; what is half deleted no longer looks like a checkpoint.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: found {keep_last}; must be at least 1")
     if keep_every < 0:
         raise ValueError(f"keep_every: found {keep_every}; must be at least 0")
-    root = Path(root)
+    root = given_path(root, "root")
     remove_leftovers(root, journal)
     complete = _complete(root, series=series, sizes=sums, lenient=True)
     paths = [found.path for found in complete]

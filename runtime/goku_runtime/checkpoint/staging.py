@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from goku_runtime._io import Buffer, FileWriter
     from goku_runtime.checkpoint.plan import Image, Record
 
-__all__ = ["Extents", "Memory", "Window", "windows", "write_windows"]
+__all__ = ["Extents", "Memory", "Window", "copyable", "windows", "write_windows"]
+
+
+# Those of one byte that torch cannot copy, but for tensors that are contiguous.
+_UNCOPYABLE = {getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}
+
+
+def copyable(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of its bytes if torch cannot copy its dtype."""
+    return tensor.view(torch.uint8) if tensor.dtype in _UNCOPYABLE else tensor
 
 
 class Memory:
@@ -159,7 +168,7 @@ class Window:
                 if not source.is_contiguous():
                     # Each window takes what it holds: to make all of the tensor dense for each of its
                     # windows would copy it as often as there are windows.
-                    _copy_range(source, part, non_blocking=non_blocking)
+                    _copy_range(copyable(source), part, non_blocking=non_blocking)
                     continue
                 piece = source.reshape(-1).view(torch.uint8)[part.start : part.stop]
                 # Address 0: zeros that have no memory.
@@ -171,8 +180,8 @@ class Window:
             if others:
                 # One call: 20,000 tensors of 400 bytes take 11 ms, one by one ten times that.
                 torch._foreach_copy_(
-                    [self._view(place) for place in others],
-                    [found[place] for place in others],
+                    [copyable(self._view(place)) for place in others],
+                    [copyable(found[place]) for place in others],
                     non_blocking=non_blocking,
                 )
             _io.copy(moves, threads)
@@ -254,7 +263,11 @@ class Extents:
         """Rows for `FileWriter.gather`; None if the bytes of a tensor do not lie as in a record."""
         if not all(map(_is_dense, sources)):
             return None
-        self._rows[5::9] = array("q", [source.data_ptr() for source in sources])
+        addresses = array("q", [source.data_ptr() for source in sources])
+        # Zeros that have no memory, as PyTorch makes for gradients.
+        if 0 in addresses and any(s.numel() and not s.data_ptr() for s in sources):
+            return None
+        self._rows[5::9] = addresses
         return memoryview(self._rows)
 
 

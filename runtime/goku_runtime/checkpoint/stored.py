@@ -27,6 +27,7 @@ from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, held
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.replicas import is_reader, send, shared
+from goku_runtime.checkpoint.staging import copyable
 from goku_runtime.checkpoint.tree import is_spread
 
 if TYPE_CHECKING:
@@ -236,4 +237,5 @@ class Version2(Stored):
         self.read(engine, wanted)
         with torch.no_grad():
             for local, target in aside:
-                local.copy_(target)
+                same = local.dtype == target.dtype
+                (copyable(local) if same else local).copy_(copyable(target) if same else target)

@@ -324,7 +324,12 @@ def match(state: dict[Any, Any], tree: Any) -> Match:
 
     A None in the state takes any value without tensors; everything else must have a counterpart of
     its kind (tensor, dict, plain value) under the same key.
+
+    Raises:
+        ValueError: the state is no dict, or has a leaf that cannot be loaded into; named.
     """
+    if not isinstance(state, dict):
+        raise ValueError(f"state: found {type(state).__name__}; must be a dict")
     result = Match()
     _match_dict(state, tree, "", result)
     return result

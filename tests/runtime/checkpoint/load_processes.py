@@ -139,6 +139,8 @@ def other_checkpoints(rank: int, world: int, root: str) -> None:
     assert not state["w"].any()
     with pytest.raises(ValueError, match="broadcast is True on rank 0 and False on rank 1"):
         load(state, directory / "step_1", broadcast=rank == 0)
+    with pytest.raises(ValueError, match="process_group is 'x'; allowed: None or a ProcessGroup"):
+        load(state, directory / "step_1", process_group="x")  # type: ignore[arg-type]
     link = Path(root) / "link"  # another name of the same directory is no other checkpoint
     if rank:
         link.symlink_to(directory)

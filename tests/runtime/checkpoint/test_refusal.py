@@ -11,7 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from goku_runtime.checkpoint import CheckpointOptions, latest, load, save
+from goku_runtime.checkpoint import (
+    Checkpointer,
+    CheckpointOptions,
+    GokuStorageReader,
+    GokuStorageWriter,
+    async_save,
+    describe,
+    latest,
+    load,
+    prune,
+    read_values,
+    save,
+    set_latest,
+    verify,
+)
 
 
 class Colour(enum.IntEnum):
@@ -210,3 +224,52 @@ def test_a_group_without_initialisation(tmp_path: Path) -> None:
 def test_timeouts(timeout_s: Any) -> None:
     with pytest.raises(ValueError, match=r"timeout_s is .*; allowed: None or seconds > 0"):
         CheckpointOptions(timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("path", [None, b"bytes", 3, "", "s3://bucket/run", "file:///x"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: save({}, path),
+        lambda path: async_save({}, path),
+        lambda path: load({}, path),
+        verify,
+        describe,
+        read_values,
+        latest,
+        lambda path: latest(path, together=True),
+        lambda path: prune(path, 1),
+        lambda path: set_latest(path, "c"),
+    ],
+)
+def test_paths_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any, call: Any
+) -> None:
+    """An address is refused by those who read, too: `latest` would say that there is none."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"(path|root) is .*; allowed: a directory, "):
+        call(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"fsync": True}, "fast", 3])
+def test_options_of_another_kind(saved: Path, tmp_path: Path, options: Any) -> None:
+    calls = (
+        lambda: save({}, tmp_path / "c", options=options),
+        lambda: async_save({}, tmp_path / "c", options=options),
+        lambda: Checkpointer(options=options),
+        lambda: load(zeros(), saved, options=options),
+        lambda: verify(saved, options=options),
+        lambda: GokuStorageWriter(tmp_path / "c", options=options),
+        lambda: GokuStorageReader(saved, options=options),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"options is .*; allowed: None or CheckpointOptions"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [[], None, torch.ones(2)])
+def test_a_state_of_another_kind(saved: Path, state: Any) -> None:
+    with pytest.raises(ValueError, match=r"state: found .*; must be a dict"):
+        load(state, saved)
