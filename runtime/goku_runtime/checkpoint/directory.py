@@ -323,10 +323,10 @@ def new_token() -> str:
 @cache
 def _machine() -> str:
     """What tells machines apart that see the same directory, and one from itself before it was restarted."""
-    boot = ""
+    boot = b""
     with suppress(OSError):  # without /proc: the name alone
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).hexdigest()[:8]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.sha256(socket.gethostname().encode() + b" " + boot).hexdigest()[:8]
 
 
 def _temporary(target: Path, purpose: str) -> Path:

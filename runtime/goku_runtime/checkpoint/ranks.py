@@ -64,10 +64,8 @@ class Ranks:
         self.distributed = dist.is_available() and dist.is_initialized()
         if group is not None and not self.distributed:
             raise ValueError("process_group: given, but torch.distributed is not initialised")
-        outside = (
-            dist.GroupMember.NON_GROUP_MEMBER
-        )  # what new_group gives to those who are not in it
-        if group is not None and group is not outside and not isinstance(group, dist.ProcessGroup):
+        value: object = group  # new_group gives a number to those who are not in the group
+        if not (value is None or isinstance(value, dist.ProcessGroup | int)):
             raise ValueError(f"process_group is {group!r}; allowed: None or a ProcessGroup")
         self.rank = dist.get_rank(group) if self.distributed else 0
         self.count = dist.get_world_size(group) if self.distributed else 1

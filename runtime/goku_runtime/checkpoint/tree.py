@@ -64,12 +64,16 @@ def flatten(state: dict[Any, Any]) -> Flat:
 
     Raises:
         ValueError: a leaf that is neither a dense tensor nor a plain value, a tensor inside a list,
-            a key that is no str or int, or two tensors of one name; the key is named.
+            a key that is no str or int, or two tensors of one name: the key is named; a dict that
+            holds itself.
     """
     if not isinstance(state, dict):
         raise ValueError(f"state: found {type(state).__name__}; must be a dict")
     flat = Flat(None)
-    flat.tree = _encode_dict(state, "", flat.tensors)
+    try:
+        flat.tree = _encode_dict(state, "", flat.tensors)
+    except RecursionError:
+        raise ValueError("state: nested too deeply, or a part of itself") from None
     return flat
 
 

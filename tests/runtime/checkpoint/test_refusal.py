@@ -27,6 +27,9 @@ from goku_runtime.checkpoint import (
     verify,
 )
 
+ENDLESS: dict[str, Any] = {}
+ENDLESS["self"] = ENDLESS
+
 
 class Colour(enum.IntEnum):
     RED = 1
@@ -53,6 +56,7 @@ class Colour(enum.IntEnum):
         ({"a": torch.ones(3, device="meta")}, r"a: a tensor on the meta device"),
         ({"a": torch.eye(3).to_sparse()}, r"a: a torch\.sparse_coo tensor; must be dense"),
         ([1], r"state: found list; must be a dict"),
+        (ENDLESS, r"state: nested too deeply, or a part of itself"),
     ],
 )
 def test_what_cannot_be_saved_is_named(tmp_path: Path, state: Any, words: str) -> None:
