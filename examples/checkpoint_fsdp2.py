@@ -54,7 +54,7 @@ def train(out: Path, steps: int, every: int) -> Iterator[tuple[int, float]]:
             "step": step,
         }
 
-    state, path = state_at(0), latest(out)
+    state, path = state_at(0), latest(out, together=True)  # what rank 0 finds
     if path is not None:
         load(state, path)  # tensors in place, the others in the dicts
         set_state_dict(

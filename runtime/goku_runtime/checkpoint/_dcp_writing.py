@@ -19,7 +19,7 @@ from goku_runtime.checkpoint.manifest import FileSum
 from goku_runtime.checkpoint.options import CHUNK, CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, Image, Record, data_file
 from goku_runtime.checkpoint.records import ALIGNMENT, skeleton
-from goku_runtime.checkpoint.staging import Memory, Window, write_windows
+from goku_runtime.checkpoint.staging import Memory, Window, copyable, write_windows
 from goku_runtime.checkpoint.stored import sums_name
 from goku_runtime.checkpoint.tree import flatten
 
@@ -174,7 +174,7 @@ class _Sources(Sequence[Tensor]):
             )
         if tensor.is_cuda:
             self.devices.add(tensor.device)
-        return tensor.contiguous()
+        return copyable(tensor).contiguous().view(tensor.dtype)
 
 
 def _write_image(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.committing import SmallFiles, commit
-from goku_runtime.checkpoint.directory import POINTER_NAME, NewDirectory, write_durably
+from goku_runtime.checkpoint.committing import SmallFiles, beside, commit, thin_out
+from goku_runtime.checkpoint.directory import NewDirectory, check_name, given_path, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
 from goku_runtime.checkpoint.journal import Journal
@@ -60,6 +60,8 @@ class _Job:
     retention: Retention | None
     progress: Progress
     beside: SmallFiles | None = None  # rank 0's, from when its data is written
+    # Rank 0's: the deletion of what killed processes left there, for which no rank waits.
+    swept: Future[None] | None = None
     handle: SaveHandle | None = None
     device: int | None = None  # the training's GPU
     # What the training's stream had reached on each GPU when the save was asked for.
@@ -76,12 +78,13 @@ class Checkpointer:
 
     Args:
         process_group: the ranks that save; None takes the default group where there is one. If it has no
-            backend for CPU tensors (NCCL alone) a Gloo group of the same ranks is made.
+            backend for CPU tensors (NCCL alone), or `options` have a timeout, a Gloo group of the same ranks
+            is made.
         options: of files and memory.
         journal: that this rank's requests to the file system are logged in.
 
     Raises:
-        ValueError: this process is not in the group.
+        ValueError: this process is not in the group, or something else than options was given.
     """
 
     def __init__(
@@ -92,10 +95,10 @@ class Checkpointer:
         journal: Journal | None = None,
     ) -> None:
         self._journal = journal
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._groups: list[dist.ProcessGroup] = []
         self._ranks = Ranks(process_group)
-        if self._ranks.count > 1 and self._ranks.device != "cpu":
+        if self._ranks.needs_own(self._options.timeout_s):
             self._ranks = self._gloo()
         self._background: Ranks | None = None
         self._layouts = Layouts(self._ranks)
@@ -249,7 +252,7 @@ class Checkpointer:
 
     def _gloo(self) -> Ranks:
         """The same ranks with a Gloo group of their own."""
-        group = self._ranks.new_gloo_group()
+        group = self._ranks.new_gloo_group(self._options.timeout_s)
         self._groups.append(group)
         return Ranks(group)
 
@@ -261,11 +264,9 @@ class Checkpointer:
         latest: bool,
         retention: Retention | None,
     ) -> _Job:
-        if "://" in os.fspath(path):
-            raise ValueError(f"path is {os.fspath(path)!r}; allowed: a directory, no address")
+        target = Path(os.path.abspath(given_path(path)))
         if retention is not None and not isinstance(retention, Retention):
             raise ValueError(f"retention is {retention!r}; allowed: None or Retention(keep_last)")
-        target = Path(os.path.abspath(path))
         layout, tree, sources = self._layouts.of(state)
         made: list[NewDirectory] = []
 
@@ -286,19 +287,22 @@ class Checkpointer:
             raise
         directory = made[0] if made else None
         progress = Progress(layout.image.nbytes)
-        return _Job(
+        job = _Job(
             layout, tree, sources, target, directory, unfinished, latest, retention, progress
         )
+        if directory is not None and directory.leftovers:
+            job.swept = beside(f"sweep for {target.name}", directory.clear)
+        return job
 
     def _make(self, target: Path, overwrite: bool) -> NewDirectory:
-        if target.name in ("", POINTER_NAME):
-            raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+        check_name(target)
         directory = NewDirectory(
             target,
             overwrite=overwrite,
             fsync=self._options.fsync,
             anchored=target.parent == self._anchored,
             journal=self._journal,
+            deferred=True,
         )
         self._anchored = target.parent
         return directory
@@ -367,12 +371,24 @@ class Checkpointer:
         except BaseException:
             self._abandon(job)
             raise
+        # By rank 0 alone, when all have the result: deleting may take longer than a group's patience.
+        if job.directory is not None:
+            self._swept(job)
+            job.directory.clear()  # what the new one replaced
+            if job.retention is not None:
+                thin_out(job.target, job.retention, self._journal)
 
     def _abandon(self, job: _Job) -> None:
         if job.beside is not None:
             job.beside.wait()
         if job.directory is not None:
+            self._swept(job)
             job.directory.discard()
+
+    def _swept(self, job: _Job) -> None:
+        """Waits until nothing is deleted in the background any more."""
+        if job.swept is not None:
+            job.swept.result()
 
     def _written(self, job: _Job) -> dict[str, FileSum]:
         """`_write_files`, and the one error for a save that was given up, however far it was."""
@@ -452,7 +468,7 @@ class Checkpointer:
         assert job.beside is not None
         if job.handle is not None and job.handle.cancelled:
             raise _cancelled(job)
-        commit(job.directory, sums | job.beside.sums(), latest=job.latest, retention=job.retention)
+        commit(job.directory, sums | job.beside.sums(), latest=job.latest)
 
     def _opened(self) -> Engine:
         """The engine, kept for its memory, which takes time to be had; with a journal one for each save."""

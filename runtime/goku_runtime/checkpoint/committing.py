@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.directory import NewDirectory, write_durably
+from goku_runtime.checkpoint.journal import Journal
 from goku_runtime.checkpoint.manifest import (
     MANIFEST_NAME,
     FileSum,
@@ -16,9 +19,11 @@ from goku_runtime.checkpoint.manifest import (
     raise_problems,
 )
 from goku_runtime.checkpoint.options import Retention
-from goku_runtime.checkpoint.root import prune, series_of, set_latest
+from goku_runtime.checkpoint.root import newest_ns, prune, series_of, set_latest
 
-__all__ = ["SmallFiles", "commit"]
+__all__ = ["SmallFiles", "beside", "commit", "thin_out"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +39,9 @@ class SmallFiles:
     """
 
     def __init__(self, directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> None:
-        executor = ThreadPoolExecutor(1, thread_name_prefix=f"index of {directory.target.name}")
-        self._written: Future[dict[str, FileSum]]
-        try:
-            self._written = executor.submit(_write, directory, files)
-        except RuntimeError:  # the interpreter is ending and starts no more threads: here, then
-            self._written = Future()
-            self._written.set_result(_write(directory, files))
-        executor.shutdown(wait=False)  # the thread ends with its one task
+        self._written = beside(
+            f"index of {directory.target.name}", lambda: _write(directory, files)
+        )
 
     def sums(self) -> dict[str, FileSum]:
         """Waits, and gives size and CRC-32C of each file; raises what writing them raised."""
@@ -50,6 +50,18 @@ class SmallFiles:
     def wait(self) -> None:
         """Waits until nothing is written any more, and raises nothing."""
         self._written.exception()
+
+
+def beside(name: str, task: Callable[[], T]) -> Future[T]:
+    """Runs a task in a thread of this name; here, where the interpreter starts no more of them."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        done = executor.submit(task)
+    except RuntimeError:  # the interpreter is ending
+        done = Future()
+        done.set_result(task())
+    executor.shutdown(wait=False)  # the thread ends with its one task
+    return done
 
 
 def _write(directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> dict[str, FileSum]:
@@ -66,7 +78,6 @@ def commit(
     sums: Mapping[str, FileSum],
     *,
     latest: bool,
-    retention: Retention | None,
 ) -> None:
     """Writes the manifest, the last of all files, and gives the directory its name.
 
@@ -74,36 +85,40 @@ def commit(
         directory: with all other files in it, durable.
         sums: of those files.
         latest: whether `latest` is to name it then.
-        retention: removes those of the same series that it does not keep, then.
 
     Raises:
         CheckpointError: a file is missing or has another size: nothing got its name.
         OSError: as the system raises it. If `latest` could not be moved the checkpoint is in its place
-            all the same, which a note says. What cannot be removed is only logged.
+            all the same, which a note says.
     """
     fsync, journal, target = directory.fsync, directory.journal, directory.target
-    manifest = Manifest.of(dict(sums))
+    after = newest_ns(target.parent, series_of(target.name))
+    manifest = Manifest.of(dict(sums), after=after)
     path = directory.path / MANIFEST_NAME
     write_durably(path, manifest.to_bytes(), fsync=fsync, journal=journal)
     raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
     directory.publish()
     if latest:
         try:
-            set_latest(target.parent, target.name, journal=journal)
+            set_latest(target.parent, target.name, journal=journal, verified=True)
         except OSError as error:
             error.add_note(f"{target} is saved; only `latest` was not moved to it")
             raise
-    if retention is not None:
-        last, every = retention.keep_last, retention.keep_every
-        # Sizes alone: what was just written is good, and reading it all again takes as long as writing.
-        try:
-            removed = prune(
-                target.parent, last, keep_every=every, series=series_of(target.name), sums=False,
-                journal=journal,
-            )  # fmt: skip
-            for path in removed:
-                logger.info("removed %s", path)
-        except (
-            OSError
-        ) as error:  # the new one is in its place, and an old one too many does no harm
-            logger.warning("%s is saved; old ones were not removed: %s", target, error)
+
+
+def thin_out(target: Path, retention: Retention, journal: Journal | None) -> None:
+    """Removes what a retention does not keep of a new checkpoint's series.
+
+    The new one is in its place and all ranks know it: nobody waits for this, and what cannot be removed is
+    logged. An old one too many does no harm.
+    """
+    try:
+        # What was just written is good, and reading it all again takes as long as writing.
+        removed = prune(
+            target.parent, retention.keep_last, keep_every=retention.keep_every,
+            series=series_of(target.name), sums=False, always=(target.name,), journal=journal,
+        )  # fmt: skip
+        for path in removed:
+            logger.info("removed %s", path)
+    except OSError as error:
+        logger.warning("%s is saved; old ones were not removed: %s", target, error)

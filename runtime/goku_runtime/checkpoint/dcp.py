@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import secrets
 import weakref
 from contextlib import suppress
 from functools import cache
@@ -47,8 +46,9 @@ from goku_runtime.checkpoint._dcp_writing import write_items
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.dcp_metadata import leaves
 from goku_runtime.checkpoint.directory import (
-    POINTER_NAME,
     NewDirectory,
+    check_name,
+    new_token,
     remove,
     unfinished,
     write_durably,
@@ -64,6 +64,7 @@ from goku_runtime.checkpoint.manifest import (
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box
+from goku_runtime.checkpoint.root import newest_ns, series_of
 from goku_runtime.checkpoint.stored import Stored
 from goku_runtime.checkpoint.tree import parse_tree
 
@@ -97,7 +98,7 @@ class _Place(NamedTuple):
 @cache
 def _token(process: int) -> str:
     """One for each process: DCP's cached plans bring a rank what it was told in the first save."""
-    return secrets.token_hex(8)
+    return new_token()
 
 
 class GokuStorageWriter(StorageWriter):
@@ -126,7 +127,7 @@ class GokuStorageWriter(StorageWriter):
     ) -> None:
         self.checkpoint_id = path
         self._overwrite = overwrite
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._directory: NewDirectory | None = None  # the coordinator's
         self._undo: weakref.finalize[Any, Any] | None = None
 
@@ -152,9 +153,7 @@ class GokuStorageWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: no path, or a save without collectives, of which no rank knows all."""
         self._abandon()
-        target = _target(self.checkpoint_id)
-        if target.name in ("", POINTER_NAME):
-            raise ValueError(f"path: found {target}; the name {target.name!r} is not allowed")
+        check_name(_target(self.checkpoint_id))
         if not kwargs.get("use_collectives", True):
             raise ValueError("use_collectives is False; allowed: True")
 
@@ -215,7 +214,9 @@ class GokuStorageWriter(StorageWriter):
             for name, data in files(metadata, collected).items():
                 write_durably(directory.path / name, data, fsync=directory.fsync)
                 sums[name] = FileSum(len(data), crc32c(data))
-            manifest = Manifest.of(sums)
+            target = directory.target
+            after = newest_ns(target.parent, series_of(target.name))
+            manifest = Manifest.of(sums, after=after)
             path = directory.path / MANIFEST_NAME
             write_durably(path, manifest.to_bytes(), fsync=directory.fsync)
             raise_problems(directory.path, file_problems(directory.path, manifest, sums=False))
@@ -262,7 +263,7 @@ class GokuStorageReader(StorageReader):
         options: CheckpointOptions | None = None,
     ) -> None:
         self.checkpoint_id = path
-        self._options = options or CheckpointOptions()
+        self._options = CheckpointOptions.given(options)
         self._opened: tuple[Stored, dict[str, Any]] | None = None
 
     @classmethod

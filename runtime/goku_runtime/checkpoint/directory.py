@@ -6,7 +6,11 @@ kernel drops when the process dies), ``.NAME.replaced-*`` (an old checkpoint mov
 and ``.NAME.removing-*`` (being deleted). A file ``.latest.*`` is the next pointer, being written.
 
 Whoever makes, moves or sweeps such names holds a lock on the directory that they lie in: a sweep
-never meets one whose owner has not locked it yet, or is half way through two renames.
+never meets one whose owner has not locked it yet, or is half way through two renames. It is not held while
+files are deleted, which may take minutes.
+
+NFS and Lustre keep locks on directories to one machine. So the names say whose they are, by a digest of the
+host's name and of its boot: of another machine's, or of none known, only the age is a sign.
 """
 
 from __future__ import annotations
@@ -14,13 +18,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from goku_runtime.checkpoint.journal import Journal, Operation, logged
@@ -29,9 +36,14 @@ from goku_runtime.checkpoint.manifest import MANIFEST_NAME
 __all__ = [
     "POINTER_NAME",
     "NewDirectory",
+    "check_name",
+    "delete",
+    "given_path",
+    "new_token",
     "next_pointer",
     "remove",
     "remove_leftovers",
+    "set_aside",
     "sole_access",
     "sync_directory",
     "unfinished",
@@ -39,8 +51,12 @@ __all__ = [
 ]
 
 POINTER_NAME = "latest"
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<purpose>saving|replaced|removing)-[0-9a-f]{16}")
-_NEXT_POINTER = re.compile(rf"\.{POINTER_NAME}\.[0-9a-f]{{16}}")
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<purpose>saving|replaced|removing)-(?P<token>[0-9a-f]{16})"
+)
+_NEXT_POINTER = re.compile(rf"\.{POINTER_NAME}\.(?P<token>[0-9a-f]{{16}})")
+# When another machine's, of which nothing has been written for so long, counts as left behind.
+_ABANDONED_S = 12 * 3600.0
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -83,7 +99,9 @@ class NewDirectory:
         fsync: whether the names in directories are made durable.
         anchored: the names of the directories above are durable already, if they are there.
         journal: that all of it is logged in.
-        token: 16 hexadecimal digits that end the temporary name; None: random ones.
+        token: that ends the temporary name, of `new_token`; None: a new one.
+        deferred: what others left behind, and what this replaces, is kept in `leftovers` until `clear` is
+            called: for callers whom others wait for.
 
     Raises:
         FileExistsError: something is there and `overwrite` is not set, or it is no checkpoint.
@@ -99,6 +117,7 @@ class NewDirectory:
         anchored: bool = False,
         journal: Journal | None = None,
         token: str | None = None,
+        deferred: bool = False,
     ) -> None:
         if os.path.lexists(target):
             _check_replaceable(target, overwrite)
@@ -108,16 +127,20 @@ class NewDirectory:
         self.journal = journal
         self._made_parents = _make_parents(target.parent, journal)
         self._published = False
-        self.path = unfinished(target, token or _token())
+        self.path = unfinished(target, token or new_token())
+        self._deferred = deferred
+        self.leftovers: list[Path] = []
         try:
             if fsync and (self._made_parents or not anchored):
                 _sync_above(target.parent, journal)
-            remove_leftovers(target.parent, journal)
+            self.leftovers = set_aside(target.parent, journal)
+            if not deferred:
+                self.clear()
             with sole_access(target.parent):
                 with logged(journal, "mkdir", self.path):
                     self.path.mkdir()
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-                _lock(self._lock, wait=True)
+                _lock(self._lock)
         except OSError:
             self._remove_parents()
             raise
@@ -149,14 +172,22 @@ class NewDirectory:
         finally:
             os.close(self._lock)
         if replaced is not None:
-            _delete(replaced, self.journal)  # the new one is in place already
+            self.leftovers.append(replaced)  # the new one is in place already
+            if not self._deferred:
+                self.clear()
 
     def discard(self) -> None:
         """Removes what was made, as far as the system lets it; nothing once it was published."""
         if not self._published:
-            _delete(self.path, self.journal)
+            delete(self.path, self.journal)
             os.close(self._lock)
             self._remove_parents()
+            self.clear()
+
+    def clear(self) -> None:
+        """Deletes what was set aside so far, as far as the system lets it."""
+        while self.leftovers:
+            delete(self.leftovers.pop(), self.journal)
 
     def _remove_parents(self) -> None:
         for parent in self._made_parents:
@@ -170,18 +201,28 @@ class NewDirectory:
 def remove_leftovers(parent: Path, journal: Journal | None = None) -> None:
     """Removes what killed processes left in a directory; puts a replaced checkpoint back.
 
-    A ``saving`` directory whose writer lives is left alone. Where the file system has no locks, all
-    of them are, and pointers that may be being written. Waits for others who make or sweep temporary
-    directories there.
+    See `set_aside` for what is left alone. Waits for others who make or sweep temporary directories there.
+    """
+    for path in set_aside(parent, journal):
+        delete(path, journal)
+
+
+def set_aside(parent: Path, journal: Journal | None = None) -> list[Path]:
+    """Puts a replaced checkpoint back, and gives what killed processes left, under names that nobody puts back.
+
+    A ``saving`` directory whose writer lives is left alone. Its lock says so if it is this machine's; another
+    machine's, or one on a file system without locks, may be abandoned when nothing in it was written
+    for 12 hours. So may pointers that may be being written.
     """
     with sole_access(parent) as locked:
-        _sweep(parent, locked, journal)
+        return _sweep(parent, locked, journal)
 
 
-def _sweep(parent: Path, locked: bool, journal: Journal | None) -> None:
+def _sweep(parent: Path, locked: bool, journal: Journal | None) -> list[Path]:
     found = []
     for path in list(parent.iterdir()):
-        if locked and _NEXT_POINTER.fullmatch(path.name) and not path.is_dir():
+        pointer = _NEXT_POINTER.fullmatch(path.name)
+        if pointer and not path.is_dir() and ((locked and _is_ours(pointer)) or _is_old(path)):
             with suppress(OSError), logged(journal, "unlink", path):
                 path.unlink()
         name = _TEMPORARY.fullmatch(path.name)
@@ -191,26 +232,36 @@ def _sweep(parent: Path, locked: bool, journal: Journal | None) -> None:
         # Whoever was killed may have renamed these and not got as far as making that durable: were the
         # power lost while they are deleted, what is half deleted would have its old name again.
         sync_directory(parent, journal)
+    leftovers, renamed = [], False
     for path, name in found:
         target = parent / name["name"]
-        if name["purpose"] == "saving":
-            if _is_abandoned(path):
-                _delete(path, journal)
-        elif name["purpose"] == "replaced" and not os.path.lexists(target):
+        if name["purpose"] == "replaced" and not os.path.lexists(target):
             _rename(path, target, journal)
             sync_directory(parent, journal)
-        else:
-            _delete(path, journal)
+        elif name["purpose"] == "removing":
+            leftovers.append(path)
+        elif name["purpose"] == "replaced" or _is_abandoned(path, name):
+            hidden = _temporary(target, "removing")
+            with suppress(OSError):  # somebody else's, or gone meanwhile
+                _rename(path, hidden, journal)
+                leftovers.append(hidden)
+                renamed = True
+    if renamed:
+        sync_directory(parent, journal)
+    return leftovers
 
 
 def remove(path: Path, journal: Journal | None = None) -> None:
     """Deletes a checkpoint so that at no moment a part of it looks like one."""
     hidden = _temporary(path, "removing")
-    with sole_access(path.parent):  # a sweep would delete the same files at the same time
+    with sole_access(path.parent):
         _rename(path, hidden, journal)
         sync_directory(path.parent, journal)
-        with logged(journal, "rmtree", hidden):
+    with logged(journal, "rmtree", hidden):
+        try:
             shutil.rmtree(hidden)
+        except FileNotFoundError:  # a sweep deletes the same files at the same time
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextmanager
@@ -221,7 +272,7 @@ def sole_access(parent: Path) -> Generator[bool]:
     """
     descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        locked = _lock(descriptor, wait=True)
+        locked = _lock(descriptor)
         try:
             yield locked
         finally:
@@ -231,9 +282,32 @@ def sole_access(parent: Path) -> Generator[bool]:
         os.close(descriptor)
 
 
+def given_path(path: str | os.PathLike[str], field: str = "path") -> Path:
+    """A path that a caller gave. Raises ValueError naming the field: it is an address, or no path."""
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{field} is {path!r}; allowed: a directory, as str or os.PathLike of str")
+    if "://" in name:
+        raise ValueError(f"{field} is {name!r}; allowed: a directory, no address")
+    return Path(name)
+
+
+def check_name(target: Path) -> None:
+    """Raises ValueError for a path at whose name no checkpoint would be found again.
+
+    Names that begin with a dot are ours, or hidden; the pointer is a line of UTF-8.
+    """
+    name = target.name
+    if name in ("", POINTER_NAME) or name.startswith(".") or not name.isprintable():
+        raise ValueError(
+            f"path: found {os.fspath(target)!r}; the name {name!r} is not allowed: it must not be empty or "
+            f"{POINTER_NAME!r}, begin with a dot, or hold what cannot be printed"
+        )
+
+
 def next_pointer(root: Path) -> Path:
     """A new name for a pointer that is being written. Write and rename it with `sole_access`."""
-    return root / f".{POINTER_NAME}.{secrets.token_hex(8)}"
+    return root / f".{POINTER_NAME}.{new_token()}"
 
 
 def unfinished(target: Path, token: str) -> Path:
@@ -241,12 +315,22 @@ def unfinished(target: Path, token: str) -> Path:
     return target.parent / f".{target.name}.saving-{token}"
 
 
-def _token() -> str:
-    return secrets.token_hex(8)
+def new_token() -> str:
+    """16 hexadecimal digits: eight of this machine since it was started, eight random ones."""
+    return _machine() + secrets.token_hex(4)
+
+
+@cache
+def _machine() -> str:
+    """What tells machines apart that see the same directory, and one from itself before it was restarted."""
+    boot = b""
+    with suppress(OSError):  # without /proc: the name alone
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.sha256(socket.gethostname().encode() + b" " + boot).hexdigest()[:8]
 
 
 def _temporary(target: Path, purpose: str) -> Path:
-    return target.parent / f".{target.name}.{purpose}-{_token()}"
+    return target.parent / f".{target.name}.{purpose}-{new_token()}"
 
 
 def _exists(target: Path) -> FileExistsError:
@@ -263,7 +347,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, text, str(target))
 
 
-def _delete(path: Path, journal: Journal | None) -> None:
+def delete(path: Path, journal: Journal | None = None) -> None:
     """Removes a directory with all that is in it, as far as the system lets it."""
     with logged(journal, "rmtree", path):
         shutil.rmtree(path, ignore_errors=True)
@@ -297,24 +381,51 @@ def _sync_above(directory: Path, journal: Journal | None) -> None:
             sync_directory(directory, journal)
 
 
-def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Takes the lock; without `wait` only if it is free. False where there are no locks."""
+def _lock(descriptor: int) -> bool:
+    """Takes the lock, waiting for it. False where there are no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         return False
     return True
 
 
-def _is_abandoned(path: Path) -> bool:
+def _is_abandoned(path: Path, name: re.Match[str]) -> bool:
+    """Whether the writer of a ``saving`` directory is gone."""
+    if _is_ours(name):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, PermissionError):  # gone meanwhile; another user's
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks there
+            pass
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+    return _is_old(path)
+
+
+def _is_ours(name: re.Match[str]) -> bool:
+    """Whether this machine, since it was started, has made a temporary name."""
+    return name["token"].startswith(_machine())
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nothing was written for long: to a file, or to a directory and the files in it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
+        newest = path.stat().st_mtime
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                times = (entry.stat(follow_symlinks=False).st_mtime for entry in entries)
+                newest = max([newest, *times])
+    except OSError:  # gone meanwhile, or another user's
         return False
-    try:
-        return _lock(descriptor, wait=False)
-    finally:
-        os.close(descriptor)
+    return time.time() - newest > _ABANDONED_S
 
 
 def _swap(new: Path, target: Path, journal: Journal | None) -> Path:

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from goku_runtime.checkpoint import version1
+from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.collection import no_collection
+from goku_runtime.checkpoint.directory import given_path
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
@@ -62,33 +64,40 @@ def load(
         partial: leave out what the checkpoint has and `state` has not, such as the optimizer.
         convert: accept tensors of another dtype, and convert as `Tensor.copy_` does.
         broadcast: read what several ranks hold on one of them, which sends it to the others: for file
-            systems slower than the network. Tensors on a GPU need a group that can send them.
+            systems slower than the network. Tensors on a GPU need a group that can send them. What is not
+            wanted alike (dtype, device, mesh, placements) by all ranks that hold it, each reads by itself.
+            The same on all ranks.
         process_group: the ranks that load, each with its own `state`; None takes the default group where
-            there is one.
-        options: of the reading engine.
+            there is one. If it has no backend for CPU tensors (NCCL alone), or `options` have a timeout, a Gloo
+            group of the same ranks is made for the time of the call.
+        options: of the reading engine, and how long a rank waits for the others' files.
 
     Raises:
         CheckpointError: no checkpoint, or files missing, truncated, altered or extra: named, with the
             tensors in the altered bytes and the rank that wrote them.
         ValueError: keys missing or unexpected, or kinds, shapes or dtypes that differ: all named,
-            with what was saved and what is wanted. (CheckpointError is a ValueError too.)
+            with what was saved and what is wanted; or ranks that were given different checkpoints.
+            (CheckpointError is a ValueError too.)
         OSError: a file cannot be read.
         Either on all ranks; those where nothing is wrong name one where something is.
     """
-    ranks = Ranks(process_group)
-    directory = Path(os.path.abspath(path))
-    manifest = _looked_at(ranks, directory)
-    if manifest.version == 1:
-        first = version1.Version1(ranks, directory, manifest)
-        _, plan = _matched(state, ranks, directory, lambda: first, partial=partial, convert=convert)
-        first.load(_tensors(plan))
-    else:
-        with no_collection():
-            second, plan = _matched(
-                state, ranks, directory, lambda: Version2(ranks, directory, manifest),
-                partial=partial, convert=convert,
-            )  # fmt: skip
-        second.load(_tensors(plan), options or CheckpointOptions(), broadcast=broadcast)
+    options = CheckpointOptions.given(options)
+    given = Ranks(process_group)
+    with given.for_files(options.timeout_s) as ranks:
+        directory, manifest = _looked_at(ranks, path, broadcast=broadcast)
+        if manifest.version == 1:
+            first = version1.Version1(ranks, directory, manifest)
+            _, plan = _matched(
+                state, ranks, directory, lambda: first, partial=partial, convert=convert
+            )
+            first.load(_tensors(plan))
+        else:
+            with no_collection():
+                second, plan = _matched(
+                    state, ranks, directory, lambda: Version2(ranks, directory, manifest),
+                    partial=partial, convert=convert,
+                )  # fmt: skip
+            second.load(_tensors(plan), options, senders=given if broadcast else None)
     for parent, key, value in plan.values:
         parent[key] = value
 
@@ -100,9 +109,10 @@ def read_values(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
     Raises:
         CheckpointError: no checkpoint, or one of the two files is damaged.
+        ValueError: `path` is an address, or no path.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    directory = given_path(path)
     manifest = Manifest.read(directory)
     if STATE_NAME not in manifest.files:
         raise CheckpointError(f"{directory} is damaged: {STATE_NAME}: missing")
@@ -118,9 +128,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
 
     Raises:
         CheckpointError: no checkpoint, or one of the two files is damaged.
+        ValueError: `path` is an address, or no path.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    directory = given_path(path)
     manifest = Manifest.read(directory)
     if manifest.version > 1:
         tensors = Stored(directory, manifest).index.tensors
@@ -128,22 +139,40 @@ def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple
     return version1.described(directory, manifest)
 
 
-def _looked_at(ranks: Ranks, directory: Path) -> Manifest:
-    """The manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
+def _looked_at(
+    ranks: Ranks, path: str | os.PathLike[str], *, broadcast: bool
+) -> tuple[Path, Manifest]:
+    """The directory and the manifest, on all ranks; of version 2 the sizes of all files too, by the ranks in turn.
 
-    Raises CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
+    Raises:
+        CheckpointError: no checkpoint, or files missing, truncated or extra, all named on all ranks.
+        ValueError: no path, ranks were given different checkpoints, or `broadcast` differs.
     """
-    own: list[Manifest] = []
+    own: list[tuple[Path, Manifest]] = []
 
-    def look() -> list[str]:
-        own.append(Manifest.read(directory))
-        if own[0].version == 1:
-            return []  # it reads the files themselves
-        share = (ranks.rank, ranks.count)
-        return file_problems(directory, own[0], sums=False, share=share)
+    def look() -> tuple[str, int, bool, list[str]]:
+        directory = Path(os.path.abspath(given_path(path)))
+        manifest = Manifest.read(directory)
+        own.append((directory, manifest))
+        problems = []
+        if manifest.version > 1:  # version 1 reads the files themselves
+            share = (ranks.rank, ranks.count)
+            problems = file_problems(directory, manifest, sums=False, share=share)
+        return str(directory), crc32c(manifest.to_bytes()), broadcast, problems
 
     found = ranks.collect(look)
-    raise_problems(directory, [problem for each in found for problem in each])
+    first, manifest, sends, _ = found[0]
+    for rank, (place, other, sent, _) in enumerate(found):
+        # By the manifest, which has the time of the save and all sums: one directory may be mounted under
+        # two names. Before the problems: each rank has looked at its share of its own checkpoint alone.
+        if other != manifest:
+            note = "" if place != first else ", but another checkpoint lies there"
+            raise ValueError(
+                f"path: all ranks load one checkpoint; it is {first} on rank 0 and {place} on rank {rank}{note}"
+            )
+        if sent != sends:
+            raise ValueError(f"broadcast is {sends} on rank 0 and {sent} on rank {rank}")
+    raise_problems(own[0][0], [problem for each in found for problem in each[3]])
     return own[0]
 
 

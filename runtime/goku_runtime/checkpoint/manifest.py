@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "file_problem",
     "file_problems",
+    "name_problems",
     "raise_problems",
 ]
 
@@ -77,9 +78,9 @@ class Manifest:
     version: int = VERSION
 
     @classmethod
-    def of(cls, files: Mapping[str, FileSum]) -> Manifest:
-        """A manifest of these files, created now."""
-        return cls(dict(sorted(files.items())), time.time_ns())
+    def of(cls, files: Mapping[str, FileSum], *, after: int = 0) -> Manifest:
+        """A manifest of these files, created now, or just `after` a time that the clock says is to come."""
+        return cls(dict(sorted(files.items())), max(time.time_ns(), after + 1))
 
     def to_bytes(self) -> bytes:
         """The one spelling of this manifest."""
@@ -183,10 +184,20 @@ def file_problems(
     for name in by_size[rank::ranks]:
         problems += file_problem(directory / name, manifest.files[name], sums=sums)
     if rank == 0:
-        known = {*manifest.files, MANIFEST_NAME}
-        extra = sorted(name for name in os.listdir(directory) if name not in known)
-        problems += [f"{name}: extra, not named in {MANIFEST_NAME}" for name in extra]
+        problems += _extra(os.listdir(directory), manifest)
     return problems
+
+
+def name_problems(directory: Path, manifest: Manifest) -> list[str]:
+    """Which files are missing or do not belong, one line each, by one look at the directory's names."""
+    names = os.listdir(directory)
+    missing = sorted(manifest.files.keys() - set(names))
+    return [f"{name}: missing" for name in missing] + _extra(names, manifest)
+
+
+def _extra(names: Iterable[str], manifest: Manifest) -> list[str]:
+    extra = sorted(set(names) - {*manifest.files, MANIFEST_NAME})
+    return [f"{name}: extra, not named in {MANIFEST_NAME}" for name in extra]
 
 
 def raise_problems(directory: Path, problems: list[str]) -> None:

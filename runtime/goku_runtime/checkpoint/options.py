@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,9 @@ class CheckpointOptions:
             writes; None: as much as that is. With less, staging waits for the device.
         window_bytes: in which `save` copies what does not lie dense in host memory, and writes; four are
             in memory at a time.
+        timeout_s: seconds that a rank waits for the slowest one's files, over a Gloo group of its own. None:
+            over the group given, with that one's timeout, where it can exchange CPU tensors; the groups that
+            are made (for the background, or beside one of NCCL alone) have two hours.
 
     Raises:
         ValueError: a value that is not allowed, with its name.
@@ -43,6 +47,7 @@ class CheckpointOptions:
     fsync: bool = True
     staging_bytes: int | None = None
     window_bytes: int = 16 << 20
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -62,10 +67,21 @@ class CheckpointOptions:
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} is {value!r}; allowed: integers >= {least}")
+        if self.timeout_s is not None and not (
+            type(self.timeout_s) in (int, float) and 0 < self.timeout_s < math.inf
+        ):
+            raise ValueError(f"timeout_s is {self.timeout_s!r}; allowed: None or seconds > 0")
         if self.window_bytes % CHUNK:
             raise ValueError(
                 f"window_bytes is {self.window_bytes}; allowed: multiples of {CHUNK}, the bytes of a chunk"
             )
+
+    @classmethod
+    def given(cls, options: CheckpointOptions | None) -> CheckpointOptions:
+        """What a caller gave, or the defaults. Raises ValueError: it is something else."""
+        if options is not None and not isinstance(options, cls):
+            raise ValueError(f"options is {options!r}; allowed: None or CheckpointOptions(...)")
+        return options or cls()
 
     def engine(self, *, trace: bool = False) -> Engine:
         """The engine of these options.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +17,9 @@ from goku_runtime.checkpoint.manifest import CheckpointError
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
+
+# Of the groups that are made here.
+_PATIENCE_S = 7200.0
 
 
 class _Failure(NamedTuple):
@@ -59,6 +64,9 @@ class Ranks:
         self.distributed = dist.is_available() and dist.is_initialized()
         if group is not None and not self.distributed:
             raise ValueError("process_group: given, but torch.distributed is not initialised")
+        value: object = group  # new_group gives a number to those who are not in the group
+        if not (value is None or isinstance(value, dist.ProcessGroup | int)):
+            raise ValueError(f"process_group is {group!r}; allowed: None or a ProcessGroup")
         self.rank = dist.get_rank(group) if self.distributed else 0
         self.count = dist.get_world_size(group) if self.distributed else 1
         if self.rank < 0:
@@ -72,6 +80,23 @@ class Ranks:
         # As "cpu:gloo,cuda:nccl"; a group of NCCL alone has "cuda:nccl".
         devices = [part.split(":")[0] for part in dist.get_backend_config(self.group).split(",")]
         return "cpu" if "cpu" in devices else devices[0]
+
+    def needs_own(self, timeout_s: float | None) -> bool:
+        """Whether messages about files need another group: of CPU tensors, or with this timeout."""
+        return self.count > 1 and (self.device != "cpu" or timeout_s is not None)
+
+    @contextmanager
+    def for_files(self, timeout_s: float | None) -> Generator[Ranks]:
+        """The same ranks with a group whose messages wait for files; made and destroyed where it is needed."""
+        if not self.needs_own(timeout_s):
+            yield self
+            return
+        group = self.new_gloo_group(timeout_s)
+        try:
+            yield Ranks(group)
+        finally:
+            with suppress(ValueError, AssertionError):  # destroyed with all others meanwhile
+                dist.destroy_process_group(group)
 
     @property
     def is_first(self) -> bool:
@@ -150,23 +175,27 @@ class Ranks:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return [int(number) for number in found.tolist()]
 
-    def new_gloo_group(self) -> dist.ProcessGroup:
-        """Another group of the same ranks, with connections of its own. All of them call this together.
+    def new_gloo_group(self, timeout_s: float | None = None) -> dist.ProcessGroup:
+        """Another group of the same ranks in the same order, with connections of its own. All call this together.
 
-        ``new_group`` makes one of all ranks. Of some ranks it could not be made again and again: with
-        ``use_local_synchronization`` a group is named by its ranks and the number of groups that this
-        process has, so that after one was destroyed the next finds the old one's addresses in the
+        ``new_group`` makes one of all ranks, in ascending order. Of others it could not be made again and
+        again: with ``use_local_synchronization`` a group is named by its ranks and the number of groups that
+        this process has, so that after one was destroyed the next finds the old one's addresses in the
         store, and ranks that have other groups beside wait for each other under different names.
+
+        Args:
+            timeout_s: seconds of its collectives; None: two hours, as a file system may be slow.
         """
+        timeout = timedelta(seconds=_PATIENCE_S if timeout_s is None else timeout_s)
         members = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        if len(members) == dist.get_world_size():
-            return dist.new_group(backend="gloo")
+        if members == list(range(dist.get_world_size())):
+            return dist.new_group(backend="gloo", timeout=timeout)
         from torch.distributed import distributed_c10d as c10d
 
         name: Any = self.gather(f"goku_runtime.checkpoint-{secrets.token_hex(8)}")[0]
         group, _ = c10d._new_process_group_helper(
             len(members), self.rank, members, dist.Backend("gloo"), c10d._get_default_store(),
-            group_name=name, timeout=c10d.default_pg_timeout,
+            group_name=name, timeout=timeout,
         )  # fmt: skip
         c10d._world.pg_group_ranks[group] = {member: i for i, member in enumerate(members)}
         return group

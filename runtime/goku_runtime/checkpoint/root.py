@@ -1,40 +1,80 @@
 """A directory of checkpoints: which one is the latest, and which ones are no longer needed.
 
-None of these is collective: in a job of several ranks, rank 0 calls them and tells the others.
+None of these is collective but ``latest(root, together=True)``: in a job of several ranks, rank 0 calls them.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
+import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
 
 from goku_runtime.checkpoint.directory import (
     POINTER_NAME,
+    delete,
+    given_path,
     next_pointer,
     remove,
     remove_leftovers,
+    set_aside,
     sole_access,
     sync_directory,
     write_durably,
 )
 from goku_runtime.checkpoint.journal import Journal, logged
-from goku_runtime.checkpoint.manifest import CheckpointError, Manifest, file_problems
+from goku_runtime.checkpoint.manifest import (
+    MANIFEST_NAME,
+    CheckpointError,
+    Manifest,
+    file_problems,
+    name_problems,
+)
+from goku_runtime.checkpoint.ranks import Ranks
 
-__all__ = ["POINTER_NAME", "latest", "prune", "series_of", "set_latest"]
+__all__ = ["POINTER_NAME", "latest", "newest_ns", "prune", "series_of", "set_latest"]
+
+logger = logging.getLogger(__name__)
+
+# What may be answered for a directory that is none of ours (lost+found; a link to itself where a manifest should
+# be). A device that fails says something else, and must not let a training start anew.
+_NOT_OURS = {
+    errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+# manifest.json up to the time of the save.
+_HEADER_BYTES = 256
+_CREATED = re.compile(rb'"created_ns": (\d+)')
 
 
-def set_latest(root: str | os.PathLike[str], name: str, *, journal: Journal | None = None) -> None:
+def set_latest(
+    root: str | os.PathLike[str],
+    name: str,
+    *,
+    journal: Journal | None = None,
+    verified: bool = False,
+) -> None:
     """Makes `name` the checkpoint that `latest` returns; durable and atomic, logged in `journal`.
+
+    Args:
+        root: the directory of checkpoints.
+        name: of one of them.
+        journal: that requests to the file system are logged in.
+        verified: the caller has just seen that it is complete.
 
     Raises:
         CheckpointError: `name` is not the name of a complete checkpoint in `root`.
+        ValueError: `root` is an address, or no path.
         OSError: the pointer cannot be written; the old one then stays.
     """
-    root = Path(root)
-    problems = _problems(root, name)
+    root = given_path(root, "root")
+    problems = [] if verified else _problems(root, name)
     if problems:
         raise CheckpointError(f"{root / name} cannot become the latest: " + "; ".join(problems))
     temporary = next_pointer(root)
@@ -48,30 +88,63 @@ def set_latest(root: str | os.PathLike[str], name: str, *, journal: Journal | No
     sync_directory(root, journal)
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
+def latest(
+    root: str | os.PathLike[str],
+    *,
+    together: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Path | None:
     """The checkpoint to go on from, or None where there is none.
 
     That is the one `set_latest` named last. Where the pointer is missing or what it names is gone
     or incomplete, it is the newest complete one. Complete means that every file of the manifest is
-    there with its size; `load` also compares the sums.
+    there with its size; `load` also compares the sums. Directories that cannot be entered or hold no
+    readable manifest are passed over, unless the pointer names them.
 
     A job killed between `save` and `set_latest` goes on from the one before, and meets the unnamed
     one again when it saves that step: such a job saves with ``overwrite=True``.
+
+    Args:
+        root: the directory of checkpoints.
+        together: all ranks call this, and get what rank 0 finds: ranks that look for themselves may see
+            different ones while another process saves or removes some, or through a file system's caches.
+        process_group: of those ranks; None takes the default group where there is one.
+
+    Raises:
+        ValueError: `root` is an address, or no path; `process_group` without `together`.
+        OSError: the directory, or the checkpoint that the pointer names, cannot be read, or a device fails.
+            With `together` on all ranks.
     """
-    root = Path(root)
+    leftovers: list[Path] = []
+    if together:
+        ranks = Ranks(process_group)
+        found = ranks.collect(
+            lambda: _latest(given_path(root, "root"), leftovers) if ranks.is_first else None
+        )[0]
+    elif process_group is not None:
+        raise ValueError("process_group: given without together=True; one rank alone needs none")
+    else:
+        found = _latest(given_path(root, "root"), leftovers)
+    for path in leftovers:
+        delete(path)
+    return found
+
+
+def _latest(root: Path, leftovers: list[Path]) -> Path | None:
+    """The latest; what killed processes left there is added to `leftovers`, to be deleted."""
     if not root.is_dir():
         return None
     named = _pointed(root)
     if named is not None and not _problems(root, named):
         return root / named
     try:
-        remove_leftovers(root)  # a replaced checkpoint may have to be put back first
+        leftovers += set_aside(root)  # a replaced checkpoint may have to be put back first
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
         # Nothing can be put back or removed there; what is complete loads all the same.
     complete = _complete(root)
-    return complete[0] if complete else None
+    return complete[0].path if complete else None
 
 
 def prune(
@@ -81,13 +154,15 @@ def prune(
     keep_every: int = 0,
     series: str | None = None,
     sums: bool = True,
+    always: Collection[str] = (),
     journal: Journal | None = None,
 ) -> list[Path]:
     """Deletes all complete checkpoints but the `keep_last` newest, the latest and every n-th.
 
     The newest one whose files still have their sums is kept too, whatever `keep_last` says: were
     all those to be kept damaged, it would be the last good one. That reads the newest once more.
-    What is not a complete checkpoint is left alone, apart from the leftovers of killed processes.
+    What is not a complete checkpoint is left alone, apart from the leftovers of killed processes, and so is
+    what cannot be read.
 
     Args:
         root: the directory of checkpoints.
@@ -95,36 +170,61 @@ def prune(
         keep_every: keeps those, too, whose number (the digits that end the name, as in step_2000) is a
             multiple of this; 0: none.
         series: only those whose names are this and a number (step_ for step_2000) are looked at; None: all.
-        sums: False trusts the sizes and reads nothing.
+        sums: False reads the manifests alone, which have sums of their own, and of other files only whether
+            their names are there.
+        always: names that are kept, whatever else is said.
         journal: that the removals are logged in.
 
     Returns:
         The deleted ones, the newest first.
 
     Raises:
-        ValueError: `keep_last` is less than 1 or `keep_every` less than 0.
+        ValueError: `keep_last` is less than 1 or `keep_every` less than 0; `root` is an address, or no path.
         OSError: as the system raises it; what is half deleted no longer looks like a checkpoint.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: found {keep_last}; must be at least 1")
     if keep_every < 0:
         raise ValueError(f"keep_every: found {keep_every}; must be at least 0")
-    root = Path(root)
+    root = given_path(root, "root")
     remove_leftovers(root, journal)
-    complete = [path for path in _complete(root) if series in (None, series_of(path.name))]
-    keep = {*complete[:keep_last], latest(root)}
-    good = (path for path in complete if not _problems(root, path.name, sums=sums))
-    keep.add(next(good, None))
+    complete = _complete(root, series=series, sizes=sums, lenient=True)
+    paths = [found.path for found in complete]
+    keep = {*paths[:keep_last], *(root / name for name in always)}
+    named = _pointed(root)
+    if named:  # without a pointer the latest is the newest
+        keep.add(root / named)
+    if sums:
+        good = (each.path for each in complete if not _faults(each.path, each.manifest, sums=True))
+        keep.add(next(good, root))
     if keep_every:
-        numbers = ((path, re.search(r"\d+$", path.name)) for path in complete)
+        numbers = ((path, re.search(r"\d+$", path.name)) for path in paths)
         keep |= {path for path, found in numbers if found and int(found[0]) % keep_every == 0}
     pruned = []
-    for path in complete:
+    for path in paths:
         if path not in keep:
             with suppress(FileNotFoundError):  # another job in this directory was faster
                 remove(path, journal)
                 pruned.append(path)
     return pruned
+
+
+def newest_ns(root: Path, series: str) -> int:
+    """The latest time of a save in a series; 0 if all are past.
+
+    A new checkpoint of the series is given a later one: by a clock that went back it would be the oldest.
+    """
+    now, newest = time.time_ns(), 0
+    for path in _directories(root, series):
+        try:
+            with open(path / MANIFEST_NAME, "rb") as stream:
+                found = _CREATED.search(stream.read(_HEADER_BYTES))
+            # Of thousands of ranks a manifest is long: read, and checked, where it matters.
+            if found and int(found[1]) >= now:
+                newest = max(newest, Manifest.read(path).created_ns)
+        except (CheckpointError, OSError):
+            continue  # such a one is never the newest
+    return newest
 
 
 def series_of(name: str) -> str:
@@ -134,29 +234,79 @@ def series_of(name: str) -> str:
 
 def _pointed(root: Path) -> str | None:
     try:
-        return (root / POINTER_NAME).read_text(encoding="utf-8").strip()
+        return (root / POINTER_NAME).read_text(encoding="utf-8").rstrip("\r\n")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         return None
 
 
-def _problems(root: Path, name: str, *, sums: bool = False) -> list[str]:
+def _problems(root: Path, name: str) -> list[str]:
     """Why `name` in `root` cannot be used; empty if it can."""
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
         return [f"{name!r} is not the name of a directory in {root}"]
     try:
-        return file_problems(root / name, Manifest.read(root / name), sums=sums)
+        return file_problems(root / name, Manifest.read(root / name), sums=False)
     except (CheckpointError, FileNotFoundError) as error:  # the latter: removed meanwhile
         return [str(error)]
 
 
-def _complete(root: Path) -> list[Path]:
-    """The complete checkpoints, the newest first: by the time in the manifest, then by name."""
+class _Found(NamedTuple):
+    """A complete checkpoint; they sort by the time in the manifest, then by name."""
+
+    created_ns: int
+    name: list[tuple[int, str]]
+    path: Path
+    manifest: Manifest
+
+
+def _complete(
+    root: Path, *, series: str | None = None, sizes: bool = True, lenient: bool = False
+) -> list[_Found]:
+    """The complete checkpoints, the newest first.
+
+    Args:
+        root: the directory.
+        series: only those of it; None: all.
+        sizes: whether to compare the files' sizes, or only see that they are there.
+        lenient: pass over what cannot be read, whatever the reason.
+    """
     found = []
+    for path in _directories(root, series):
+        try:
+            manifest = Manifest.read(path)
+            if sizes:
+                faults = file_problems(path, manifest, sums=False)
+            else:
+                faults = name_problems(path, manifest)
+        except (CheckpointError, FileNotFoundError):  # the latter: removed meanwhile
+            continue
+        except OSError as error:
+            if error.errno in _NOT_OURS:
+                logger.info("%s is passed over: %s", path, error)
+            elif lenient:
+                logger.warning("%s cannot be read and is passed over: %s", path, error)
+            else:
+                raise
+            continue
+        if not faults:
+            found.append(_Found(manifest.created_ns, _natural(path.name), path, manifest))
+    return sorted(found, key=lambda each: each[:2], reverse=True)
+
+
+def _faults(path: Path, manifest: Manifest, *, sums: bool) -> list[str]:
+    """What is wrong with the files; that they cannot be read is a fault like another."""
+    try:
+        return file_problems(path, manifest, sums=sums)
+    except OSError as error:
+        return [str(error)]
+
+
+def _directories(root: Path, series: str | None) -> Iterator[Path]:
+    """What may be a checkpoint, or one of a series."""
     for path in root.iterdir():
-        if path.is_dir() and not path.is_symlink() and not _problems(root, path.name):
-            with suppress(CheckpointError):  # removed meanwhile
-                found.append((Manifest.read(path).created_ns, _natural(path.name), path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+        if path.name.startswith(".") or series not in (None, series_of(path.name)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield path
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from goku_runtime._io import Buffer, FileWriter
     from goku_runtime.checkpoint.plan import Image, Record
 
-__all__ = ["Extents", "Memory", "Window", "windows", "write_windows"]
+__all__ = ["Extents", "Memory", "Window", "copyable", "windows", "write_windows"]
+
+
+# Those of one byte that torch cannot copy, but for tensors that are contiguous.
+_UNCOPYABLE = {getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}
+
+
+def copyable(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of its bytes if torch cannot copy its dtype."""
+    return tensor.view(torch.uint8) if tensor.dtype in _UNCOPYABLE else tensor
 
 
 class Memory:
@@ -152,12 +161,16 @@ class Window:
         moves[1::3] = array("q", addresses)
         for place in others:
             moves[3 * place + 2] = 0
-        kept = []  # pieces made dense, until they were copied
+        kept = []  # the views, until they were copied
         with torch.no_grad():
             for part in self._parts:
-                # A view for dense tensors; others are made dense once for each window.
-                flat = sources[part.tensor].contiguous().reshape(-1).view(torch.uint8)
-                piece = flat[part.start : part.stop]
+                source = sources[part.tensor]
+                if not source.is_contiguous():
+                    # Each window takes what it holds: to make all of the tensor dense for each of its
+                    # windows would copy it as often as there are windows.
+                    _copy_range(copyable(source), part, non_blocking=non_blocking)
+                    continue
+                piece = source.reshape(-1).view(torch.uint8)[part.start : part.stop]
                 # Address 0: zeros that have no memory.
                 if not non_blocking and _is_dense(piece) and piece.data_ptr():
                     moves.extend((part.target.data_ptr(), piece.data_ptr(), piece.nbytes))
@@ -167,11 +180,44 @@ class Window:
             if others:
                 # One call: 20,000 tensors of 400 bytes take 11 ms, one by one ten times that.
                 torch._foreach_copy_(
-                    [self._view(place) for place in others],
-                    [found[place] for place in others],
+                    [copyable(self._view(place)) for place in others],
+                    [copyable(found[place]) for place in others],
                     non_blocking=non_blocking,
                 )
             _io.copy(moves, threads)
+
+
+def _copy_range(source: Tensor, part: _Part, *, non_blocking: bool) -> None:
+    """Copies a part of a strided tensor. Windows and payloads begin at whole elements."""
+    size = source.element_size()
+    first = part.start // size
+    flat = part.target.view(source.dtype)
+    for begin, piece in _boxes(source, first, part.stop // size):
+        target = flat[begin - first : begin - first + piece.numel()]
+        target.view(piece.shape).copy_(piece, non_blocking=non_blocking)
+
+
+def _boxes(source: Tensor, start: int, stop: int, base: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Cuts elements [start, stop) of a tensor, row-major, into views: (the first element's number, view).
+
+    Rows that are whole are one view; the rows at the two ends, of which only a part is wanted, are cut in turn.
+    """
+    if source.dim() < 2:
+        yield base + start, source[start:stop]
+        return
+    row = source[0].numel()
+    first, last = -(-start // row), stop // row
+    if first > last:  # all within one row
+        inner = base + last * row
+        yield from _boxes(source[last], start - last * row, stop - last * row, inner)
+        return
+    if start < first * row:
+        before = first - 1
+        yield from _boxes(source[before], start - before * row, row, base + before * row)
+    if first < last:
+        yield base + first * row, source[first:last]
+    if last * row < stop:
+        yield from _boxes(source[last], 0, stop - last * row, base + last * row)
 
 
 def _is_dense(source: Tensor) -> bool:
@@ -217,7 +263,11 @@ class Extents:
         """Rows for `FileWriter.gather`; None if the bytes of a tensor do not lie as in a record."""
         if not all(map(_is_dense, sources)):
             return None
-        self._rows[5::9] = array("q", [source.data_ptr() for source in sources])
+        addresses = array("q", [source.data_ptr() for source in sources])
+        # Zeros that have no memory, as PyTorch makes for gradients.
+        if 0 in addresses and any(s.numel() and not s.data_ptr() for s in sources):
+            return None
+        self._rows[5::9] = addresses
         return memoryview(self._rows)
 
 

@@ -26,6 +26,8 @@ from goku_runtime.checkpoint.manifest import (
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, held
 from goku_runtime.checkpoint.ranks import Ranks
+from goku_runtime.checkpoint.replicas import is_reader, send, shared
+from goku_runtime.checkpoint.staging import copyable
 from goku_runtime.checkpoint.tree import is_spread
 
 if TYPE_CHECKING:
@@ -173,30 +175,34 @@ class Version2(Stored):
         return str(stored.dtype), stored.shape
 
     def load(
-        self, tensors: Mapping[str, Tensor], options: CheckpointOptions, *, broadcast: bool
+        self, tensors: Mapping[str, Tensor], options: CheckpointOptions, *, senders: Ranks | None
     ) -> None:
         """Reads tensors into the caller's, by saved name, on all ranks.
 
         Args:
             tensors: of the saved shapes; another dtype is converted to.
             options: of the reading engine.
-            broadcast: read what several ranks hold on one of them, which sends it to the others.
+            senders: the same ranks, with the group that tensors on a GPU are sent by: what several ranks hold
+                is read on one of them, which sends it to the others. What is not wanted alike by all
+                that hold it, each reads by itself, and so is everything with None.
         """
+        sent = [] if senders is None else shared(tensors, self._ranks)
+        waits = {name for name in sent if not is_reader(tensors[name], self._ranks)}
 
         def read() -> None:
             mine = {each.name: each.box for each in held(tensors, rank=global_rank())}
             own = {
                 name: tensor
                 for name, tensor in tensors.items()
-                if name in mine and (not broadcast or _first_replicas(tensor, self._ranks))
+                if name in mine and name not in waits
             }
             with options.engine() as engine:
                 self._load(own, mine, engine)
 
         self._ranks.together(read)
-        if broadcast:
-            for tensor in tensors.values():
-                _send(tensor, self._ranks)
+        for name in sent:
+            assert senders is not None
+            send(tensors[name], self._ranks if tensors[name].device.type == "cpu" else senders)
 
     def _load(self, tensors: Mapping[str, Tensor], mine: Mapping[str, Box], engine: Engine) -> None:
         wanted: list[tuple[str, Box, Tensor]] = []
@@ -231,55 +237,5 @@ class Version2(Stored):
         self.read(engine, wanted)
         with torch.no_grad():
             for local, target in aside:
-                local.copy_(target)
-
-
-# ---- replicas
-
-
-def _replicated(tensor: Tensor) -> list[tuple[Any, int]]:
-    """The mesh dimensions of a DTensor along which ranks hold the same: (mesh, dimension)."""
-    from torch.distributed.tensor import Replicate
-
-    spread: Any = tensor
-    return [
-        (spread.device_mesh, dim)
-        for dim, placement in enumerate(spread.placements)
-        if isinstance(placement, Replicate) and spread.device_mesh.size(dim) > 1
-    ]
-
-
-def _first_replicas(tensor: Tensor, ranks: Ranks) -> bool:
-    """Whether this rank is the one among those with the same part that reads it."""
-    if not is_spread(tensor):
-        return ranks.is_first
-    return all(mesh.get_local_rank(dim) == 0 for mesh, dim in _replicated(tensor))
-
-
-def _send(tensor: Tensor, ranks: Ranks) -> None:
-    """Sends a part from the rank that read it to those that hold the same."""
-    import torch.distributed as dist
-
-    if not is_spread(tensor):
-        if ranks.count > 1:
-            _broadcast(
-                tensor, dist.get_global_rank(ranks.group, 0) if ranks.group else 0, ranks.group
-            )
-        return
-    spread: Any = tensor
-    dims = _replicated(tensor)
-    for number, (mesh, dim) in enumerate(dims):
-        # Only where the part has arrived: at the front of the dimensions that come later.
-        if all(mesh.get_local_rank(later) == 0 for _, later in dims[number + 1 :]):
-            group = mesh.get_group(dim)
-            _broadcast(spread.to_local(), dist.get_global_rank(group, 0), group)
-
-
-def _broadcast(tensor: Tensor, source: int, group: Any) -> None:
-    import torch.distributed as dist
-
-    with torch.no_grad():
-        dense = tensor.detach().contiguous()
-        dist.broadcast(dense, source, group=group)
-        if dense.data_ptr() != tensor.data_ptr():
-            tensor.copy_(dense)
+                same = local.dtype == target.dtype
+                (copyable(local) if same else local).copy_(copyable(target) if same else target)

@@ -64,12 +64,16 @@ def flatten(state: dict[Any, Any]) -> Flat:
 
     Raises:
         ValueError: a leaf that is neither a dense tensor nor a plain value, a tensor inside a list,
-            a key that is no str or int, or two tensors of one name; the key is named.
+            a key that is no str or int, or two tensors of one name: the key is named; a dict that
+            holds itself.
     """
     if not isinstance(state, dict):
         raise ValueError(f"state: found {type(state).__name__}; must be a dict")
     flat = Flat(None)
-    flat.tree = _encode_dict(state, "", flat.tensors)
+    try:
+        flat.tree = _encode_dict(state, "", flat.tensors)
+    except RecursionError:
+        raise ValueError("state: nested too deeply, or a part of itself") from None
     return flat
 
 
@@ -324,7 +328,12 @@ def match(state: dict[Any, Any], tree: Any) -> Match:
 
     A None in the state takes any value without tensors; everything else must have a counterpart of
     its kind (tensor, dict, plain value) under the same key.
+
+    Raises:
+        ValueError: the state is no dict, or has a leaf that cannot be loaded into; named.
     """
+    if not isinstance(state, dict):
+        raise ValueError(f"state: found {type(state).__name__}; must be a dict")
     result = Match()
     _match_dict(state, tree, "", result)
     return result

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
+from goku_runtime.checkpoint.directory import given_path
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -39,9 +39,11 @@ def verify(
     Raises:
         CheckpointError: no checkpoint, or files missing, truncated, altered or extra: all named. Of a
             data file also which bytes, the tensors in them and the rank that wrote them.
+        ValueError: `path` is an address, or no path; something else than options was given.
         OSError: a file cannot be read.
     """
-    directory = Path(path)
+    options = CheckpointOptions.given(options)
+    directory = given_path(path)
     manifest = Manifest.read(directory)
     total = sum(entry.size for entry in manifest.files.values())
     done = 0
@@ -59,7 +61,7 @@ def verify(
         except CheckpointError as error:
             if not problems:
                 problems.append(str(error))
-    with (options or CheckpointOptions()).engine() as engine:
+    with options.engine() as engine:
         for name, wanted in manifest.files.items():
             if name in damaged:
                 pass

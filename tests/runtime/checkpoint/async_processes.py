@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import resource
 import shutil
@@ -235,6 +236,27 @@ def parts_of_the_world(rank: int, world: int, root: str) -> None:
             assert bool((state["w"] == step).all())
             assert not state["v"].any()
     only(directory, *(f"{number}-{step}" for number in range(2) for step in range(4)))
+
+
+def ranks_in_another_order(rank: int, world: int, root: str) -> None:
+    """The group for the background has the same first rank as the one that was given."""
+    how: dict[str, Any] = {"sort_ranks": False} if takes_an_order() else {}
+    for name, members in (("all", [2, 0, 1]), ("some", [2, 1])):
+        group = dist.new_group(members, **how)
+        if rank in members:
+            target = Path(root) / "order" / name
+            state = {"w": torch.full((50_000,), 1.0), "v": torch.zeros(50_000), "step": 1}
+            async_save(state, target, process_group=group).result()
+            found = {"w": torch.zeros(50_000), "v": torch.ones(50_000), "step": -1}
+            load(found, target, process_group=group, broadcast=True)
+            assert found["step"] == 1
+            assert bool((found["w"] == 1).all())
+        dist.barrier()
+
+
+def takes_an_order() -> bool:
+    """Older versions of torch sort the ranks of every group."""
+    return "sort_ranks" in inspect.signature(dist.new_group).parameters
 
 
 def all_groups_destroyed(rank: int, world: int, root: str) -> None:

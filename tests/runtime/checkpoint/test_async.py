@@ -593,4 +593,5 @@ def test_two_ranks(run_processes: Run, tmp_path: Path) -> None:
 
 
 def test_groups_that_are_parts_of_the_world(run_processes: Run, tmp_path: Path) -> None:
-    run_processes(3, SCRIPT, ("parts_of_the_world", {"root": str(tmp_path / "root")}))
+    root = {"root": str(tmp_path / "root")}
+    run_processes(3, SCRIPT, ("parts_of_the_world", root), ("ranks_in_another_order", root))

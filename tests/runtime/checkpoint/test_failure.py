@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from goku_runtime.checkpoint import checkpointer, latest, load, save
+from goku_runtime.checkpoint import (
+    Checkpointer,
+    async_save,
+    checkpointer,
+    latest,
+    load,
+    prune,
+    save,
+)
 from goku_runtime.checkpoint import directory as directory_module
-from goku_runtime.checkpoint.directory import NewDirectory, remove_leftovers
+from goku_runtime.checkpoint.directory import NewDirectory, new_token, remove_leftovers, unfinished
+from goku_runtime.checkpoint.ranks import Ranks
 
 Run = Callable[..., str]
 
@@ -156,7 +166,7 @@ def test_killed_between_the_two_renames(tmp_path: Path) -> None:
 
 def test_leftovers_are_told_from_what_is_alive(tmp_path: Path) -> None:
     alive = NewDirectory(tmp_path / "alive", overwrite=False)
-    for name in (".c.saving-0123456789abcdef", ".c.removing-0123456789abcdef"):
+    for name in (f".c.saving-{new_token()}", ".c.removing-0123456789abcdef"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
     kept = [".c.saving-short", ".saving-0123456789abcdef", "c.saving-0123456789abcdef", ".git"]
@@ -297,3 +307,129 @@ def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert latest(tmp_path) == tmp_path / "c"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"c", ".c.saving-0123456789abcdef"}
+
+
+# ---- other machines ----
+
+HOUR = 3600.0
+
+
+def left(parent: Path, token: str, *, hours: float = 0.0) -> Path:
+    """A directory that was being written, the last time so many hours ago."""
+    path = unfinished(parent / "c", token)
+    path.mkdir(parents=True)
+    file = path / "__0_0.distcp"
+    file.write_bytes(b"half")
+    for each in (file, path):
+        os.utime(each, (time.time() - hours * HOUR,) * 2)
+    return path
+
+
+def test_a_lock_that_only_one_machine_knows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NFS and Lustre tell no other machine of a directory's lock: a save there must not be swept."""
+    begun = threading.Event()
+    swept = threading.Event()
+    real = Checkpointer._write_files
+
+    def waits(self: Checkpointer, job: Any) -> Any:
+        if job.target.name == "a":
+            begun.set()
+            assert swept.wait(30)
+        return real(self, job)
+
+    monkeypatch.setattr(Checkpointer, "_write_files", waits)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # everybody gets every lock
+    handle = async_save({"step": 1}, tmp_path / "a", stage="background")
+    assert begun.wait(30)
+    monkeypatch.setattr(directory_module, "_machine", lambda: "0" * 8)
+    save({"step": 2}, tmp_path / "b")
+    prune(tmp_path, 1)
+    remove_leftovers(tmp_path)
+    swept.set()
+    assert handle.result() == tmp_path / "a"
+    state = {"step": 0}
+    load(state, tmp_path / "a")
+    assert state == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    ("hours", "stays"), [(0.0, True), (11.9, True), (12.1, False), (-5.0, True)]
+)
+def test_another_machines_is_swept_by_its_age(tmp_path: Path, hours: float, stays: bool) -> None:
+    path = left(tmp_path, "0123456789abcdef", hours=hours)  # as all were named before
+    remove_leftovers(tmp_path)
+    assert path.exists() == stays
+    save({"step": 0}, tmp_path / "c")
+    assert {each.name for each in tmp_path.iterdir()} == ({"c", path.name} if stays else {"c"})
+
+
+def test_what_is_still_being_written_is_young(tmp_path: Path) -> None:
+    path = left(tmp_path, "0123456789abcdef", hours=100)
+    (path / "__1_0.distcp").write_bytes(b"more")
+    os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert path.exists()
+
+
+def test_of_this_machine_the_lock_decides(tmp_path: Path) -> None:
+    alive = NewDirectory(tmp_path / "alive", overwrite=False)
+    os.utime(alive.path, (0, 0))
+    path = left(tmp_path, new_token())
+    remove_leftovers(tmp_path)
+    assert not path.exists()
+    assert alive.path.exists()
+    alive.discard()
+
+
+def test_without_locks_age_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    young, old = left(tmp_path, new_token()), left(tmp_path, new_token(), hours=13)
+    remove_leftovers(tmp_path)
+    assert young.exists()
+    assert not old.exists()
+
+
+def test_another_machines_pointer_is_swept_by_its_age(tmp_path: Path) -> None:
+    young, old = tmp_path / ".latest.0123456789abcdef", tmp_path / ".latest.1123456789abcdef"
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    remove_leftovers(tmp_path)
+    assert young.exists()
+    assert not old.exists()
+
+
+# ---- deletions that others would wait for ----
+
+
+def test_nobody_waits_for_deletions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A commit, and another job's pointer, come before terabytes of a killed save have gone."""
+    gone = threading.Event()
+    real = directory_module.delete
+    order = []
+
+    def slow(path: Path, journal: Any = None) -> None:
+        assert gone.wait(30)
+        order.append(path.name)
+        real(path, journal)
+
+    def together(self: Ranks, step: Any) -> Any:
+        result = real_together(self, step)
+        order.append("agreed")
+        gone.set()
+        return result
+
+    real_together = Ranks.on_first
+    save({"step": 0}, tmp_path / "c")
+    left(tmp_path, new_token())
+    monkeypatch.setattr(directory_module, "delete", slow)
+    monkeypatch.setattr(Ranks, "on_first", together)
+    save({"step": 1}, tmp_path / "c", overwrite=True, latest=True)
+    assert order[0] == "agreed"
+    assert len(order) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "latest"}

@@ -11,7 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from goku_runtime.checkpoint import load, save
+from goku_runtime.checkpoint import (
+    Checkpointer,
+    CheckpointOptions,
+    GokuStorageReader,
+    GokuStorageWriter,
+    async_save,
+    describe,
+    latest,
+    load,
+    prune,
+    read_values,
+    save,
+    set_latest,
+    verify,
+)
+
+ENDLESS: dict[str, Any] = {}
+ENDLESS["self"] = ENDLESS
 
 
 class Colour(enum.IntEnum):
@@ -39,6 +56,7 @@ class Colour(enum.IntEnum):
         ({"a": torch.ones(3, device="meta")}, r"a: a tensor on the meta device"),
         ({"a": torch.eye(3).to_sparse()}, r"a: a torch\.sparse_coo tensor; must be dense"),
         ([1], r"state: found list; must be a dict"),
+        (ENDLESS, r"state: nested too deeply, or a part of itself"),
     ],
 )
 def test_what_cannot_be_saved_is_named(tmp_path: Path, state: Any, words: str) -> None:
@@ -47,10 +65,26 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, state: Any, words: str) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["latest", "/"])
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "/", ".hidden", ".c.saving-0123456789abcdef", "two\nlines", "not UTF-8 \udcff"],
+)
 def test_names_that_a_checkpoint_cannot_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="is not allowed"):
-        save({}, tmp_path / name)
+    """`latest` would not find it; so it says before anything is written."""
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match="is not allowed"):
+            save({}, directory / name, latest=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["step 4 ", "\u00e9", "a.b", "-"])
+def test_odd_names_that_it_can_have(tmp_path: Path, name: str) -> None:
+    save({}, tmp_path / "step 4")
+    assert latest(tmp_path) == tmp_path / "step 4"
+    save({}, tmp_path / name, latest=True)
+    assert latest(tmp_path) == tmp_path / name
+    save({}, tmp_path / "step_5")
+    assert latest(tmp_path) == tmp_path / name
 
 
 SAVED: dict[str, Any] = {
@@ -188,3 +222,58 @@ def test_only_a_checkpoint_is_ever_replaced(tmp_path: Path) -> None:
 def test_a_group_without_initialisation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="process_group: given, but"):
         save({}, tmp_path / "c", process_group=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, "60", True, float("inf"), float("nan")])
+def test_timeouts(timeout_s: Any) -> None:
+    with pytest.raises(ValueError, match=r"timeout_s is .*; allowed: None or seconds > 0"):
+        CheckpointOptions(timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("path", [None, b"bytes", 3, "", "s3://bucket/run", "file:///x"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: save({}, path),
+        lambda path: async_save({}, path),
+        lambda path: load({}, path),
+        verify,
+        describe,
+        read_values,
+        latest,
+        lambda path: latest(path, together=True),
+        lambda path: prune(path, 1),
+        lambda path: set_latest(path, "c"),
+    ],
+)
+def test_paths_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Any, call: Any
+) -> None:
+    """An address is refused by those who read, too: `latest` would say that there is none."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"(path|root) is .*; allowed: a directory, "):
+        call(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"fsync": True}, "fast", 3])
+def test_options_of_another_kind(saved: Path, tmp_path: Path, options: Any) -> None:
+    calls = (
+        lambda: save({}, tmp_path / "c", options=options),
+        lambda: async_save({}, tmp_path / "c", options=options),
+        lambda: Checkpointer(options=options),
+        lambda: load(zeros(), saved, options=options),
+        lambda: verify(saved, options=options),
+        lambda: GokuStorageWriter(tmp_path / "c", options=options),
+        lambda: GokuStorageReader(saved, options=options),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"options is .*; allowed: None or CheckpointOptions"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [[], None, torch.ones(2)])
+def test_a_state_of_another_kind(saved: Path, state: Any) -> None:
+    with pytest.raises(ValueError, match=r"state: found .*; must be a dict"):
+        load(state, saved)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import torch
 from goku_runtime.checkpoint import (
     CheckpointError,
     Retention,
+    committing,
     latest,
     load,
     prune,
     save,
     set_latest,
 )
+from goku_runtime.checkpoint import manifest as manifest_module
 from goku_runtime.checkpoint.directory import remove_leftovers
+from goku_runtime.checkpoint.manifest import Manifest
 
 
 def make(root: Path, *names: str) -> None:
@@ -222,3 +226,132 @@ def test_a_retention_of_another_kind_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"retention is 3; allowed: None or Retention"):
         save({"step": 0}, tmp_path / "c", retention=3)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+# ---- what cannot be read
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, directory: Path, code: int) -> None:
+    """Whatever is asked of this directory's files is answered with an error; root may read everything."""
+    real = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.parent == directory:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+
+
+def loop(path: Path) -> None:
+    path.mkdir()
+    (path / "manifest.json").symlink_to("manifest.json")
+
+
+def folder(path: Path) -> None:
+    (path / "manifest.json").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("kind", ["loop", "folder", "lost+found"])
+def test_a_directory_that_cannot_be_read_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """The root of every ext4 has one: lost+found."""
+    odd = tmp_path / "step_9"
+    if kind == "lost+found":
+        odd.mkdir()
+        answer(monkeypatch, odd, errno.EACCES)
+    else:
+        {"loop": loop, "folder": folder}[kind](odd)
+    assert latest(tmp_path) is None
+    for step in range(1, 4):
+        save({"step": step}, tmp_path / f"step_{step}", retention=Retention(1))
+    assert names(tmp_path) == {"step_3", "step_9"}
+    assert latest(tmp_path) == tmp_path / "step_3"
+    assert prune(tmp_path, 1) == []
+
+
+def test_a_failing_device_is_no_reason_to_start_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, "step_1", "step_2", "step_3")
+    answer(monkeypatch, tmp_path / "step_3", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        latest(tmp_path)
+    assert prune(tmp_path, 1) == [tmp_path / "step_1"]
+    assert "step_3 cannot be read and is passed over" in caplog.text
+
+
+def test_the_one_that_the_pointer_names_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make(tmp_path, "a", "b", "c")
+    set_latest(tmp_path, "b")
+    answer(monkeypatch, tmp_path / "b", errno.EACCES)
+    with pytest.raises(PermissionError):
+        latest(tmp_path)
+    assert prune(tmp_path, 1) == [tmp_path / "a"]
+
+
+# ---- clocks
+
+
+def test_a_clock_that_went_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A job goes on where the clock is behind: what it saves is the newest all the same."""
+    for step in (1, 2):
+        save({"step": step}, tmp_path / f"step_{step}", retention=Retention(2))
+    save({"step": 0}, tmp_path / "other_1")
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 10**12)
+    for step in (3, 4):
+        path = save({"step": step}, tmp_path / f"step_{step}", retention=Retention(2))
+        assert path.is_dir()
+    assert names(tmp_path) == {"step_3", "step_4", "other_1"}
+    created = Manifest.read(tmp_path / "step_4").created_ns
+    assert created == Manifest.read(tmp_path / "step_3").created_ns + 1
+    save({"step": 1}, tmp_path / "fresh_1")
+    assert Manifest.read(tmp_path / "fresh_1").created_ns < created, "each series has its own"
+
+
+def test_the_new_one_stays_whatever_the_times_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(committing, "newest_ns", lambda root, series: 0)
+    save({"step": 1}, tmp_path / "step_1")
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 10**12)
+    save({"step": 2}, tmp_path / "step_2", retention=Retention(1))
+    assert names(tmp_path) == {"step_1", "step_2"}
+
+
+# ---- what a commit asks
+
+
+def test_files_are_looked_at_once_in_a_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With thousands of ranks each checkpoint has thousands of files."""
+    asked: list[str] = []
+    real = manifest_module.file_problem
+
+    def noting(path: Path, *arguments: Any, **options: Any) -> list[str]:
+        asked.append(str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(manifest_module, "file_problem", noting)
+    for step in range(1, 6):
+        asked.clear()
+        path = save(
+            {"w": torch.ones(3)}, tmp_path / f"step_{step}", latest=True, retention=Retention(3)
+        )
+        assert sorted(os.path.basename(each) for each in asked) == sorted(
+            each.name for each in path.iterdir() if each.name != "manifest.json"
+        )
+    assert names(tmp_path) == {"step_3", "step_4", "step_5", "latest"}
+
+
+def test_one_that_lacks_a_file_does_not_count(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save({"w": torch.ones(3)}, tmp_path / f"step_{step}")
+    data_file(tmp_path / "step_3").unlink()
+    assert prune(tmp_path, 1, sums=False) == [tmp_path / "step_1"]

@@ -15,7 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from goku_runtime.checkpoint import load, read_values, save, verify
+from goku_runtime.checkpoint import (
+    CheckpointOptions,
+    async_save,
+    load,
+    read_values,
+    save,
+    verify,
+)
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -87,6 +94,39 @@ def test_any_strides(tmp_path: Path, kind: str) -> None:
             target.zero_()
         load({"x": target}, tmp_path / "c")
         assert bits(target) == before
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_zeros_without_memory(tmp_path: Path, with_others: bool) -> None:
+    """Autograd makes such gradients; their address is 0."""
+    state: dict[str, Any] = {"zeros": torch._efficientzerotensor(7)}
+    if with_others:
+        state |= {"dense": torch.ones(3), "turned": torch.ones(2, 3).t(), "none": torch.ones(0)}
+    save(state, tmp_path / "c")
+    async_save(state, tmp_path / "a").result()
+    for name in ("c", "a"):
+        found = {"zeros": torch.ones(7)}
+        load(found, tmp_path / name, partial=True)
+        assert not found["zeros"].any()
+
+
+@pytest.mark.parametrize("window_bytes", [256 << 10, 16 << 20])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_dtype_that_pytorch_does_not_copy(tmp_path: Path, window_bytes: int, wide: bool) -> None:
+    options = CheckpointOptions(window_bytes=window_bytes, staging_bytes=window_bytes)
+    raw = random_bits((1500, 400), torch.uint8)
+    turned = {
+        "x": raw.view(torch.float4_e2m1fn_x2).t(),
+        "y": raw.view(torch.float4_e2m1fn_x2)[:, ::2] if wide else raw[:, ::2],
+    }
+    save(turned, tmp_path / "c", options=options)
+    async_save(turned, tmp_path / "a", options=options).result()
+    for name in ("c", "a"):
+        for shape in ((1500, 400), (400, 1500)):
+            found = torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+            found = found.t() if shape[0] == 1500 else found
+            load({"x": found}, tmp_path / name, partial=True)
+            assert torch.equal(found.view(torch.uint8), raw.t())
 
 
 def test_only_the_values_of_a_view_are_stored(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from goku_runtime.checkpoint import Checkpointer, CheckpointOptions, save, verify
+from goku_runtime.checkpoint import Checkpointer, CheckpointOptions, load, save, verify
+from goku_runtime.checkpoint.staging import Window, _boxes
 
 
 def state_of(seed: int) -> dict[str, Any]:
@@ -59,3 +61,59 @@ def test_the_file_is_that_of_a_plain_save(
             tmp_path / f"{kind}-{seed}" / "__0_0.distcp" for kind in ("plain", "staged")
         )
         assert staged.read_bytes() == plain.read_bytes()
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that torch copies."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default):
+            Copied.nbytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_a_strided_tensor_is_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Not once for each window: 512 MiB in windows of 16 would be copied 32 times."""
+    real = Window.copy
+
+    def counted(self: Window, *arguments: Any, **options: Any) -> None:
+        with Copied():
+            real(self, *arguments, **options)
+
+    monkeypatch.setattr(Window, "copy", counted)
+    monkeypatch.setattr(Copied, "nbytes", 0)
+    state = {"x": torch.randn(1000, 2000).t()}
+    options = CheckpointOptions(staging_bytes=1 << 20, window_bytes=256 << 10)
+    with Checkpointer(options=options) as saving:
+        if how == "save":
+            saving.save(state, tmp_path / "c")
+        else:
+            saving.async_save(state, tmp_path / "c").result()
+    assert state["x"].nbytes > 20 * options.window_bytes
+    assert 0 < Copied.nbytes <= state["x"].nbytes
+    found = {"x": torch.zeros(2000, 1000)}
+    load(found, tmp_path / "c")
+    assert torch.equal(found["x"], state["x"])
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (2, 3, 4), (3, 1, 2, 2), (1, 1, 6)])
+def test_every_range_of_a_strided_tensor(shape: tuple[int, ...]) -> None:
+    wide = torch.arange(2 * torch.Size(shape).numel()).reshape(*shape, 2)
+    for source in (wide[..., 0], wide.permute(*reversed(range(wide.dim())))[0]):
+        dense = source.reshape(-1)
+        for start in range(len(dense)):
+            for stop in range(start + 1, len(dense) + 1):
+                at = start
+                for begin, piece in _boxes(source, start, stop):
+                    assert begin == at
+                    assert torch.equal(piece.reshape(-1), dense[at : at + piece.numel()])
+                    at += piece.numel()
+                assert at == stop

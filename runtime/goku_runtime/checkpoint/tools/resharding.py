@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from goku_runtime.checkpoint import dcp_metadata, index
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.directory import NewDirectory, write_durably
+from goku_runtime.checkpoint.directory import NewDirectory, check_name, write_durably
 from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -82,6 +82,7 @@ def reshard(
     """
     plan_shape = _checked(ranks, dp_shard, whole_below)
     options = options or CheckpointOptions()
+    check_name(Path(os.path.abspath(target)))
     check_outside(path, target)
     source = Source.open(path)
     plan = _plan(source, ranks, plan_shape, whole_below)

@@ -283,13 +283,15 @@ def _listed(root: Path) -> list[tuple[str, str | None]]:
     """The checkpoints in a folder, the newest first, each with what is wrong with it."""
     found: list[tuple[int, str, str | None]] = []
     for path in root.iterdir():
-        if path.name.startswith(".") or path.is_symlink() or not (path / MANIFEST_NAME).is_file():
+        if path.name.startswith(".") or path.is_symlink():
             continue
         try:
+            if not (path / MANIFEST_NAME).is_file():
+                continue
             manifest = Manifest.read(path)
             raise_problems(path, file_problems(path, manifest, sums=False))
             found.append((manifest.created_ns, path.name, None))
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             found.append((0, path.name, str(error)))
     return [(name, problem) for _, name, problem in sorted(found, key=_age, reverse=True)]
 
