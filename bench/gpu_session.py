@@ -190,6 +190,7 @@ class Session:
         ended = run_step("warm", command, min(WARM_SECONDS, self.left() - RESERVE), self.status.out)
         if ended.well:
             note_warm(todo)
+        self.words["", "warm"] = f"{ended}, {ended.seconds:.0f} s"
         self._save()
 
     def _pass(self) -> bool:
@@ -226,7 +227,7 @@ class Session:
             elif stage.goes_on and self._was_late(ended, seconds):
                 self.words[key] = f"is to go on, after {ended.seconds:.0f} s"
                 return "goes on"
-            elif not stage.tunes or self._tries[step.name] == TUNE_TRIES:
+            elif not stage.tunes or ended.code == 2 or self._tries[step.name] == TUNE_TRIES:
                 self._failed.add((step.name, self._sources(step).all()))
         return "through"
 
@@ -293,7 +294,7 @@ class Session:
             print(f"gpu_check: state of {size / 2**20:.2f} MiB is in {self.state}", flush=True)
 
     def _summary(self) -> bool:
-        print("\ngpu_check session:")
+        print(f"\ngpu_check session: Triton's cache: {self.words.get(('', 'warm'), 'as it was')}")
         good = not self._bad_state
         for stage in self.stages:
             for step in stage.steps:

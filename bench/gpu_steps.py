@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATUS = "gpu_check.json"
 LOG = "gpu_check.log"  # what every step said
 LOG_CHARACTERS, SHOWN_CHARACTERS = 200_000, 6_000  # of one step, in the log and here
+SAID_CHARACTERS = 120  # of its last line, which is noted
 HANG_SECONDS = 90  # one test that takes longer (a kernel that waits for ever) ends its file
 BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 240.0, 120.0
 # A benchmark begins nothing new when its time is nearly up (MARGIN, or a third of a short time) and
@@ -243,10 +244,14 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a step ended. code: exit code, None where it was killed after `seconds`, its time."""
+    """How a step ended.
+
+    code: exit code, None where it was killed after `seconds`, its time. said: its last line.
+    """
 
     code: int | None
     seconds: float
+    said: str = field(default="", compare=False)
 
     @property
     def well(self) -> bool:
@@ -273,9 +278,10 @@ def run_step(name: str, command: Sequence[str], seconds: float, out: Path) -> En
         start = log.tell()
         code = children.run(command, seconds, cwd=ROOT, env=environment(), output=log)
         took = time.monotonic() - began
-        ended = Ended(code, seconds if code is None else took)
         log.seek(start)
         said = log.read().decode("utf-8", "replace")
+        last = said.strip().rpartition("\n")[2].strip("= ")[:SAID_CHARACTERS]
+        ended = Ended(code, seconds if code is None else took, last)
         log.truncate(start)
         words = str(ended) if code is None else f"{ended}, {took:.0f} s"
         log.write(f"{shortened(said, LOG_CHARACTERS)}\n== {name}: {words}\n\n".encode())
@@ -333,7 +339,7 @@ class Status:
         entry = {
             "ended": str(ended), "code_sha256": step.sources.code(),
             "sources_sha256": step.sources.all(), "commit": commit, "dirty": dirty, "at": at,
-            "seconds": round(ended.seconds, 1), **more,
+            "seconds": round(ended.seconds, 1), "said": ended.said, **more,
         }  # fmt: skip
         found = read_status(self.out)
         found.setdefault(self.device, {})[step.name] = entry
@@ -356,7 +362,7 @@ def read_status(out: Path) -> dict[str, dict[str, Entry]]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    keys = ("ended", "code_sha256", "sources_sha256", "commit", "dirty", "at")
+    keys = ("ended", "code_sha256", "sources_sha256", "commit", "dirty", "at", "said")
     devices = [*found.values()] if isinstance(found, dict) else [None]
     entries = [e for steps in devices for e in (steps.values() if isinstance(steps, dict) else [0])]
     if not all(isinstance(e, dict) and all(k in e for k in keys) for e in entries):

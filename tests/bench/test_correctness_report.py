@@ -32,7 +32,9 @@ def noted(folder, name, code=0, device="NVIDIA H200", change=False):
     if change:
         sources = dataclasses.replace(sources, configs=())
     step = gpu_steps.Step(name, lambda seconds: [], 9.0, sources)
-    Status(folder, device, lambda: ("0123456789abcdef", True)).note(step, Ended(code, 9.0))
+    Status(folder, device, lambda: ("0123456789abcdef", True)).note(
+        step, Ended(code, 9.0, "12 passed, 1 skipped in 9.00s")
+    )
 
 
 def lines(folder, title):
@@ -58,8 +60,18 @@ def test_checks_of_every_gpu_with_commit_and_how_they_ended(tmp_path):
     Status(tmp_path, "NVIDIA H100").note(known, Ended(0, 1.0))  # no check
     found = lines(tmp_path, "checks")
     assert [cells[:4] for cells in found] == [
-        ["NVIDIA H100", names[0], "well" + STALE, "0123456789ab with changes"],
-        ["NVIDIA H200", names[0], "exit code 1", "0123456789ab with changes"],
+        [
+            "NVIDIA H100",
+            names[0],
+            "well: 12 passed, 1 skipped in 9.00s" + STALE,
+            "0123456789ab with changes",
+        ],
+        [
+            "NVIDIA H200",
+            names[0],
+            "exit code 1: 12 passed, 1 skipped in 9.00s",
+            "0123456789ab with changes",
+        ],
         ["NVIDIA H200", names[1], "well", "0123456789ab with changes"],
     ]
 

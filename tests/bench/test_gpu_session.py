@@ -199,7 +199,7 @@ def test_what_tuning_changed_is_checked_again_and_nothing_else(tree, monkeypatch
     assert ran(tree) == ["one", "rows"]
 
 
-@pytest.mark.parametrize(("code", "tries"), [(1, 3), (0, 1)])
+@pytest.mark.parametrize(("code", "tries"), [(1, 3), (2, 1), (0, 1)])
 def test_a_tuner_whose_process_died_goes_on_before_what_comes_behind(code, tries, tree):
     tune = step("tune", TUNES, sources=Sources(("bench",)), arguments=[code])
     stages = [Stage("tuning", [tune], tunes=True), Stage("rows", [step("rows")])]

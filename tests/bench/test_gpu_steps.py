@@ -19,7 +19,8 @@ def test_a_step_that_fails_or_hangs_is_a_failure(capfd, tmp_path):
     def step(name, code, seconds=60.0):
         return gpu_steps.run_step(name, step_of(code), seconds, tmp_path)
 
-    assert step("good", "print('ran')").well
+    good = step("good", "print('== 3 passed ==')\nprint('ran')\nprint('== 3 passed in 1 s ==')")
+    assert (good.well, good.said) == (True, "3 passed in 1 s")
     assert "ran" in capfd.readouterr().out
     assert step("bad", "raise SystemExit(5)").code == 5
     assert "bad: exit code 5" in capfd.readouterr().out
