@@ -52,7 +52,7 @@ def run(command, seconds, tmp_path, **environment):
 def test_nothing_is_left_of_a_command_that_hangs_or_ends(then, expected, tmp_path):
     files, command = family(tmp_path, then)
     began = time.monotonic()
-    assert run(command, 3.0 if expected is None else 30.0, tmp_path) == expected
+    assert run(command, 2.0 if expected is None else 30.0, tmp_path) == expected
     assert time.monotonic() - began < 15
     assert (tmp_path / "output").read_text() == "all run\n"
     assert [alive(file) for file in files] == [False, False]
@@ -78,7 +78,7 @@ def test_a_command_within_a_command_is_found_by_the_outer_mark(tmp_path):
         "output=sys.stdout.buffer)"
     )
     env = {"PYTHONPATH": str(gpu_steps.ROOT)}
-    assert run([sys.executable, "-c", script], 2.0, tmp_path, **env) is None
+    assert run([sys.executable, "-c", script], 1.5, tmp_path, **env) is None
     assert (tmp_path / "inner").read_text()
     assert not alive(tmp_path / "inner")
 

@@ -179,7 +179,7 @@ def test_time_is_of_the_call_and_what_does_not_fit_waits(tree, capfd):
     assert "- rows: small: not begun" in capfd.readouterr().out
 
 
-def test_what_tuning_changed_is_checked_again_and_nothing_else(tree, monkeypatch):
+def test_what_tuning_changed_is_checked_again_and_nothing_else(tree, monkeypatch, capfd):
     monkeypatch.setenv("GOKU_COMMIT", "abc")
     tested = [step("one"), step("two", sources=Sources(("bench",), ("two",)))]
     tune = step("tune", TUNES, sources=Sources(("bench",)), arguments=[0])
@@ -195,8 +195,11 @@ def test_what_tuning_changed_is_checked_again_and_nothing_else(tree, monkeypatch
     assert session(tree, *stages).run()
     assert ran(tree) == []
     (tree / CONFIGS / "one.json").write_text("tuned by hand")
+    capfd.readouterr()
     assert session(tree, *stages).run()
     assert ran(tree) == ["one", "rows"]
+    # Not in its first turn: other checks would come before the rows so.
+    assert "+ correctness: one: well before" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "tries"), [(1, 3), (2, 1), (0, 1)])
@@ -208,13 +211,14 @@ def test_a_tuner_whose_process_died_goes_on_before_what_comes_behind(code, tries
 
 
 def test_a_tuner_has_its_seconds_in_all_calls_together(tree, capfd):
-    hangs = Step("tune", step("tune", "time.sleep(60)").command, 3.0, Sources(("bench",)), 1.0)
+    hangs = Step("tune", step("tune", "time.sleep(60)").command, 2.0, Sources(("bench",)), 0.6)
     stages = [Stage("tuning", [hangs], tunes=True), Stage("rows", [step("rows")])]
-    assert not session(tree, *stages, limit=gpu_session.RESERVE + 1.5).run()
+    assert not session(tree, *stages, limit=gpu_session.RESERVE + 1.0).run()
     assert ran(tree) == ["tune"]
     assert session(tree, *stages).run()
     assert ran(tree) == ["tune", "rows"]
-    assert "+ tuning: tune: has had its 3 s" in capfd.readouterr().out
+    assert "+ tuning: tune: has had its 2 s" in capfd.readouterr().out
+    assert Status(tree / RESULTS, "H200").entry("tune")["spent"] == pytest.approx(2.0, abs=0.1)
     assert session(tree, *stages).run()
     assert ran(tree) == []
 
