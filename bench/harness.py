@@ -26,6 +26,7 @@ from bench.timing import Ceiling, Timing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 2
+DIRTY = "+dirty"  # at the end of GOKU_COMMIT
 STATUSES = ("measured", "absent", "wrong", "failed")
 # JSON: the launch configurations are a part of what was measured.
 _SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".json")
@@ -166,15 +167,17 @@ def origin(sources: Sequence[str], device: torch.device, root: Path = ROOT) -> d
 
 
 def revision(root: Path = ROOT) -> tuple[str, bool]:
-    """The commit, and whether tracked files differ from it; ("unknown", True) without git.
+    """The commit, and whether tracked files differ from it; ("unknown", True) where nothing says so.
 
-    GOKU_COMMIT names the commit where the tree travels without its history.
+    Where the tree travels without git's history GOKU_COMMIT says both: the commit's name, followed
+    by "+dirty" where the files differ from it.
     """
     try:
         commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
         changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     except (FileNotFoundError, subprocess.SubprocessError):
-        return os.environ.get("GOKU_COMMIT", "unknown"), True
+        said = os.environ.get("GOKU_COMMIT", "")
+        return (said.removesuffix(DIRTY) or "unknown", said.endswith(DIRTY) or not said)
     return commit, bool(changes)
 
 

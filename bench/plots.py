@@ -1,4 +1,4 @@
-"""Bar charts as SVG, written by hand: self-contained, readable on light and on dark pages."""
+"""Charts as SVG, written by hand: self-contained, readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -40,6 +40,46 @@ class Stack:
     title: str
     parts: tuple[tuple[str, float], ...]
     stale: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number a step, None where it is none, and whether it is stale (drawn pale)."""
+
+    label: str
+    values: Sequence[float | None]
+    stale: bool = False
+
+
+def curves(title: str, drawn: Sequence[Curve], height: float = 200) -> str:
+    """Numbers over steps, from 0 to the largest; says "not measured" where there are none."""
+    top = 18 + TITLE
+    parts = [_text(8, 18, title, "t")]
+    if not drawn:
+        return _svg(title, top + TITLE, [*parts, _text(8, top, "not measured")])
+    highest = max([1e-9, *(v for curve in drawn for v in curve.values if v is not None)])
+    steps = max(2, *(len(curve.values) for curve in drawn))
+    left, bottom, width = 48, top + height, WIDTH - 48 - RIGHT
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - share * height
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 4, f"{share * highest:.2f}", anchor="end"))
+    parts.append(_text(left, bottom + 18, "1"))
+    parts.append(_text(left + width, bottom + 18, str(steps), anchor="end"))
+    for i, curve in enumerate(drawn):
+        points = " ".join(
+            f"{left + n * width / (steps - 1):.1f},{bottom - v / highest * height:.1f}"
+            for n, v in enumerate(curve.values)
+            if v is not None
+        )
+        colour, shade = COLOURS[i % len(COLOURS)], ' class="s"' if curve.stale else ""
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{shade}/>'
+        )
+        y = bottom + 20 + (i + 1) * (BAR + 2)
+        parts.append(f'<rect x="{left}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
+        parts.append(_text(left + 17, y, curve.label + (" (stale)" if curve.stale else "")))
+    return _svg(title, bottom + 28 + len(drawn) * (BAR + 2) + GAP, parts)
 
 
 def stacked(title: str, kinds: Sequence[str], stacks: Sequence[Stack]) -> str:

@@ -1,7 +1,8 @@
 """docs/performance.md and its plots, rendered from the rows in bench/results.
 
-GPU rows alone make the tables, ratios and plots; rows of a CPU stand apart at the end. What was not
-measured says so, and rows whose sources have changed since are marked.
+What bench/gpu_check noted of correctness comes first. GPU rows alone make the tables, ratios and
+plots; rows of a CPU stand apart at the end. What was not measured says so, and rows whose sources
+have changed since are marked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import block, fixed_length, harness, plots, running, step, step_report
+from bench import bandwidth_report, block, fixed_length, harness, plots, running, step, step_report
+from bench.correctness_report import Checked
 
 Record = Mapping[str, Any]
 
@@ -112,9 +114,11 @@ def write(results: Path, docs: Path, root: Path = harness.ROOT) -> list[Path]:
     shown = Shown.of(rows, root)
     folder = docs / "performance"
     folder.mkdir(parents=True, exist_ok=True)
-    page = docs / "performance.md"
-    page.write_text(render(shown), encoding="utf-8")
-    files = [page]
+    page, checked = docs / "performance.md", Checked.read(results, root)
+    page.write_text(render(shown, checked), encoding="utf-8")
+    losses = folder / "training.svg"
+    losses.write_text(checked.picture(), encoding="utf-8")
+    files = [page, losses]
     for name in running.BENCHMARKS:
         file = folder / f"{name}.svg"
         drawn = (
@@ -127,9 +131,11 @@ def write(results: Path, docs: Path, root: Path = harness.ROOT) -> list[Path]:
     return files
 
 
-def render(shown: Shown) -> str:
-    """The page."""
+def render(shown: Shown, checked: Checked | None = None) -> str:
+    """The page. checked: None where nothing was."""
     parts = [HEAD.format(stale=STALE), machines(shown)]
+    parts += ["## Correctness\n", (checked or Checked()).section(table)]
+    parts += ["## Beside a copy\n", bandwidth(shown)]
     for name in running.BENCHMARKS:
         parts += [f"## {name}\n", NOTES.get(name, ""), f"![{name}](performance/{name}.svg)\n"]
         if name == step.OPERATOR:
@@ -215,6 +221,15 @@ def best_peer(name: str, rows: Sequence[Record]) -> Record | None:
         r for r in rows if r["peer"] not in ours and r["status"] == "measured" and not r["part"]
     ]
     return min(others, key=lambda r: r["median_ms"], default=None)
+
+
+def bandwidth(shown: Shown) -> str:
+    """Whether the operators bound by memory are as near to a copy as they are to be."""
+
+    def ours(name: str, device: str, group: Sequence[str]) -> Record | None:
+        return best_of_ours(name, _group(shown, name, device, group))
+
+    return bandwidth_report.section(shown, devices(shown), expected_groups, ours, table)
 
 
 def attention(shown: Shown) -> str:

@@ -1,29 +1,40 @@
 """Fifty training steps on fixed random latents: a model whose loss does not fall is broken.
 
-    python -m bench.training [--preset goku-2b] [--steps 50] [--device cuda] [--backend triton]
+    python -m bench.training [--preset goku-2b] [--steps 50] [--device cuda] [--backend triton] [--out DIR]
 
 A few samples of fixed random latents and text in two packs that alternate; noise and times are drawn
 anew every step. Nobody can predict such latents, so the loss falls only if the model learns them (or
-at least how noise and data mix), through every operator, forward and backward.
+at least how noise and data mix), through every operator, forward and backward. With --out the losses are
+kept, a line of training-losses.jsonl, which `bench.correctness_report` shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench import harness
 from goku.flow import FlowConfig, sample_times
 from goku.model import PRESETS, GokuTransformer, KernelConfig, ModelConfig
 from goku_kernels import Packing
 from goku_kernels.packing import Grid
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
 from goku_kernels.velocity_loss import velocity_loss
+
+# No benchmark's name: this is no file of rows.
+LOSSES = "training-losses.jsonl"
+SOURCES = (
+    "kernels/goku_kernels", "goku/model", "goku/flow.py", "goku/random.py", "bench/training.py",
+)  # fmt: skip
 
 # Two packs: a clip with images, and images alone. About 4,000 tokens each.
 PACKS: tuple[tuple[Grid, ...], ...] = (
@@ -116,6 +127,22 @@ def has_fallen(values: Sequence[float], share: float = FALLEN) -> bool:
     return all(0 <= v < float("inf") for v in values) and tail <= share * 2.0
 
 
+def keep(
+    folder: Path, device: torch.device, preset: str, values: Sequence[float], tokens: int
+) -> None:
+    """Append the losses, and where they come from, to training-losses.jsonl in `folder`.
+
+    tokens: of all packs together.
+    """
+    line = {
+        "preset": preset, "losses": [round(v, 5) if math.isfinite(v) else None for v in values],
+        "fell": has_fallen(values), "tokens": tokens, **harness.origin(SOURCES, device),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOSSES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Whether the loss of a Goku falls in a few steps")
     parser.add_argument("--preset", default="goku-2b", choices=list(PRESETS))
@@ -124,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "triton"],
                         help="of the operators (auto)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="folder of results that keeps the losses")
     options = parser.parse_args(arguments)
     if options.steps < 5:
         parser.error("--steps are 5 or more")
@@ -135,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     print(" ".join(f"{value:.3f}" for value in values))
     fallen = has_fallen(values)
+    if options.out is not None:
+        tokens = sum(t * h * w for grids in packs for t, h, w in grids)
+        keep(options.out, device, options.preset, values, tokens)
     print(f"the loss {'fell' if fallen else 'DID NOT FALL'}: {values[0]:.3f} -> {values[-1]:.3f}")
     return 0 if fallen else 1
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import block, gpu_check, harness, running, step
+from bench import block, gpu_steps, harness, running, step
 from bench.packs import Pack
 
 PACKS = (Pack("one", ((1, 2, 3),)), Pack("two", ((1, 2, 2), (2, 1, 1))))
@@ -167,7 +167,7 @@ def test_it_measures_where_the_native_modules_are_not_built(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=harness.ROOT,
-        env=gpu_check.environment(),
+        env=gpu_steps.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "velocity_loss.jsonl").is_file()

@@ -107,7 +107,7 @@ def test_a_clock_that_takes_too_long_to_read_is_unknown(monkeypatch):
     monkeypatch.setattr(subprocess, "run", slow)
     monkeypatch.setenv("GOKU_COMMIT", "abc")
     assert harness._clocks(torch.device("cuda", 0)) == "unknown"
-    assert harness.revision() == ("abc", True)
+    assert harness.revision() == ("abc", False)
 
 
 def test_files_of_other_kinds_are_left_alone(tmp_path):
@@ -162,8 +162,10 @@ def test_the_revision_is_gits_or_said_to_be_unknown(tmp_path, monkeypatch):
     # So that no repository above the temporary folder answers.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert harness.revision(tmp_path) == ("unknown", True)
-    monkeypatch.setenv("GOKU_COMMIT", "abc")
-    assert harness.revision(tmp_path) == ("abc", True)
+    said = {"abc": ("abc", False), "abc+dirty": ("abc", True), "": ("unknown", True)}
+    for words, expected in (said | {"+dirty": ("unknown", True)}).items():
+        monkeypatch.setenv("GOKU_COMMIT", words)
+        assert harness.revision(tmp_path) == expected
 
     def git(*arguments):
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -173,6 +175,7 @@ def test_the_revision_is_gits_or_said_to_be_unknown(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "first")
+    monkeypatch.setenv("GOKU_COMMIT", "abc+dirty")  # git knows better
     commit, dirty = harness.revision(tmp_path)
     assert len(commit) == 40
     assert not dirty

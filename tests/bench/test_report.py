@@ -162,7 +162,8 @@ def test_files_are_written_and_plots_stand_alone(tmp_path):
     results.mkdir()
     files = report.write(results, docs)
     assert {f.relative_to(docs).as_posix() for f in files} == {
-        "performance.md", *(f"performance/{name}.svg" for name in running.BENCHMARKS)
+        "performance.md", "performance/training.svg",
+        *(f"performance/{name}.svg" for name in running.BENCHMARKS),
     }  # fmt: skip
     page = files[0].read_text()
     for link in re.findall(r"\((performance/[^)]+)\)", page):
@@ -208,3 +209,5 @@ def test_the_committed_page_is_rendered_by_this_code():
     for name in running.BENCHMARKS:
         assert f"## {name}\n" in page
         assert (harness.ROOT / "docs" / "performance" / f"{name}.svg").is_file()
+    for words in ("## Correctness\n", "### Fifty training steps\n", "## Beside a copy\n"):
+        assert words in page
