@@ -26,7 +26,6 @@ STATUS = "gpu_check.json"
 LOG = "gpu_check.log"  # what every step said
 LOG_CHARACTERS, SHOWN_CHARACTERS = 200_000, 6_000  # of one step, in the log and here
 SAID_CHARACTERS = 120  # of its last line, which is noted
-HANG_SECONDS = 90  # one test that takes longer (a kernel that waits for ever) ends its file
 BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 240.0, 120.0
 # A benchmark begins nothing new when its time is nearly up (MARGIN, or a third of a short time) and
 # is killed when it is.
@@ -111,7 +110,8 @@ def check_sources() -> dict[str, Sources]:
         file = path.relative_to(ROOT).as_posix()
         op = path.stem.removeprefix("test_")
         configs = (op,) if op in OPERATORS else OPERATORS
-        found[file] = Sources((*_LIBRARIES, *imported(file)), configs)
+        ran_by = ("tests/gpu/conftest.py", *imported("bench/gpu_tests.py"))
+        found[file] = Sources((*_LIBRARIES, *ran_by, *imported(file)), configs)
     trained = imported("bench/training.py")
     found[TRAINING] = Sources((*_LIBRARIES, *trained), OPERATORS)
     return found
@@ -212,23 +212,8 @@ def test_files() -> list[Path]:
 
 
 def test_command(*paths: Path) -> list[str]:
-    """pytest on files of tests/gpu, all of them by default.
-
-    The project's own pytest settings ask for plugins that a GPU machine need not have, so none of
-    them are read: no configuration file, no conftest outside tests/gpu.
-    """
-    folder = ROOT / "tests" / "gpu"
-    quiet = ["-q", "-ra", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    alone = ["-c", os.devnull, "--rootdir", str(ROOT), "--confcutdir", str(folder)]
-    marker = ["-o", "markers=gpu: needs an accelerator\nxdist_group: tests that one process runs"]
-    hang = ["-o", f"faulthandler_timeout={HANG_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
-    # Two processes where pytest can: half of a file's time compiles kernels. Tests that want much
-    # of the GPU's memory are a group, which one of them runs alone.
-    # A test that hangs would be given to every process anew: none replaces one that ended.
-    two = ["-n", "2", "--dist", "loadgroup", "--max-worker-restart=0"]
-    two = two if importlib.util.find_spec("xdist") else []
-    chosen = [str(path) for path in paths or (folder,)]
-    return [sys.executable, "-m", "pytest", *quiet, *alone, *marker, *hang, *two, *chosen]
+    """The tests of these files of tests/gpu, all of them by default."""
+    return [sys.executable, "-m", "bench.gpu_tests", *map(str, paths)]
 
 
 # ---- running one ----

@@ -206,7 +206,7 @@ def _clocks(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch, CUDA and Triton."""
+    """Versions of Python, torch, CUDA, Triton and its assembler."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -218,6 +218,8 @@ def versions() -> dict[str, str]:
         found["triton"] = "none"
     else:
         found["triton"] = triton.__version__
+        # Triton's own assembler or another (TRITON_PTXAS_PATH): it decides what the chip runs.
+        found["ptxas"] = triton.knobs.nvidia.ptxas.version
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, gpu_state, gpu_steps, harness, running
+from bench import gpu_check, gpu_state, gpu_steps, gpu_tests, harness, running
 
 SCRIPT = harness.ROOT / "bench" / "gpu_check.py"
 
@@ -78,7 +78,7 @@ def test_a_session_of_no_time_only_unpacks_and_needs_no_gpu(tmp_path, monkeypatc
 @pytest.mark.long
 def test_pytest_runs_on_the_gpu_tests_without_the_projects_plugins_and_settings():
     command = [
-        *gpu_steps.test_command(),
+        *gpu_tests.Tests().command(),
         "--collect-only",
         "-p",
         "no:timeout",

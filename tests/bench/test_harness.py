@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+import triton
 
 from bench import harness, timing
 
@@ -181,3 +182,7 @@ def test_the_revision_is_gits_or_said_to_be_unknown(tmp_path, monkeypatch):
     assert not dirty
     (tmp_path / "file").write_text("2")
     assert harness.revision(tmp_path) == (commit, True)
+
+
+def test_versions_name_the_assembler_of_triton():
+    assert harness.versions()["ptxas"] == triton.knobs.nvidia.ptxas.version

@@ -15,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LARGE = pytest.mark.xdist_group("large")  # of the GPU's memory: gpu_check runs two processes
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 PACKS = {pack.name: pack for pack in GPU_PACKS}
 # Padded with empty samples, as a graph wants it.
@@ -88,7 +87,6 @@ def test_every_variant(name, width, dtype):
     checks.all_of(list(variants(PACKS[name], dtype, width)), function, DEVICE, BACKEND, runs=3)
 
 
-@LARGE
 @pytest.mark.parametrize("name", ["64K, one clip", "220K, one clip", "220K, many images"])
 def test_large_packs(name):
     checks.all_of([problem("layer", 3072, PACKS[name])], function, DEVICE, BACKEND, runs=3)
@@ -99,7 +97,6 @@ def test_100_runs_give_the_same_bits():
     checks.deterministic(case, function(BACKEND), DEVICE, runs=100)
 
 
-@LARGE
 def test_rows_beyond_2_to_the_31():
     # 700,256 rows of 3,072 elements
     huge, small = Pack("huge", ((100, 70, 100), TAIL)), Pack("small", (TAIL,))

@@ -16,7 +16,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LARGE = pytest.mark.xdist_group("large")  # of the GPU's memory: gpu_check runs two processes
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 PACKS = {pack.name: pack for pack in GPU_PACKS}
 GRAPH = (
@@ -90,7 +89,6 @@ def test_every_variant(name, preset, dtype):
     checks.all_of(cases, function, DEVICE, BACKEND, runs=3)
 
 
-@LARGE
 @pytest.mark.parametrize("name", ["64K, one clip", "220K, one clip", "220K, many images"])
 def test_large_packs(name):
     case = problem("goku-8b", PRESETS["goku-8b"], PACKS[name])
@@ -102,7 +100,6 @@ def test_100_runs_give_the_same_bits():
     checks.deterministic(case, function(BACKEND), DEVICE, runs=100)
 
 
-@LARGE
 def test_rows_beyond_2_to_the_31():
     # 240,256 rows of 9,216 elements, views of QKV
     huge, small = Pack("huge", ((60, 50, 80), TAIL)), Pack("small", (TAIL,))

@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LARGE = pytest.mark.xdist_group("large")  # of the GPU's memory: gpu_check runs two processes
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 PACKS = {pack.name: pack for pack in GPU_PACKS}
 GRAPH = (
@@ -199,7 +198,6 @@ def test_the_copy_engine_adds_dq_up(head_dim):
             checks.fits(case, function(BACKEND), DEVICE)
 
 
-@LARGE
 @pytest.mark.parametrize("name", ["64K, one clip", "220K, mixed", "220K, many images"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_large_packs(name, head_dim):
@@ -212,13 +210,11 @@ def test_100_runs_give_the_same_bits():
     checks.deterministic(case, deterministic(BACKEND), DEVICE, runs=100)
 
 
-@LARGE
 def test_3_runs_at_220k_give_the_same_bits():
     case = problem("self", HEADS[64], 64, PACKS["220K, mixed"], torch.bfloat16)
     checks.deterministic(case, deterministic(BACKEND), DEVICE, runs=3)
 
 
-@LARGE
 def test_rows_beyond_2_to_the_31():
     # 240,128 rows of 9,216 elements in samples of 256: little work, far offsets
     grids = ((1, 16, 16),) * 937 + (TAIL,)

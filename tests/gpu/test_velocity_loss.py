@@ -15,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LARGE = pytest.mark.xdist_group("large")  # of the GPU's memory: gpu_check runs two processes
 DEVICE, BACKEND = torch.device("cuda"), "triton"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PACKS = {pack.name: pack for pack in GPU_PACKS}
@@ -72,7 +71,6 @@ def test_100_runs_give_the_same_bits():
     checks.deterministic(case, function(BACKEND), DEVICE, runs=100)
 
 
-@LARGE
 def test_rows_beyond_2_to_the_31():
     # 35,000,256 rows of 64 elements; the loss has one gradient, so that of every row is compared
     huge, small = Pack("huge", ((1000, 350, 100), TAIL)), Pack("small", (TAIL,))
