@@ -36,7 +36,7 @@ def test_rows_of_a_tiny_block(dtype):
     assert row.work == block_training_flops(PRESETS["tiny-test"], [24, 4], [512, 512])
     assert "run again" in row.note
     assert row.extra["tokens_per_s"] == pytest.approx(28 / row.timing.median_ms * 1e3)
-    assert row.extra["attention_rate"] == "the matmul ceiling"
+    assert row.extra["attention_rate"].startswith("too short: attention was not measured")
     parts = [row.extra[f"expected_{part}_ms"] for part in ("matmul", "attention", "memory")]
     assert row.extra["expected_ms"] == pytest.approx(sum(parts))
     assert min(parts) > 0
