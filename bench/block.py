@@ -57,18 +57,20 @@ class Kind(NamedTuple):
     deterministic: bool = False
 
 
+COMPILED = "goku fused, torch.compile"
+FIRST_COMPILED = ("goku-2b", "64K, mixed")  # its model and pack
 PEERS = {
     "eager": Kind("torch"),
     "goku fused": Kind("triton", deterministic=True),
     "goku fused, dq by atomics": Kind("triton"),
     "eager, varlen_attn": Kind("torch", saves=True),
-    "goku fused, torch.compile": Kind("triton", compiled=True, deterministic=True),
+    COMPILED: Kind("triton", compiled=True, deterministic=True),
     "torch.compile, varlen_attn": Kind("torch", compiled=True, saves=True),
     "torch.compile": Kind("torch", compiled=True),
 }
 _SAVES = "attention is torch.nn.attention.varlen's, which keeps what its backward needs"
 _REPEATS = "attention's forward is run again in its backward"
-_COMPILED = "compiled for packs of any size"
+_ANY_PACK = "compiled for packs of any size"
 MIXED, PLAIN = "bfloat16 autocast over float32", "bfloat16"
 
 
@@ -116,16 +118,24 @@ def settings(device_type: str) -> Iterator[Setting]:
 def passes(device_type: str) -> Iterator[tuple[Setting, Sequence[str]]]:
     """Settings and the peers to measure of each, in the order in which a GPU's time is spent.
 
-    Compiling takes most of it. So first all settings without, then with our kernels compiled and
-    the stronger baseline, then with every peer; what was measured before is measured again beside
-    the others, which costs little.
+    Compiling takes most of it. So first the packs that Goku trains on without it, then FIRST_COMPILED
+    once with our kernels compiled, then all settings without, with the stronger baseline compiled
+    too, and with every peer; what was measured before is measured again beside the others, which
+    costs little.
     """
+    if device_type != "cuda":
+        yield from ((setting, list(PEERS)) for setting in settings(device_type))
+        return
+    every = list(settings(device_type))
     plain = [name for name, kind in PEERS.items() if not kind.compiled]
     strong = [name for name, kind in PEERS.items() if kind.saves or kind.backend == "triton"]
-    groups = (plain, ["eager", *strong], list(PEERS)) if device_type == "cuda" else (list(PEERS),)
-    for names in groups:
-        for setting in settings(device_type):
-            yield setting, names
+    essential = [s for s in every if s.dtype == MIXED and "mixed" in s.pack.name]
+    first = [s for s in essential if (s.preset, s.pack.name) == FIRST_COMPILED]
+    yield from ((setting, plain) for setting in essential)
+    yield from ((setting, [*plain, COMPILED]) for setting in first)
+    yield from ((setting, plain) for setting in every if setting not in essential)
+    for names in (["eager", *strong], list(PEERS)):
+        yield from ((setting, names) for setting in every)
 
 
 # ---- what is run ----
@@ -365,7 +375,7 @@ def measure(
                 extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
         kind = PEERS[name]
         notes = [_SAVES if kind.saves else _REPEATS] if kind.backend == "torch" else []
-        note = "; ".join([*notes, _COMPILED] if kind.compiled else notes)
+        note = "; ".join([*notes, _ANY_PACK] if kind.compiled else notes)
         yield row(name, timing=timed, extra=extra, note=note)
 
 
