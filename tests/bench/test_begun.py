@@ -222,7 +222,8 @@ def test_a_restart_is_the_same_command_that_resumes(monkeypatch):
     asked = []
     monkeypatch.setattr(os, "execv", lambda *what: asked.append(what))
     monkeypatch.setattr(begun, "_close_on_exec", lambda descriptor: None)
-    monkeypatch.delenv("GOKU_BENCH_RESTARTED", raising=False)
+    monkeypatch.setenv("GOKU_BENCH_RESTARTED", "")  # so that it is as before in the end
+    monkeypatch.delenv("GOKU_BENCH_RESTARTED")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "bench", "run", "--only", "a", "b"])
     start = Start.of(False)
     begun.restart(5.0, start)
@@ -240,7 +241,6 @@ def test_a_restart_is_the_same_command_that_resumes(monkeypatch):
     assert known.since == begun._PROCESS_BEGAN
     parsed = command.parser().parse_args([*words[3:], "--limit", "12.3"])
     assert (parsed.resume, parsed.limit, parsed.only) == (True, 12.3, ["a", "b"])
-    monkeypatch.delenv("GOKU_BENCH_RESTARTED")
 
 
 def test_the_command_comes_back_from_a_lost_context_and_from_a_kill(tmp_path):
