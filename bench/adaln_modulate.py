@@ -18,7 +18,10 @@ from goku.model import PRESETS
 from goku_kernels import adaln_modulate, adaln_modulate_bytes
 
 OPERATOR = "adaln_modulate"
-SOURCES = ("kernels/goku_kernels", "bench/adaln_modulate.py", "bench/cases.py", "bench/timing.py")
+SOURCES = (
+    "kernels/goku_kernels", "bench/adaln_modulate.py", "bench/cases.py", "bench/judging.py",
+    "bench/batching.py", "bench/timing.py",
+)  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6
 NAMES = ("shift", "scale", "weight")  # of the leaves after x

@@ -94,16 +94,25 @@ def overridden(op: str, rows: Sequence[Row]) -> Iterator[None]:
 
 
 def with_config(rows: Sequence[Row], row: Row, config: dict[str, int]) -> list[Row]:
-    """`rows` with `config` in the place of that of `row`, which is one of them.
+    """`rows` with `config` in the place of that of `row`, which is one of them and is used.
 
     Rows of "<kernel>_specialised", which would run in its place, are left out.
     """
-    keys = ("kernel", "size", "chip", "dtypes")
     return [
-        {**r, "config": config} if all(r[k] == row[k] for k in keys) else r
-        for r in rows
+        r
+        for r in with_use(rows, row, True, config)
         if r["kernel"] != f"{row['kernel']}_specialised"
     ]
+
+
+def with_use(
+    rows: Sequence[Row], row: Row, used: bool, config: dict[str, int] | None = None
+) -> list[Row]:
+    """`rows` with `row`, which is one of them, used or "unused", and `config` for its own."""
+    changed: dict[str, Any] = {k: v for k, v in row.items() if k != "unused"}
+    changed |= ({} if config is None else {"config": config}) | ({} if used else {"unused": True})
+    keys = ("kernel", "size", "chip", "dtypes")
+    return [changed if all(r[k] == row[k] for k in keys) else r for r in rows]
 
 
 def compile_one(task: Compiling) -> Compiled:

@@ -16,21 +16,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import block_traffic, harness, timing
+from bench import harness, timing
+from bench.begun import ENDED, lost
 from bench.block_attention import SavingAttention
 from bench.block_compile import compile_whole, for_any_pack
-from bench.cases import REFUSALS, Absent, Results, draw_normal, judge, needs_triton, packing
+from bench.block_expected import attention_flops as attention_flops
+from bench.block_expected import attention_rate as attention_rate
+from bench.block_expected import expected as expected
+from bench.block_expected import memory_bytes as memory_bytes
+from bench.cases import Absent, Results, draw_normal, judge, needs_triton, packing
 from bench.packs import TEXT_TOKENS, Pack, packs
 from bench.peers import LIBRARIES, needs_cuda
+from bench.refusals import refusals
+from bench.watch import GONE, Mark, reason, together, unmarked
 from goku.flops import block_training_flops, named_peak
 from goku.model import PRESETS, GokuBlock, KernelConfig, ModelConfig
 from goku.model.initialise import initialise
-from goku_kernels import Packing, varlen_attention_flops
+from goku_kernels import Packing
 
 OPERATOR = "block"
 SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py",
-           "bench/block_attention.py", "bench/block_compile.py", "bench/block_traffic.py",
-           "bench/timing.py")  # fmt: skip
+           "bench/block_attention.py", "bench/block_compile.py", "bench/block_expected.py",
+           "bench/block_traffic.py", "bench/timing.py")  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -50,18 +57,20 @@ class Kind(NamedTuple):
     deterministic: bool = False
 
 
+COMPILED = "goku fused, torch.compile"
+FIRST_COMPILED = ("goku-2b", "64K, mixed")  # its model and pack
 PEERS = {
     "eager": Kind("torch"),
     "goku fused": Kind("triton", deterministic=True),
     "goku fused, dq by atomics": Kind("triton"),
     "eager, varlen_attn": Kind("torch", saves=True),
-    "goku fused, torch.compile": Kind("triton", compiled=True, deterministic=True),
+    COMPILED: Kind("triton", compiled=True, deterministic=True),
     "torch.compile, varlen_attn": Kind("torch", compiled=True, saves=True),
     "torch.compile": Kind("torch", compiled=True),
 }
 _SAVES = "attention is torch.nn.attention.varlen's, which keeps what its backward needs"
 _REPEATS = "attention's forward is run again in its backward"
-_COMPILED = "compiled for packs of any size"
+_ANY_PACK = "compiled for packs of any size"
 MIXED, PLAIN = "bfloat16 autocast over float32", "bfloat16"
 
 
@@ -84,6 +93,11 @@ class Setting:
         return [TEXT_TOKENS] * len(self.pack.grids)
 
     @property
+    def stream_bytes(self) -> int:
+        """Of a number of the residual stream."""
+        return 4 if self.dtype == MIXED else 2
+
+    @property
     def flops(self) -> float:
         """FLOPs of forward and backward, as `goku.flops` counts training: the text has no gradient."""
         return block_training_flops(self.config, self.pack.lengths, self.text_lengths)
@@ -104,16 +118,24 @@ def settings(device_type: str) -> Iterator[Setting]:
 def passes(device_type: str) -> Iterator[tuple[Setting, Sequence[str]]]:
     """Settings and the peers to measure of each, in the order in which a GPU's time is spent.
 
-    Compiling takes most of it. So first all settings without, then with our kernels compiled and
-    the stronger baseline, then with every peer; what was measured before is measured again beside
-    the others, which costs little.
+    Compiling takes most of it. So first the packs that Goku trains on without it, then FIRST_COMPILED
+    once with our kernels compiled, then all settings without, with the stronger baseline compiled
+    too, and with every peer; what was measured before is measured again beside the others, which
+    costs little.
     """
+    if device_type != "cuda":
+        yield from ((setting, list(PEERS)) for setting in settings(device_type))
+        return
+    every = list(settings(device_type))
     plain = [name for name, kind in PEERS.items() if not kind.compiled]
     strong = [name for name, kind in PEERS.items() if kind.saves or kind.backend == "triton"]
-    groups = (plain, ["eager", *strong], list(PEERS)) if device_type == "cuda" else (list(PEERS),)
-    for names in groups:
-        for setting in settings(device_type):
-            yield setting, names
+    essential = [s for s in every if s.dtype == MIXED and "mixed" in s.pack.name]
+    first = [s for s in essential if (s.preset, s.pack.name) == FIRST_COMPILED]
+    yield from ((setting, plain) for setting in essential)
+    yield from ((setting, [*plain, COMPILED]) for setting in first)
+    yield from ((setting, plain) for setting in every if setting not in essential)
+    for names in (["eager", *strong], list(PEERS)):
+        yield from ((setting, names) for setting in every)
 
 
 # ---- what is run ----
@@ -242,83 +264,22 @@ def truth(setting: Setting, batch: Batch) -> Results:
     return {name: x.detach() for name, x in found.items()}
 
 
-# ---- what to expect ----
-
-
-def memory_bytes(setting: Setting) -> float:
-    """Least traffic of the block's memory-bound operators, forward and backward."""
-    stream = 4 if setting.dtype == MIXED else 2
-    text = sum(setting.text_lengths)
-    return block_traffic.memory_bytes(setting.config, setting.pack.tokens, text, stream)
-
-
-def attention_flops(setting: Setting) -> float:
-    """FLOPs of both attentions, forward and backward."""
-    config, lengths = setting.config, setting.pack.lengths
-    return sum(
-        varlen_attention_flops(lengths, keys, heads=config.heads, head_dim=config.head_dim,
-                               backward=backward)
-        for keys in (lengths, setting.text_lengths) for backward in (False, True)
-    )  # fmt: skip
-
-
-def attention_rate(
-    setting: Setting, records: Sequence[Mapping[str, Any]], device_name: str, deterministic: bool
-) -> float | None:
-    """FLOP/s of our attention, forward and backward together, as measured on this pack and chip.
-
-    deterministic: with the backward of equal bits. None unless both directions were measured with the
-    sources as they are now.
-    """
-    found: dict[str, Mapping[str, Any]] = {}
-    for record in harness.newest(records):
-        wanted = {
-            "name": "varlen_attention", "case": setting.preset, "pack": setting.pack.name,
-            "peer": f"goku triton{', deterministic' if deterministic else ''}",
-            "status": "measured",
-        }  # fmt: skip
-        here = record["hardware"]["device"] == device_name
-        if here and all(record[k] == v for k, v in wanted.items()) and not harness.is_stale(record):
-            found[record["direction"]] = record
-    if set(found) != {"forward", "backward"}:
-        return None
-    work = sum(record["work"] for record in found.values())
-    return work / (1e-3 * sum(record["median_ms"] for record in found.values()))
-
-
-def expected(
-    setting: Setting, ceilings: timing.Ceilings, attention: float | None
-) -> dict[str, float | str]:
-    """Milliseconds to expect, in parts, and which rate was taken for the attention.
-
-    attention: FLOP/s measured of it; None for the matrix product's.
-    """
-    pairs = attention_flops(setting)
-    ms = {
-        "expected_matmul_ms": 1e3 * (setting.flops - pairs) / ceilings.matmul.value,
-        "expected_attention_ms": 1e3 * pairs / (attention or ceilings.matmul.value),
-        "expected_memory_ms": 1e3 * memory_bytes(setting) / ceilings.copy.value,
-    }
-    source = "the matmul ceiling" if attention is None else "attention as measured"
-    return {**ms, "expected_ms": sum(ms.values()), "attention_rate": source}
-
-
 # ---- measuring ----
 
 
 def measure(
     setting: Setting, names: Sequence[str], device: torch.device, ceilings: timing.Ceilings,
-    *, seconds: float, records: Sequence[Mapping[str, Any]] = (),
+    *, seconds: float, records: Sequence[Mapping[str, Any]] = (), mark: Mark = unmarked,
 ) -> Iterator[harness.Row]:  # fmt: skip
     """Rows of one setting, one per peer in `names`.
 
-    records: rows measured before; the attention's rate is looked for among them.
+    They end behind those of a peer that took the device's context along: their extra has ENDED.
+
+    Args:
+        records: rows measured before; the attention's rate is looked for among them.
+        mark: told of the rows to write should the process end in what comes next.
     """
     device_name = harness.hardware(device)["device"]
-    predictions = {
-        flag: expected(setting, ceilings, attention_rate(setting, records, device_name, flag))
-        for flag in (False, True)
-    }
 
     def row(name: str, **more: Any) -> harness.Row:
         return harness.Row(
@@ -330,25 +291,38 @@ def measure(
             backend=PEERS[name].backend, direction="forward+backward", **more,
         )  # fmt: skip
 
+    def gone(these: Sequence[str], note: str = GONE) -> list[harness.Row]:
+        return [row(n, status="failed", note=note, extra={ENDED: True}) for n in these]
+
     batch = Batch.draw(setting, device, 0)
     lacking = "eager gave no result to judge by"
     exact: Results | None = None
     same: Results | None = None
+    mark(gone(names, f"eager in fp32, the truth, {GONE}"))()
     try:
         exact = truth(setting, batch)
-    except REFUSALS as error:
-        lacking = f"no truth to judge by: {type(error).__name__}: {error}"[:400]
+    except refusals() as error:
+        lacking = f"no truth to judge by: {reason(error)}"[:400]
+        if lost(device):
+            yield from gone(names, lacking)
+            return
     usable: dict[str, torch.nn.Module] = {}
     for name in ("eager", *(n for n in names if n != "eager")):
         status, note = "measured", ""
+        theirs = names if name == "eager" else [name]  # by eager all are judged
+        mark(gone(theirs, f"{name} {GONE}"))()
         try:
             module = make_peer(name, setting, device)
             with for_any_pack(batch.tensors()) if PEERS[name].compiled else nullcontext():
                 got = {key: x.detach() for key, x in results(module, batch, setting).items()}
-        except Absent as reason:
-            status, note = "absent", str(reason)
-        except REFUSALS as error:
-            status, note = "failed", f"{type(error).__name__}: {error}"[:400]
+            timing.synchronise(device)
+        except Absent as why:
+            status, note = "absent", str(why)
+        except refusals() as error:
+            status, note = "failed", reason(error)
+            if lost(device):
+                yield from gone(theirs, f"{name}: {note}")
+                return
         else:
             if name == "eager":  # it comes first: what plain PyTorch makes of this precision
                 same = got
@@ -364,14 +338,34 @@ def measure(
             yield row(name, status=status, note=note)
     del exact, same
 
-    peaks = {name: _peak_memory(usable[name], batch, setting) for name in usable if name in names}
+    peaks: dict[str, int] = {}
+
+    def time(calls: Mapping[str, timing.Call]) -> dict[str, timing.Timing]:
+        peaks.update(
+            {
+                name: _peak_memory(run, calls[name], batch)
+                for name, run in usable.items()
+                if name in calls
+            }
+        )
+        return timing.interleaved(calls, device, seconds=seconds)
 
     def call(module: torch.nn.Module) -> timing.Call:
         return (lambda i: None), (lambda state: step(module, batch, setting))
 
-    calls = {name: call(usable[name]) for name in peaks}
-    found = timing.interleaved(calls, device, seconds=seconds)
-    for name, timed in found.items():
+    chosen = [name for name in usable if name in names]
+    calls = {name: call(usable[name]) for name in chosen}
+    marks = {name: mark(gone([name])) for name in chosen}
+    found = together(calls, time, marks, device)
+    for name, note in found.failed.items():
+        yield from (
+            gone([name], note) if name == found.lost else [row(name, status="failed", note=note)]
+        )
+    predictions = {
+        flag: expected(setting, ceilings, attention_rate(setting, records, device_name, flag))
+        for flag in (False, True)
+    }
+    for name, timed in found.found.items():
         extra: dict[str, Any] = {"tokens_per_s": setting.pack.tokens / timed.median_ms * 1e3}
         extra |= predictions[PEERS[name].deterministic]
         if device.type == "cuda":
@@ -381,18 +375,20 @@ def measure(
                 extra["mfu"] = setting.flops / (timed.median_ms * 1e-3) / peak
         kind = PEERS[name]
         notes = [_SAVES if kind.saves else _REPEATS] if kind.backend == "torch" else []
-        note = "; ".join([*notes, _COMPILED] if kind.compiled else notes)
+        note = "; ".join([*notes, _ANY_PACK] if kind.compiled else notes)
         yield row(name, timing=timed, extra=extra, note=note)
 
 
-def _peak_memory(module: torch.nn.Module, batch: Batch, setting: Setting) -> int:
-    """Bytes allocated at most during one step, over those before it; 0 on a CPU."""
+def _peak_memory(module: torch.nn.Module, call: timing.Call, batch: Batch) -> int:
+    """Bytes allocated at most during one call of a step, over those before it; 0 on a CPU."""
     device = batch.x.device
     if device.type != "cuda":
         return 0
     for x in (*module.parameters(), batch.x, batch.c):
         x.grad = None
+    prepare, run = call
+    state = prepare(0)  # marks whose it is
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step(module, batch, setting)
+    run(state)
     return torch.cuda.max_memory_allocated(device) - before

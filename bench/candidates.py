@@ -30,6 +30,14 @@ _FUNCTIONS = {
     ("varlen_attention", "gradient"): "gradient_kv_kernel",  # with that of the queries in it
 }
 
+# Kernels that run in the place of others where they have a row. One stays unused where it is slower
+# than those: the forward with specialised warps beside the plain one; one kernel for all gradients,
+# asked for without equal bits, beside the two that are deterministic.
+IN_PLACE_OF = {
+    ("varlen_attention", "forward_specialised"): "forward",
+    ("varlen_attention", "gradient"): "gradient_kv",
+}
+
 
 def function(op: str, kernel: str) -> str:
     """The name of the function that is compiled with a row's configuration."""

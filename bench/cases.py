@@ -7,17 +7,23 @@ the problems. A peer whose result is wrong is written down as wrong, with its er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import harness, timing
+from bench import batching, harness, timing
+from bench.begun import ENDED, lost
+from bench.judging import Partition
+from bench.judging import Results as Results
+from bench.judging import Verdict as Verdict
+from bench.judging import judge as judge
 from bench.packs import Pack
 from bench.refusals import REFUSALS as REFUSALS  # for the benchmarks that judge by these rules
 from bench.refusals import refusals
+from bench.watch import GONE, Mark, reason, together, unmarked
 from goku_kernels import Packing
 from goku_kernels._checks import triton_absent
 
@@ -58,7 +64,6 @@ class Inputs:
 
 
 Function = Callable[[Inputs], tuple[Tensor, ...]]
-Partition = tuple[int, ...]  # rows of every sample, in order
 # inputs, gradients of the outputs -> what is allowed beside the rule, by name of the result
 Floors = Callable[[Inputs, Sequence[Tensor]], Mapping[str, float]]
 
@@ -173,22 +178,6 @@ def draw_normal(
 # ---- right before fast ----
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a peer is right: its worst result, by how much that is off and what is allowed."""
-
-    right: bool
-    worst: str
-    error: float
-    allowed: float
-
-    def __str__(self) -> str:
-        return f"{self.worst} is off by {self.error:.3g}, allowed are {self.allowed:.3g}"
-
-
-Results = dict[str, Tensor]
-
-
 def results(problem: Problem, function: Function, inputs: Inputs, probed: bool) -> Results:
     """Outputs and gradients by name, for one fixed random gradient of the outputs.
 
@@ -214,66 +203,6 @@ def output_gradients(problem: Problem, outs: Sequence[Tensor]) -> list[Tensor]:
         torch.randn(x.shape, generator=generator, device=x.device).to(problem.dtype).to(x.dtype)
         for x in outs
     ]
-
-
-def judge(
-    got: Results, same: Results, exact: Results, partitions: Sequence[Partition] = (), *,
-    floors: Mapping[str, float] | None = None, precision: float = 0.0,
-) -> Verdict:  # fmt: skip
-    """FlashAttention's rule: |got - exact| <= 2 * |same - exact| + two roundings, maximum norm.
-
-    Tensors that have rows of samples are judged sample by sample, so that a giant does not hide
-    its neighbour. A rounding is one unit in the last place of the largest exact number; two, since
-    some round before the gain of a norm as well as after it. Beside them 16 roundings to fp32 of
-    the largest number of all samples: where the terms of a sum cancel, the fp32 rounding of the
-    terms is left.
-
-    Args:
-        got: what is judged.
-        same: plain PyTorch in the same dtype.
-        exact: the truth.
-        partitions: rows of every sample; the one with as many rows as a tensor has splits it.
-        floors: by name of the result, what is allowed beside that.
-        precision: of the arithmetic, where that is coarser than the dtype.
-    """
-    floors = floors or {}
-    worst = Verdict(True, "nothing", 0.0, 0.0)
-    for name, want in exact.items():
-        if name not in got:
-            return Verdict(False, f"{name} (missing)", float("inf"), 0.0)
-        if want.numel() == 0:
-            continue
-        error, plain, size = (
-            _largest(x, partitions)
-            for x in (got[name].to(want.dtype) - want, same[name].to(want.dtype) - want, want)
-        )
-        rounding = max(torch.finfo(same[name].dtype).eps, precision)
-        allowed = 2 * plain + 2 * rounding * size + floors.get(name, 0.0)
-        allowed = allowed + 16 * torch.finfo(torch.float32).eps * size.amax(dim=0, keepdim=True)
-        # The sample that is furthest beyond what is allowed; NaN counts as furthest.
-        beyond = (error - allowed).nan_to_num(nan=float("inf"))
-        i = int(beyond.argmax())
-        place = f"{name} of sample {i}" if len(beyond) > 1 else name
-        verdict = Verdict(bool(error[i] <= allowed[i]), place, float(error[i]), float(allowed[i]))
-        if not verdict.right:
-            return verdict
-        if verdict.error * worst.allowed >= worst.error * verdict.allowed:
-            worst = verdict
-    return worst
-
-
-def _largest(x: Tensor, partitions: Sequence[Partition]) -> Tensor:
-    """Largest magnitude of each sample where a partition has as many rows as x, else of all: (n,).
-
-    Vectors have no rows: they are gains of norms, whatever their width.
-    """
-    fitting = [p for p in partitions if x.dim() > 1 and sum(p) == x.shape[0]]
-    if not fitting:
-        return x.abs().amax().reshape(1)
-    # NaN has to survive, which not every reduction of a segment lets it.
-    rows = x.abs().flatten(1).amax(1).nan_to_num(nan=float("inf"))
-    at = torch.tensor(fitting[0], device=x.device)
-    return torch.segment_reduce(rows, "max", lengths=at, initial=0.0)
 
 
 class Truths:
@@ -312,9 +241,16 @@ class Truths:
 
 def measure(
     problem: Problem, peers: Sequence[Peer], device: torch.device, ceilings: timing.Ceilings,
-    *, seconds: float,
+    *, seconds: float, wanted: Collection[tuple[str, str]] | None = None, mark: Mark = unmarked,
 ) -> Iterator[harness.Row]:  # fmt: skip
-    """Rows of one problem: every peer in every direction, `seconds` of timing a direction."""
+    """Rows of one problem: every peer in every direction, `seconds` of timing a direction.
+
+    They end behind those of a peer that took the device's context along: their extra has ENDED.
+
+    Args:
+        wanted: (peer, direction) to measure; None for all.
+        mark: told of the rows to write should the process end in what comes next.
+    """
     ceiling = ceilings.of(problem.unit)
 
     def row(peer: Peer, direction: str, **more: Any) -> harness.Row:
@@ -330,27 +266,42 @@ def measure(
             part=peer.reference is not None, note=note or problem.note, **more,
         )  # fmt: skip
 
+    def gone(peer: Peer, directions: Sequence[str], note: str = GONE) -> list[harness.Row]:
+        return [row(peer, d, status="failed", note=note, extra={ENDED: True}) for d in directions]
+
+    def asked(peer: Peer, directions: Sequence[str]) -> list[str]:
+        return [d for d in directions if wanted is None or (peer.name, d) in wanted]
+
     first = problem.draw(device, 0)
     truths = Truths(problem, first)
     usable: dict[str, tuple[Peer, Function]] = {}
     for peer in peers:
+        directions = asked(peer, problem.directions)
+        if not directions:
+            continue
+        mark(gone(peer, directions))()
         status, note = "measured", ""
         try:
             function = peer.make(problem, device)
             verdict = truths.verdict(function, peer.reference or problem.reference)
-        except Absent as reason:
-            status, note = "absent", str(reason)
+            timing.synchronise(device)
+        except Absent as why:
+            status, note = "absent", str(why)
         except refusals() as error:
-            status, note = "failed", f"{type(error).__name__}: {error}"[:400]
+            status, note = "failed", reason(error)
+            if lost(device):
+                yield from gone(peer, directions, note)
+                return
         else:
             if verdict.right:
                 usable[peer.name] = (peer, function)
                 continue
             status, note = "wrong", str(verdict)
-        for direction in problem.directions:
+        for direction in directions:
             yield row(peer, direction, status=status, note=note)
     del truths
-    timing.synchronise(device)
+    if not usable:
+        return
 
     count = timing.copies_past_cache(first.bytes(), device)
     gradients = problem.differentiable
@@ -362,14 +313,27 @@ def measure(
         for name, (peer, _) in usable.items()
         if peer.in_place
     }
-    for direction in problem.directions:
-        calls = {
-            name: _call(function, private.get(name, copies), direction)
-            for name, (_, function) in usable.items()
-        }
-        found = timing.interleaved(calls, device, seconds=seconds, copies=count)
-        for name, (peer, _) in usable.items():
-            yield row(peer, direction, timing=found[name])
+
+    def time(calls: Mapping[str, timing.Call]) -> dict[str, batching.Batched]:
+        return batching.timed(calls, device, seconds=seconds, copies=count)
+
+    for i, direction in enumerate(problem.directions):
+        chosen = {n: peer for n, (peer, _) in usable.items() if asked(peer, [direction])}
+        calls = {n: _call(usable[n][1], private.get(n, copies), direction) for n in chosen}
+        # Without its forward there is no backward.
+        after = {n: asked(peer, problem.directions[i:]) for n, peer in chosen.items()}
+        marks = {n: mark(gone(peer, after[n])) for n, peer in chosen.items()}
+        found = together(calls, time, marks, device)
+        for name, peer in chosen.items():
+            if name in found.found:
+                each = found.found[name]
+                yield row(peer, direction, timing=each.timing, extra={"calls": each.calls})
+            elif name == found.lost:
+                yield from gone(peer, after[name], found.failed[name])
+            elif name in found.failed:
+                yield row(peer, direction, status="failed", note=found.failed[name])
+        if found.lost:
+            return
 
 
 def _call(function: Function, copies: Sequence[Inputs], direction: str) -> timing.Call:

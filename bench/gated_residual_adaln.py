@@ -28,7 +28,8 @@ from goku_kernels import gated_residual_adaln, gated_residual_adaln_bytes
 
 OPERATOR = "gated_residual_adaln"
 SOURCES = (
-    "kernels/goku_kernels", "bench/gated_residual_adaln.py", "bench/cases.py", "bench/timing.py",
+    "kernels/goku_kernels", "bench/gated_residual_adaln.py", "bench/cases.py", "bench/judging.py",
+    "bench/batching.py", "bench/timing.py",
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6

@@ -1,12 +1,13 @@
 """The longest sequence that one device trains: as many tokens as fit, then one step on a clip of them.
 
-    python -m bench.longest [--preset goku-2b] [--policies full ...] [--seconds 200]
+    python -m bench.longest [--preset goku-2b] [--policies full ...] [--seconds 200] [--limit 400]
 
 Memory depends on how many tokens a pack has, and not on how they are divided into samples: the search
 takes packs of clips of 8,192 tokens, whose attention is quick, and looks at what a step allocates at its
 most. From two measurements a line, from the line the next length, until 2% more would not fit, by a
 trial or by the line, or --seconds are over. Then one clip of that length takes a whole step, where that
-is expected to take less than --seconds. Rows go to bench/results/step.jsonl.
+is expected to end within --limit; so that it may, the search ends a trial earlier than it had to.
+Rows go to bench/results/step.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ GRAIN = 512  # tokens: what lengths are multiples of
 CLIP = 8192
 CLOSE = 0.02  # the search ends when lengths that fit and that do not are so near to each other
 MOST_TRIALS = 10
+# Beside a clip's step as expected: what came before the clock was started, and building the model.
+SPARE_SECONDS = 15.0
 
 # Tokens -> bytes that a step of them allocates at its most, or None where they did not fit.
 Trial = Callable[[int], int | None]
@@ -152,42 +156,107 @@ def try_tokens(preset: str, policy: str, device: torch.device) -> Trial:
     return trial
 
 
+def clip_seconds(setting: step.Setting, ceilings: timing.Ceilings) -> float:
+    """What a step on one clip is expected to take, and what is around it."""
+    # Attention decides; that its backward multiplies seven times where four are counted is in the 0.3.
+    rate = 0.3 * ceilings.matmul.value
+    return 1e-3 * float(step.expected(setting, 0, ceilings, rate)["expected_ms"]) + SPARE_SECONDS
+
+
+@dataclass
+class Clock:
+    """When the search has to end.
+
+    Attributes:
+        seconds: that it may take.
+        deadline: time.monotonic() at which the clip's step has to be over.
+        needed: tokens -> seconds of that step.
+        cut: whether the search was ended before it was through.
+    """
+
+    seconds: float
+    deadline: float
+    needed: Callable[[int], float]
+    cut: bool = False
+    _began: float = 0.0
+    _tokens: int = 0  # the most that fitted
+    _trial: float = 0.0  # seconds of the longest trial
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+
+    def timed(self, trial: Trial) -> Trial:
+        """`trial`, whose time and success are kept."""
+
+        def run(tokens: int) -> int | None:
+            began = time.monotonic()
+            found = trial(tokens)
+            self._trial = max(self._trial, time.monotonic() - began)
+            if found is not None:
+                self._tokens = max(self._tokens, tokens)
+            return found
+
+        return run
+
+    def is_late(self) -> bool:
+        """Whether one more trial would take too long, or the clip's step the time that it now has."""
+        now = time.monotonic()
+        left, needed = self.deadline - now, self.needed(self._tokens)
+        # A clip that there is no time for anyhow saves none.
+        spent = needed <= left < needed + self._trial
+        self.cut = (
+            spent or now - self._began > 0.7 * self.seconds
+        )  # a trial more takes up to the rest
+        return self.cut
+
+
 def measure(
-    preset: str, policy: str, device: torch.device, ceilings: timing.Ceilings, seconds: float
-) -> Iterator[harness.Row]:
+    preset: str, policy: str, device: torch.device, ceilings: timing.Ceilings, seconds: float,
+    deadline: float,
+) -> Iterator[harness.Row]:  # fmt: skip
     """The row of what the search found, and one in its place of a step on one clip of that length.
 
-    seconds: that either may take.
+    Args:
+        seconds: that the search may take.
+        deadline: time.monotonic() at which the clip's step has to be over.
     """
+    step.release(device)  # what the ceilings took is torch's, and would count as taken
     free, _ = torch.cuda.mem_get_info(device)
-    first, began = estimated(preset, policy, free), time.monotonic()
-    tokens, most = longest(
-        try_tokens(preset, policy, device), free, _rounded(first * 9 // 10),
-        lambda: time.monotonic() - began > 0.7 * seconds,  # a trial more takes up to the rest
-    )  # fmt: skip
+
+    def setting(tokens: int) -> step.Setting:
+        return step.Setting(preset, one_clip(tokens), policy)
+
+    clock = Clock(seconds, deadline, lambda tokens: clip_seconds(setting(tokens), ceilings))
+    first = estimated(preset, policy, free)
+    trial = clock.timed(try_tokens(preset, policy, device))
+    tokens, most = longest(trial, free, _rounded(first * 9 // 10), clock.is_late)
     found: dict[str, float] = {
         "longest_tokens": tokens, "estimated_tokens": first, "peak_memory_bytes": most
     }  # fmt: skip
-    setting = step.Setting(preset, one_clip(tokens), policy)
-    # Attention decides; that its backward multiplies seven times where four are counted is in the 0.3.
-    rate = 0.3 * ceilings.matmul.value
-    expected = 1e-3 * float(step.expected(setting, 0, ceilings, rate)["expected_ms"])
-    note = f"{tokens:,} tokens fit; a step on one clip of them, about {expected:.0f} s, was not run"
-    yield step.row(setting, ceilings, status="absent", note=note, extra=found)
-    if expected > seconds:
+    clip, needed, left = setting(tokens), clock.needed(tokens), deadline - time.monotonic()
+    cut = "; the search was cut short, more may fit" if clock.cut else ""
+    note = f"{tokens:,} tokens fit{cut}; a step on one clip of them was not run"
+    short = f": it is expected to take {needed:.0f} s, and {max(0.0, left):.0f} s are left"
+    yield step.row(
+        clip, ceilings, status="absent", note=note + (short if needed > left else ""), extra=found
+    )
+    if needed > left:
         return
     try:
-        run, batch = step.Run(setting, device), step.Batch.draw(setting, device)
+        run, batch = step.Run(clip, device), step.Batch.draw(clip, device)
         run.prepare()
         started = time.monotonic()
-        clip = step.peak_bytes(lambda: run.step(batch), device)
+        peak_bytes = step.peak_bytes(lambda: run.step(batch), device)
         took = 1e3 * (time.monotonic() - started)
     except torch.OutOfMemoryError:
         print(f"{policy}: one clip of {tokens:,} tokens does not fit, which clips do", flush=True)
         return
-    found = found | {"peak_memory_bytes": max(most, clip), "tokens_per_s": tokens / took * 1e3}
+    found = found | {
+        "peak_memory_bytes": max(most, peak_bytes),
+        "tokens_per_s": tokens / took * 1e3,
+    }
     timed = timing.Timing(took, took, took, 1)
-    yield step.row(setting, ceilings, timing=timed, note="one step, not repeated", extra=found)
+    yield step.row(clip, ceilings, timing=timed, note=f"one step, not repeated{cut}", extra=found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,16 +266,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="goku-2b", choices=list(PRESETS))
     parser.add_argument("--policies", nargs="+", default=["full"], choices=list(POLICIES))
     parser.add_argument("--seconds", type=float, default=200.0,
-                        help="that the search may take, and the clip's step as expected (200)")  # fmt: skip
+                        help="that the search of one policy may take (200)")  # fmt: skip
+    parser.add_argument("--limit", type=float, default=None,
+                        help="seconds for everything, the clips' steps too (twice the searches')")  # fmt: skip
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of results")
     options = parser.parse_args(arguments)
+    began, count = time.monotonic(), len(options.policies)
+    limit = 2 * options.seconds * count if options.limit is None else options.limit
     if not torch.cuda.is_available():
         print("python -m bench.longest: needs a CUDA device", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     ceilings = timing.measure_ceilings(device, 0.5)
-    for policy in options.policies:
-        for row in measure(options.preset, policy, device, ceilings, options.seconds):
+    for i, policy in enumerate(options.policies, 1):
+        given = (device, ceilings, options.seconds, began + limit * i / count)
+        for row in measure(options.preset, policy, *given):
             for record in harness.write([row], device, options.out):
                 print(harness.describe(record), flush=True)
         step.release(device)

@@ -17,7 +17,10 @@ from goku.model import PRESETS, ModelConfig
 from goku_kernels import qk_norm_rope, qk_norm_rope_bytes
 
 OPERATOR = "qk_norm_rope"
-SOURCES = ("kernels/goku_kernels", "bench/qk_norm_rope.py", "bench/cases.py", "bench/timing.py")
+SOURCES = (
+    "kernels/goku_kernels", "bench/qk_norm_rope.py", "bench/cases.py", "bench/judging.py",
+    "bench/batching.py", "bench/timing.py",
+)  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6
 

@@ -22,10 +22,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from bench import block, harness, timing
-from bench.cases import REFUSALS, packing
+from bench.begun import ENDED, lost
+from bench.cases import packing
 from bench.packs import TEXT_TOKENS, Pack, packs
 from bench.policy_runs import NONE, POLICIES
+from bench.refusals import refusals
 from bench.step_profile import PHASE, where_time_goes
+from bench.watch import GONE, Mark, reason, unmarked
 from goku.activation_bytes import recomputed_bytes_per_token, saved_bytes_per_token
 from goku.flops import named_peak, training_flops
 from goku.flow import per_sample_mse
@@ -293,14 +296,16 @@ Truth = tuple[float, float]  # loss, and norm of the gradient
 def measure(
     setting: Setting, device: torch.device, ceilings: timing.Ceilings, *, seconds: float,
     records: Sequence[Mapping[str, Any]] = (), truths: dict[tuple[str, str], Truth] | None = None,
+    mark: Mark = unmarked,
 ) -> harness.Row:  # fmt: skip
-    """The row of one setting.
+    """The row of one setting; its extra has ENDED where it took the device's context along.
 
     Loss and norm of the gradient are compared with those of the eager operators that recompute every block.
 
     Args:
         records: rows measured before; the attention's rate is looked for among them.
         truths: of (preset, pack), found before; what is found is added.
+        mark: told of the row to write should the process end.
     """
     truths = {} if truths is None else truths
     with torch.device("meta"):
@@ -310,6 +315,7 @@ def measure(
     if needed > room:
         return row(setting, ceilings, status="absent", note=estimate)
     key = setting.preset, setting.pack.name
+    mark([row(setting, ceilings, status="failed", note=GONE, extra={ENDED: True})])()
     try:
         batch = Batch.draw(setting, device)
         if key not in truths:
@@ -319,9 +325,10 @@ def measure(
         found = _measured(setting, batch, truths[key], device, ceilings, seconds, records)
     except torch.OutOfMemoryError:
         found = row(setting, ceilings, status="absent", note=f"out of memory; {estimate}")
-    except REFUSALS as error:
-        note = f"{type(error).__name__}: {error}"[:400]
-        found = row(setting, ceilings, status="failed", note=note)
+    except refusals() as error:
+        found = row(setting, ceilings, status="failed", note=reason(error))
+        if lost(device):
+            return dataclasses.replace(found, extra={ENDED: True})
     release(device)  # only here has the error's traceback let go of the model
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bench import longest, plots, step
+from bench.block_expected import RATE_NOT_MEASURED
 from bench.step_profile import CATEGORIES, shares
 
 Record = Mapping[str, Any]
@@ -99,7 +100,9 @@ def _line(shown: Rows, r: Record) -> list[str]:
         f"{extra['tokens_per_s']:,.0f}",
         _percent(extra.get("mfu")),
         f"{extra['expected_ms']:.1f} ({extra['attention_rate']})",
-        f"{extra['expected_ms'] / r['median_ms']:.2f}",
+        NOT_MEASURED  # the shorter what is expected, the worse what was measured would look
+        if extra["attention_rate"] == RATE_NOT_MEASURED
+        else f"{extra['expected_ms'] / r['median_ms']:.2f}",
         _gib(peak),
         _gib(estimate),
         f"{peak / estimate:.2f}",

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from bench import cases, timing
-from bench.ahead import overridden, with_config
+from bench.ahead import overridden, with_config, with_use
+from bench.begun import ContextLost, lost
 from bench.candidates import Config, Row, direction, options
 from bench.packs import GPU_PACKS, Pack
+from bench.watch import reason, together
 
 ROUNDS = (5, 10, 20)  # of each stage
 GAIN = 0.99  # the winner has to take less than this share of what the shipped one takes
@@ -29,7 +31,7 @@ CLOSE = 1.02  # nobody leaves who is this close to the best
 JUDGED_ON = ("64K, one clip", "64K, many images")
 JUDGED_SHORT = ("16K, one clip", "64K, many images")
 
-# Names of candidates, rounds -> milliseconds of a call
+# Names of candidates, rounds -> milliseconds of a call; infinite where it fails
 Clock = Callable[[Sequence[int], int], Mapping[int, float]]
 
 
@@ -58,8 +60,12 @@ def contest(
         if not alive or (stage and (len(alive) == 1 or enough())):
             break
         times = clock(alive, rounds)
+        alive = [name for name in alive if times[name] < math.inf]
         for name in alive:
             out.ms[name], out.rounds[name] = times[name], rounds
+        if not alive:
+            out.order = []
+            break
         ranked = sorted(alive, key=lambda name: times[name])
         out.order = ranked
         half = ranked[: max(2, math.ceil(len(ranked) / 2))]
@@ -163,8 +169,33 @@ class Trials:
 
         The winner is right; who was before it in speed and wrong is in `failed`.
 
-        begun: told of every configuration before it runs for the first time.
+        begun: told of every configuration before it runs.
+
+        Raises:
+            ContextLost: the configuration that began last took the device's context along.
         """
+        tables = [with_config(rows, row, config) for config in configs]
+        marks = [partial(begun, config) for config in configs]
+        return self._best(row, size, dtype, tables, marks, first=0, enough=enough)
+
+    def rivals(
+        self, rows: Sequence[Row], row: Row, size: int, dtype: str, *,
+        begun: Callable[[Config], None] = lambda config: None,
+    ) -> Outcome:  # fmt: skip
+        """Of running without `row`'s kernel (0) and with it (1) those that may be, better first.
+
+        What the row says now stays unless the other is faster by a gain; else as `row`.
+        """
+        tables = [with_use(rows, row, used) for used in (False, True)]
+        marks: list[Callable[[], None]] = [lambda: begun({}), lambda: begun(dict(row["config"]))]
+        return self._best(row, size, dtype, tables, marks, first=0 if row.get("unused") else 1)
+
+    def _best(
+        self, row: Row, size: int, dtype: str, tables: Sequence[Sequence[Row]],
+        marks: Sequence[Callable[[], None]], *, first: int,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Outcome:  # fmt: skip
+        """Of `tables` of the operator's rows those that may be taken, best first."""
         stands = self.stands(size, dtype)
         way = direction(row["kernel"])
         if way not in stands[0].problem.directions:
@@ -172,45 +203,61 @@ class Trials:
         asked = options(self.op, row["kernel"])
         module = importlib.import_module(f"bench.{self.op}")
         function: cases.Function = module.function("triton", **asked)
-        tables = [with_config(rows, row, config) for config in configs]
         calls = [
             [
                 stand.call(way, function, str(asked), partial(overridden, self.op, table))
                 for table in tables
             ]
             for stand in stands
-        ]  # by stand and configuration
+        ]  # by stand and table
         failed: dict[int, str] = {}
-        for i, config in enumerate(configs):
-            begun(config)
+
+        def failure(error: Exception) -> str:
+            if lost(self.device):
+                raise ContextLost(reason(error)) from error
+            return reason(error)[:200]
+
+        for i, mark in enumerate(marks):
+            mark()
             try:
                 for stand in calls:
                     prepare, run = stand[i]
                     run(prepare(0))
                 timing.synchronise(self.device)
             except cases.REFUSALS as error:
-                failed[i] = f"{type(error).__name__}: {error}"[:200]
+                failed[i] = failure(error)
 
         def clock(names: Sequence[int], rounds: int) -> dict[int, float]:
             logs = dict.fromkeys(names, 0.0)
             for stand, each in zip(stands, calls, strict=True):
-                chosen = {str(n): each[n] for n in names}
-                times = timing.interleaved(
-                    chosen, self.device, seconds=0.0, warm_up=1, min_rounds=rounds,
-                    copies=len(stand.copies),
+                measure = partial(
+                    timing.interleaved, device=self.device, seconds=0.0, warm_up=1,
+                    min_rounds=rounds, copies=len(stand.copies),
                 )  # fmt: skip
+                found = together(
+                    {str(n): each[n] for n in names if n not in failed}, measure,
+                    {str(n): marks[n] for n in names}, self.device,
+                )  # fmt: skip
+                if found.lost:
+                    raise ContextLost(found.failed[found.lost])
+                failed.update({int(n): why for n, why in found.failed.items()})
                 for n in names:
-                    logs[n] += math.log(times[str(n)].median_ms) / len(stands)
-            return {n: math.exp(x) for n, x in logs.items()}
+                    if n not in failed:
+                        logs[n] += math.log(found.found[str(n)].median_ms) / len(stands)
+            return {n: math.inf if n in failed else math.exp(x) for n, x in logs.items()}
 
-        able = [i for i in range(len(configs)) if i not in failed]
-        out = contest(able, clock, first=0, enough=enough)
-        out.failed |= failed
+        able = [i for i in range(len(tables)) if i not in failed]
+        out = contest(able, clock, first=first, enough=enough)
         while out.order:
-            wrong = self._wrong(stands, function, tables[out.order[0]])
+            marks[out.order[0]]()
+            try:
+                wrong = self._wrong(stands, function, tables[out.order[0]])
+            except cases.REFUSALS as error:
+                wrong = failure(error)
             if wrong is None:
                 break
-            out.failed[out.order.pop(0)] = wrong
+            failed[out.order.pop(0)] = wrong
+        out.failed |= failed
         return out
 
     def _wrong(

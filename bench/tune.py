@@ -5,9 +5,11 @@
 For each row of kernels/goku_kernels/triton/configs/<op>.json of this chip: its candidates come from
 `screening` (kept tables, or compiled here in many processes), `ahead` compiles them before the GPU
 is asked, `trials` times them against each other and judges the winner. The row is written at once,
-every candidate with its time to bench/results/tune/<op>.jsonl. So a run may end at any time; with
---resume it goes on with the rows that these sources have no winner of on this GPU, and leaves out
-what was running when a run died.
+every candidate with its time to bench/results/tune/<op>.jsonl. A kernel that runs in the place of
+another (attention's forward with specialised warps) is then timed beside that one; where it is slower
+or not right its row is marked "unused". So a run may end at any time; with --resume it goes on with
+the rows that these sources have no winner of on this GPU, and leaves out what was running when a run
+died. A configuration that takes the device's context along makes the command run itself again.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from typing import Any
 
 import torch
 
-from bench import ahead, candidates, harness, screening
+from bench import ahead, begun, candidates, harness, screening
 from bench.candidates import Config, Row
 from bench.trials import GAIN, Outcome, Trials
 
 FOLDER = screening.CONFIGS
 RESULTS = harness.RESULTS / "tune"
 MAX_LINES = 2000  # of one operator's file: the oldest go
+USES = ("unused", "used")  # what is said of a row beside that whose place it takes
 # One contest of 17 candidates takes about as long, with a truth that is new.
 ROW_SECONDS = 8.0
 
@@ -58,38 +61,40 @@ class Log:
     """bench/results/tune/<op>.jsonl: every candidate's time, and what runs now.
 
     A launch that breaks the context ends the process; the configuration that began last, and is in
-    <op>.begun then, is left out from there on.
+    <op>.begun then, is left out from there on, unless the process was stopped because its time was up.
+
+    until: time.time() after which nothing new begins. since: winners from before do not count.
     """
 
     op: str
     folder: Path
     origin: Mapping[str, str]
+    until: float = float("inf")
+    since: str = ""
     lines: list[str] = field(default_factory=list)
+    begun: begun.Begun = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file.is_file():
             self.lines = self.file.read_text(encoding="utf-8").splitlines()
-        if self.begun.is_file():
-            record = json.loads(self.begun.read_text(encoding="utf-8"))
-            self.add([{**record, "status": "ended the process"}])
-            self.begun.unlink()
+        self.begun = begun.Begun(self.folder / f"{self.op}.begun", self.until)
+        left, late = self.begun.left()
+        self.add([{**record, "status": "ended the process"} for record in left if not late])
 
     @property
     def file(self) -> Path:
         return self.folder / f"{self.op}.jsonl"
 
-    @property
-    def begun(self) -> Path:
-        return self.folder / f"{self.op}.begun"
-
     def begin(self, row: Row, config: Config) -> None:
         """Note what is about to run for the first time."""
         record = {**_named(self.op, row), **self.origin, "config": config}
-        self.begun.write_text(json.dumps(record), encoding="utf-8")
+        self.begun.begin([record])
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append lines; of more than MAX_LINES the last are kept."""
+        if not records:
+            return
         self.lines = [*self.lines, *(json.dumps(r) for r in records)][-MAX_LINES:]
         partial = self.file.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
@@ -102,7 +107,18 @@ class Log:
 
     def tuned(self, row: Row) -> bool:
         """Whether a row has a winner on this GPU from these sources."""
-        return any(r["status"] == "winner" for r in self._mine(row))
+        return any(
+            r["status"] == "winner" and r["measured_at"] >= self.since for r in self._mine(row)
+        )
+
+    def compared(self, row: Row, beside: Mapping[str, Config]) -> bool:
+        """Whether the row as it is now has been timed beside the kernels whose place it takes."""
+        wanted = {"config": row["config"], "beside": beside}
+        known = [r for r in self._mine(row) if r["status"] in USES]
+        return any(
+            r["measured_at"] >= self.since and all(r[k] == v for k, v in wanted.items())
+            for r in known
+        )
 
     def deadly(self, row: Row) -> list[Config]:
         """Configurations that ended a process."""
@@ -149,7 +165,7 @@ def tune(
             enough=lambda: left() < ROW_SECONDS / 2,
             begun=lambda config, row=row: log.begin(row, config),
         )  # fmt: skip
-        log.begun.unlink(missing_ok=True)
+        log.begun.clear()
         log.add(list(records(op, row, size, known, out, log.origin)))
         if not out.order:
             say(f"{what}: none of {len(configs)} configurations can be used: {out.failed}")
@@ -163,6 +179,67 @@ def tune(
         rows[i] = {**row, "config": configs[winner]}
         save()
     return True
+
+
+def compare(
+    op: str, rows: list[Row], which: Sequence[int], options: Options, log: Log,
+    trial: Callable[..., Outcome], left: Callable[[], float], save: Callable[[], None],
+    say: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
+    """Mark those of rows `which` used or "unused" that run in another's place; False if time ran out.
+
+    Args:
+        trial: rows, row, size, dtype -> outcome of without (0) and with (1), as Trials.rivals.
+        left, save: as of `tune`.
+    """
+    for i in which:
+        row = rows[i]
+        if (op, row["kernel"]) not in candidates.IN_PLACE_OF:
+            continue
+        what = f"{op} {row['kernel']} at {row['size']} {screening.dtype(row)}"
+        beside = _beside(op, rows, row)
+        if options.resume and log.compared(row, beside):
+            continue
+        if left() < ROW_SECONDS:
+            say(f"{what}: no time is left to time it beside {', '.join(beside)}; --resume does")
+            return False
+        if row["config"] in log.deadly(row):
+            out = Outcome(order=[0], failed={1: "it ended a process"})
+        else:
+            out = trial(
+                rows, row, candidates.judged_size(op, row, rows), screening.dtype(row),
+                begun=lambda config, row=row: log.begin(row, config),
+            )  # fmt: skip
+            log.begun.clear()
+        if not out.order:
+            say(f"{what}: neither with it nor without it is right: {out.failed}")
+            continue
+        used = out.order[0] == 1
+        log.add([{
+            **_named(op, row), **log.origin, "status": USES[used], "config": row["config"],
+            "beside": beside, "ms": out.ms.get(1), "ms_without": out.ms.get(0),
+            "note": "; ".join(out.failed.values()),
+            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }])  # fmt: skip
+        times = [f"{out.ms[n]:.4f} ms" if n in out.ms else "no time" for n in (1, 0)]
+        why = f" ({'; '.join(out.failed.values())})" if out.failed else ""
+        say(f"{what}: {times[0]}, without it {times[1]}{why}: {USES[used]}")
+        if used == bool(row.get("unused")):
+            rows[:] = ahead.with_use(rows, row, used)
+            save()
+    return True
+
+
+def _beside(op: str, rows: Sequence[Row], row: Row) -> dict[str, Config]:
+    """Of the kernels that run where `row` is unused the configurations, by name."""
+    first = candidates.IN_PLACE_OF[op, row["kernel"]]
+    names = (first, "gradient_q") if first == "gradient_kv" else (first,)
+    keys = ("size", "chip", "dtypes")
+    return {
+        r["kernel"]: dict(r["config"])
+        for r in rows
+        if r["kernel"] in names and all(r[k] == row[k] for k in keys)
+    }
 
 
 def records(
@@ -230,8 +307,13 @@ def run(
 
     Raises:
         ValueError: no configurations of an operator, or no row of this chip that fits.
+        begun.ContextLost: a configuration took the device's context along, and this process is no
+            `python -m bench`, which would have run itself again.
     """
-    began = time.monotonic()
+    began, start = time.monotonic(), begun.Start.of(options.resume)
+    until = time.time() + options.limit
+    # --resume that a restart has added does not bring back what was tuned before the command.
+    since = "" if start.resume or start.since is None else start.since
 
     def left() -> float:
         return options.limit - (time.monotonic() - began)
@@ -239,7 +321,7 @@ def run(
     hardware = {
         "device": str(harness.hardware(device)["device"]), "torch": str(torch.__version__),
     }  # fmt: skip
-    work = [_work(op, options, chip, hardware) for op in ops]
+    work = [_work(op, options, chip, hardware, until, since) for op in ops]
     if not any(each.found for each in work):
         raise ValueError(
             f"no row to tune: chip {chip}, kernels {list(options.kernels)}, sizes "
@@ -263,9 +345,20 @@ def run(
     for each in work:
         trials = Trials(each.op, device, say)
         save = each.save if options.write else _nothing
-        given = (each.rows, each.which, options, each.log, lists[each.op], trials.row)
-        if not tune(each.op, *given, left, save, say):
-            return False
+        log, lists_of = each.log, lists[each.op]
+        try:
+            if not tune(
+                each.op, each.rows, each.which, options, log, lists_of, trials.row, left, save, say
+            ):
+                return False
+            if not compare(
+                each.op, each.rows, each.found, options, log, trials.rivals, left, save, say
+            ):
+                return False
+        except begun.ContextLost as error:
+            say(f"{each.op}: the device's context is lost, the command runs itself again: {error}")
+            begun.restart(left(), start)
+            raise
     say(f"all rows are through in {time.monotonic() - began:.0f} s; a gain is over {1 - GAIN:.0%}")
     return True
 
@@ -287,13 +380,16 @@ class _Work:
         partial.replace(self.file)
 
 
-def _work(op: str, options: Options, chip: int, hardware: Mapping[str, str]) -> _Work:
+def _work(
+    op: str, options: Options, chip: int, hardware: Mapping[str, str], until: float,
+    since: str,
+) -> _Work:  # fmt: skip
     file = options.folder / f"{op}.json"
     if not file.is_file():
         raise ValueError(f"OP is {op!r}: there is no {file.name} to tune")
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
-    log = Log(op, options.results, {**screening.origin(op), **hardware})
+    log = Log(op, options.results, {**screening.origin(op), **hardware}, until, since)
     which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
     # Rows of one width share inputs and truth.
     which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))

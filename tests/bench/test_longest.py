@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bench import longest, timing
+from bench import harness, longest, timing
 from bench.policy_runs import POLICIES
 
 
@@ -71,25 +73,96 @@ def test_it_ends_when_it_is_late() -> None:
     assert tokens == 43_520
 
 
-def test_what_was_found_is_there_before_the_clip_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    ceilings = timing.Ceilings(
-        timing.Ceiling("matmul", 8e14, "FLOP/s"), timing.Ceiling("copy", 4e12, "byte/s")
-    )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (76 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(longest, "try_tokens", lambda *_: lambda n: 10**5 * n if n < 9e4 else None)
+CEILINGS = timing.Ceilings(
+    timing.Ceiling("matmul", 8e14, "FLOP/s"), timing.Ceiling("copy", 4e12, "byte/s")
+)
 
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """80 GB, on which 90,000 tokens fit; a trial takes `trial` seconds of its clock, `now`."""
+    state = SimpleNamespace(now=0.0, trial=10.0, tried=[], asked=[])
+
+    def trial(tokens: int) -> int | None:
+        state.tried.append(tokens)
+        state.now += state.trial
+        return 10**5 * tokens if tokens < 9e4 else None
+
+    def free(device: torch.device) -> tuple[int, int]:
+        state.asked.append("memory")
+        return 76 * 2**30, 80 * 2**30
+
+    monkeypatch.setattr(longest.time, "monotonic", lambda: state.now)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(longest.step, "release", lambda device: state.asked.append("release"))
+    monkeypatch.setattr(longest, "try_tokens", lambda *_: trial)
+    return state
+
+
+def rows(**given: float) -> list[harness.Row]:
+    return list(longest.measure("goku-2b", "full", torch.device("cpu"), CEILINGS, **given))
+
+
+def test_what_was_found_is_there_before_the_clip_is_tried(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("fragments")
 
     monkeypatch.setattr(longest.step, "Run", no_room)
-    device = torch.device("cpu")
-    (row,) = longest.measure("goku-2b", "full", device, ceilings, 1e9)
+    (row,) = rows(seconds=1e9, deadline=1e9)
     assert row.status == "absent"
     assert 88_000 < row.extra["longest_tokens"] < 90_000
-    assert "was not run" in row.note
-    # Where it would take too long it is not even built.
+    assert row.note.endswith("tokens fit; a step on one clip of them was not run")
+    # What the ceilings took is given back before anybody asks what is free.
+    assert card.asked[:2] == ["release", "memory"]
+
+
+def test_the_clip_is_not_built_where_time_is_short(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(longest.step, "Run", None)
-    assert len(list(longest.measure("goku-2b", "full", device, ceilings, 1.0))) == 1
+    (row,) = rows(seconds=200.0, deadline=25.0)
+    assert "was not run: it is expected to take" in row.note
+    assert 88_000 < row.extra["longest_tokens"] < 90_000  # nothing was saved for it
+    assert "cut short" not in row.note
+
+
+def test_the_search_leaves_the_clip_the_time_that_it_needs(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the limit decides, not half of it: 94 s of 180 are there if the search was quick."""
+    ran = []
+
+    class Run:
+        def __init__(self, setting: longest.step.Setting, device: torch.device) -> None:
+            ran.append(setting.pack.tokens)
+
+        def prepare(self) -> None:
+            pass
+
+        def step(self, batch: object) -> None:
+            card.now += 94.0
+
+    monkeypatch.setattr(longest.step, "Run", Run)
+    monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
+    monkeypatch.setattr(longest, "clip_seconds", lambda *_: 94.0 + longest.SPARE_SECONDS)
+    _, row = rows(seconds=90.0, deadline=180.0)
+    whole = len(card.tried)
+    assert (row.status, row.timing.median_ms) == ("measured", 94e3)
+    assert ran == [row.extra["longest_tokens"]]
+    assert card.now <= 180.0 - longest.SPARE_SECONDS
+    # With slower trials there are fewer, and the row says so.
+    card.now, card.trial, card.tried[:] = 0.0, 20.0, []
+    _, row = rows(seconds=90.0, deadline=180.0)
+    assert len(card.tried) < whole
+    assert row.status == "measured"
+    assert "the search was cut short" in row.note
+    assert card.now <= 180.0
+    # The search alone may take its own time.
+    card.now, card.tried[:] = 0.0, []
+    rows(seconds=30.0, deadline=1e9)
+    assert len(card.tried) < whole
 
 
 def test_nothing_fits() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bench import harness, longest, report, step, step_profile, step_report, timing
+from bench.block_expected import RATE_NOT_MEASURED
 from bench.packs import Pack
 
 CEILINGS = timing.Ceilings(
@@ -71,6 +72,15 @@ def test_a_step_is_shown_beside_what_was_expected(tmp_path: Path) -> None:
     assert cells(page, "operators: attention")[0][4] == f"900.0{report.STALE}"
     assert cells(page, "| none |")[0][4] == "absent: 90 GiB"
     assert "### The longest sequence" in page
+
+
+def test_without_the_attentions_rate_nothing_is_judged_by_what_is_expected(tmp_path: Path) -> None:
+    """At the matrix product's rate it would be too short."""
+    page, _ = page_of(measured(tmp_path, "full", 1000.0, attention_rate=RATE_NOT_MEASURED))
+    full = cells(page, "| full |")[0]
+    assert full[7] == f"900.0 ({RATE_NOT_MEASURED})"
+    assert "attention was not measured" in full[7]
+    assert full[8] == "not measured"
 
 
 def test_the_longest_sequence_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Contests with a made-up clock, and the trials of a row on a CPU with the reference as a kernel."""
 
+import contextlib
+
 import pytest
 import torch
 
 from bench import adaln_modulate, cases, trials
+from bench.begun import ContextLost
 from bench.packs import Pack
 from goku_kernels.triton import configs
 
@@ -115,7 +118,8 @@ def test_the_fastest_right_configuration_wins_and_the_truth_is_computed_once(ope
     assert out.order[0] == 2  # 4 rows: 8 are faster and wrong, 16 do not fit
     assert out.failed[3].startswith("wrong on 64K, one clip: output 0")
     assert "out of resource: shared memory" in out.failed[4]
-    assert begun == configs_
+    assert begun[:5] == configs_
+    assert {"rows": 16} not in begun[5:]  # what failed does not run again
     # What would run in a forward's place is left out; other kernels keep their rows.
     assert all(found.keys() == {"forward", "backward"} for found in operator)
     assert {found["backward"] for found in operator} == {2}
@@ -123,6 +127,80 @@ def test_the_fastest_right_configuration_wins_and_the_truth_is_computed_once(ope
     trial.row(rows, rows[2], 64, "bfloat16", [{"rows": 1}, {"rows": 4}])
     assert len(drawn) == len(made) == 2
     assert truths == list(trials.JUDGED_ON)
+
+
+@pytest.mark.parametrize(
+    ("rows_without", "rows_with", "unused", "order"),
+    [
+        (4, 2, False, [0, 1]),  # slower
+        (2, 4, False, [1, 0]), (2, 4, True, [1, 0]),
+        (4, 4, False, [1, 0]), (4, 4, True, [0, 1]),  # no gain: as it is
+        (2, 16, False, [0]), (2, 8, False, [0]),  # it cannot run, or is wrong
+    ],
+)  # fmt: skip
+def test_a_kernel_is_timed_beside_those_whose_place_it_takes(
+    rows_without, rows_with, unused, order, operator, monkeypatch
+):
+    """The faster row of "forward" that is used runs, as attention's specialised one does."""
+    real = configs.table
+
+    def table(op):
+        found = [r for r in real(op) if not r.get("unused")]
+        return [r for r in found if r["size"] == 32] or found
+
+    special = {**row("forward", rows=rows_with), "size": 32} | ({"unused": True} if unused else {})
+    rows = [row("forward", rows=rows_without), special]
+    overridden = trials.overridden
+
+    @contextlib.contextmanager
+    def chosen(op, rows):
+        nonlocal real
+        with overridden(op, rows):
+            real = configs.table
+            configs.table = table
+            try:
+                yield
+            finally:
+                configs.table = real
+
+    monkeypatch.setattr(trials, "overridden", chosen)
+    begun = []
+    trial = trials.Trials("adaln_modulate", torch.device("cpu"))
+    out = trial.rivals(rows, special, 64, "bfloat16", begun=begun.append)
+    assert out.order == order
+    assert set(out.failed) == {0, 1} - set(order)
+    assert begun[:2] == [{}, special["config"]]
+
+
+def test_one_that_takes_the_context_along_ends_the_contest(operator, monkeypatch):
+    """Whoever began last did it; 16 rows only fail."""
+    lost = []
+
+    def synchronise(device):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    real = adaln_modulate.function
+
+    def function(backend):
+        inner = real(backend)
+
+        def run(inputs):
+            if {r["config"]["rows"] for r in configs.table("adaln_modulate")} == {32}:
+                lost.append(0)
+            synchronise(None)
+            return inner(inputs)
+
+        return run
+
+    monkeypatch.setattr(adaln_modulate, "function", function)
+    monkeypatch.setattr(trials.timing, "synchronise", synchronise)
+    rows, begun = [row("forward", rows=1)], []
+    trial = trials.Trials("adaln_modulate", torch.device("cpu"))
+    with pytest.raises(ContextLost, match="illegal memory access"):
+        trial.row(rows, rows[0], 64, "bfloat16", [{"rows": n} for n in (1, 16, 32, 4)],
+                  begun=begun.append)  # fmt: skip
+    assert begun == [{"rows": 1}, {"rows": 16}, {"rows": 32}]
 
 
 def test_a_backward_is_timed_without_its_forward(operator, monkeypatch):

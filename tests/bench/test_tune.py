@@ -67,7 +67,7 @@ def test_winners_are_saved_one_by_one_and_every_candidate_is_kept(tmp_path):
         "does not fit", True, False
     )  # fmt: skip
     assert lines[0]["registers"] == 10
-    assert not log.begun.exists()
+    assert not log.begun.file.exists()
 
 
 def test_a_stopped_run_is_taken_up(tmp_path):
@@ -96,6 +96,117 @@ def test_what_ended_a_process_is_left_out_the_next_time(tmp_path):
     run(rows, [0], again, lists)
     assert rows[0]["config"] == {"rows": 4}
     assert '"status": "ended the process"' in again.lines[0]
+
+
+SPECIAL = "forward_specialised"
+
+
+def beside(rows, log, ms, *, order, failed=None, resume=False, left=lambda: 100.0):
+    """`tune.compare` of attention's rows, with the outcome of its trial."""
+    saved, said, tried = [], [], []
+
+    def trial(rows, row, size, dtype, *, begun):
+        begun(row["config"])
+        tried.append((row["kernel"], size, dtype))
+        return Outcome(order, ms, {}, failed or {})
+
+    done = tune.compare(
+        "varlen_attention", rows, range(len(rows)), tune.Options(resume=resume), log, trial, left,
+        lambda: saved.append(json.dumps(rows)), said.append,
+    )  # fmt: skip
+    return done, saved, said, tried
+
+
+def used(rows):
+    return {(r["kernel"], r["size"]): not r.get("unused") for r in rows}
+
+
+def test_a_specialised_forward_that_is_slower_is_marked_unused(tmp_path):
+    def attention(**change):
+        plain = [row("forward", 90, 64, queries=128), row("gradient_kv", 90, 64, keys=64),
+                 row("gradient_q", 90, 64, keys=32)]  # fmt: skip
+        return [*plain, row(SPECIAL, 90, 64, queries=64), row("gradient", 90, 64, keys=128)]
+
+    rows = attention()
+    log = tune.Log("varlen_attention", tmp_path, ORIGIN)
+    done, saved, said, tried = beside(rows, log, {0: 1.0, 1: 1.2}, order=[0, 1])
+    assert (done, len(saved)) == (True, 2)
+    assert tried == [(SPECIAL, 64, "bfloat16"), ("gradient", 64, "bfloat16")]
+    assert used(rows) == {(r["kernel"], 64): r["kernel"] not in (SPECIAL, "gradient") for r in rows}
+    assert said[0] == (
+        "varlen_attention forward_specialised at 64 bfloat16: 1.2000 ms, without it 1.0000 ms: unused"
+    )
+    records = [json.loads(line) for line in log.file.read_text().splitlines()]
+    assert [(r["status"], r["ms"], r["ms_without"]) for r in records] == [("unused", 1.2, 1.0)] * 2
+    assert records[0]["beside"] == {"forward": {"queries": 128}}
+    assert records[1]["beside"] == {"gradient_kv": {"keys": 64}, "gradient_q": {"keys": 32}}
+    assert not log.begun.file.exists()
+    # Known; until one of the two is tuned to something else.
+    assert beside(rows, log, {}, order=[], resume=True)[3] == []
+    rows[0] = row("forward", 90, 64, queries=64)
+    _, saved, said, tried = beside(rows, log, {0: 1.0, 1: 0.9}, order=[1, 0], resume=True)
+    assert tried == [(SPECIAL, 64, "bfloat16")]
+    assert used(rows)[SPECIAL, 64]
+    assert len(saved) == 1
+    # What is as it was is not written again.
+    assert beside(rows, log, {0: 1.0, 1: 0.9}, order=[1, 0])[1] == [
+        json.dumps(rows)
+    ]  # the gradient
+    assert beside(rows, log, {0: 1.0, 1: 0.9}, order=[1, 0])[1] == []
+
+
+def test_one_that_is_not_right_or_ended_a_process_is_unused_too(tmp_path):
+    rows = [row("forward", 90, 64, queries=128), row(SPECIAL, 90, 64, queries=64)]
+    log = tune.Log("varlen_attention", tmp_path, ORIGIN)
+    _, _, said, _ = beside(rows, log, {0: 1.0, 1: 0.5}, order=[0], failed={1: "wrong on a pack"})
+    assert said[0].endswith("0.5000 ms, without it 1.0000 ms (wrong on a pack): unused")
+    assert not used(rows)[SPECIAL, 64]
+    rows[1] = row(SPECIAL, 90, 64, queries=32)
+    log.begin(rows[1], {"queries": 32})  # and then the process ends
+    log = tune.Log("varlen_attention", tmp_path, ORIGIN)
+    _, _, said, tried = beside(rows, log, {}, order=[])
+    assert tried == []
+    assert "it ended a process" in said[0]
+    assert not used(rows)[SPECIAL, 64]
+    # Where nothing is right nothing changes, and time may be up.
+    rows[1] = row(SPECIAL, 90, 64, queries=16)
+    assert beside(rows, log, {}, order=[], failed={0: "wrong", 1: "wrong"})[1] == []
+    done, _, said, tried = beside(rows, log, {}, order=[1], left=lambda: 1.0)
+    assert (done, tried) == (False, [])
+    assert "no time is left" in said[0]
+
+
+def test_who_was_only_out_of_time_is_not_deadly(tmp_path):
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN, until=0.0)
+    tuned = row("forward", 90, rows=1)
+    log.begin(tuned, {"rows": 64})
+    again = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    assert again.deadly(tuned) == []
+
+
+def test_a_lost_context_runs_the_tuner_again(tmp_path, monkeypatch):
+    """Which then leaves out what ran."""
+    restarts = []
+    monkeypatch.setattr(tune.begun, "restart", lambda left, start: restarts.append(start.resume))
+    monkeypatch.setattr(ahead, "everywhere", lambda *args: None)
+
+    def trial(self, rows, row, size, dtype, configs, *, enough, begun):
+        begun(configs[1])
+        raise tune.begun.ContextLost("an illegal memory access")
+
+    monkeypatch.setattr(trials.Trials, "row", trial)
+    rows = [{**row("forward", 90, 64, rows=8, num_warps=4), "dtypes": DTYPES}]
+    (tmp_path / "velocity_loss.json").write_text(tune.text(rows))
+    kept = table("velocity_loss", rows[0], rows[0]["config"], {"rows": 32, "num_warps": 4})
+    screening.write([kept], tmp_path / "screened")
+    options = tune.Options(
+        folder=tmp_path, results=tmp_path / "tune", screened=tmp_path / "screened"
+    )
+    with pytest.raises(tune.begun.ContextLost):
+        tune.run(["velocity_loss"], options, torch.device("cpu"), 90, lambda words: None)
+    assert restarts == [False]
+    (record,) = tune.begun.Begun(tmp_path / "tune" / "velocity_loss.begun").left()[0]
+    assert record["config"] == {"rows": 32, "num_warps": 4}
 
 
 def test_nothing_is_saved_where_nothing_can_be_used(tmp_path):
@@ -204,8 +315,8 @@ def test_attention_on_sm_90_takes_the_overridden_rows_of_either_forward():
     from goku_kernels.triton import varlen_attention as kernels
     from goku_kernels.triton.launch import Recorder
 
-    def launched(rows):
-        x = torch.empty((512, 8, 128), dtype=torch.bfloat16, device="meta")
+    def launched(rows, size=128):
+        x = torch.empty((512, 8, size), dtype=torch.bfloat16, device="meta")
         cu = torch.empty(4, dtype=torch.int32, device="meta")
         recorder = Recorder(90)
         with overridden("varlen_attention", rows):
@@ -219,6 +330,16 @@ def test_attention_on_sm_90_takes_the_overridden_rows_of_either_forward():
     rows = [row("forward", 90, 128, **plain), row("forward_specialised", 90, 128, **special)]
     assert launched(rows) == ("specialised_forward_kernel", 256, 32, 4, 8)
     assert launched(rows[:1]) == ("forward_kernel", 64, 32, 4, 2)
+    # One that is unused leaves its size to the plain one, and not to a wider one of its own kind.
+    unused = ahead.with_use(rows, rows[1], used=False)
+    assert launched(unused) == launched(rows[:1])
+    narrow = [{**r, "size": 64} for r in unused]
+    assert launched([*rows, *narrow], 64)[0] == "forward_kernel"
+    assert launched([*rows, *narrow])[0] == "specialised_forward_kernel"
+    assert ahead.with_use(unused, unused[1], used=True) == rows
+    # A trial of an unused one launches it.
+    tried = ahead.with_config(unused, unused[1], {**special, "queries": 512})
+    assert launched(tried) == ("specialised_forward_kernel", 512, 32, 4, 8)
 
 
 def test_files_are_written_as_they_are_kept():

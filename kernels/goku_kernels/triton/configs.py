@@ -27,8 +27,8 @@ def find(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Conf
         chip: 80, 90 or 100 (see `launch.CHIPS`).
     """
     rows = [row for row in _rows(op, kernel, dtype, chip) if row["size"] >= size]
-    values: Config | None = min(rows, key=lambda row: row["size"])["config"] if rows else None
-    return values
+    row = min(rows, key=lambda row: row["size"], default=None)
+    return None if row is None or row.get("unused") else row["config"]
 
 
 def config(op: str, kernel: str, size: int, dtype: torch.dtype, chip: int) -> Config:
@@ -59,6 +59,10 @@ def _rows(op: str, kernel: str, dtype: torch.dtype, chip: int) -> list[Mapping]:
 
 @functools.cache
 def table(op: str) -> tuple[Mapping, ...]:
-    """All rows of configs/<op>.json: {kernel, size, dtypes, chip, config}."""
+    """All rows of configs/<op>.json: {kernel, size, dtypes, chip, config}.
+
+    One with "unused": true is of a kernel that could run but lost to what runs without it; to leave
+    the row out would hand its sizes to the next larger one.
+    """
     file = resources.files(__package__) / "configs" / f"{op}.json"
     return tuple(json.loads(file.read_text(encoding="utf-8"))["rows"])

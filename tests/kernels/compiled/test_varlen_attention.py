@@ -107,6 +107,10 @@ def test_the_forward_of_sm_90_has_specialised_warps(size):
             continue
         launch = forward_of(90, f"{size} bfloat16 {heads} heads")
         report = compile_launch(launch, 90)
+        chosen = configs.find("varlen_attention", "forward_specialised", size, torch.bfloat16, 90)
+        if chosen is None:  # slower than the plain one where they were measured
+            assert report.kernel == "forward_kernel"
+            continue
         assert report.kernel == "specialised_forward_kernel"
         # 64 tokens of 8 heads in 3 samples: one program for each tile there can be.
         assert launch.grid == (4 * 8,)
