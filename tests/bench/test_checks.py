@@ -70,7 +70,9 @@ def test_attention_of_heads_that_lie_apart_or_in_one_place():
         return run
 
     for case, change in attention.layouts(MIXED, torch.bfloat16, 2, 16):
-        checks.all_fit(case, [change(watched)("torch"), change(attention.deterministic)("torch")], CPU)
+        checks.all_fit(
+            case, [change(watched)("torch"), change(attention.deterministic)("torch")], CPU
+        )
     assert {frozenset(strides) for strides in seen} >= {
         frozenset({(24, 1)}), frozenset({(17, 1)}), frozenset({(16, 1), (0, 1)})
     }  # fmt: skip

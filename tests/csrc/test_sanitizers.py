@@ -35,7 +35,9 @@ def same_places() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.long)]
+)
 def test_the_engine_is_clean(sanitizer, tmp_path):
     build = ROOT / "build" / f"sanitize-{sanitizer.replace(',', '-')}"
     run("cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DGOKU_SANITIZE={sanitizer}")
