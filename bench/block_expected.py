@@ -75,3 +75,13 @@ def expected(
     }
     source = RATE_NOT_MEASURED if attention is None else "attention as measured"
     return {**ms, "expected_ms": sum(ms.values()), "attention_rate": source}
+
+
+def reached(record: Mapping[str, Any]) -> float | None:
+    """Which share of the expected speed a measured row has; None where what is expected is too short.
+
+    The shorter what is expected, the worse what was measured would look.
+    """
+    if record["extra"]["attention_rate"] == RATE_NOT_MEASURED:
+        return None
+    return float(record["extra"]["expected_ms"] / record["median_ms"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import bandwidth_report, block, fixed_length, harness, plots, running, step, step_report
+from bench.block_expected import reached
 from bench.correctness_report import Checked
 
 Record = Mapping[str, Any]
@@ -287,11 +288,11 @@ def _block_cells(ours: Record | None) -> list[str]:
     if ours is None:
         return [NOT_MEASURED] * 6
     extra = ours["extra"]
-    mfu, peak = extra.get("mfu"), extra.get("peak_memory_bytes")
+    mfu, peak, share = extra.get("mfu"), extra.get("peak_memory_bytes"), reached(ours)
     return [
         ours["peer"].removeprefix("goku fused").removeprefix(", ") or "eager",
         f"{extra['expected_ms']:.2f} ({extra['attention_rate']})",
-        f"{extra['expected_ms'] / ours['median_ms']:.2f}",
+        NOT_MEASURED if share is None else f"{share:.2f}",
         f"{extra['tokens_per_s']:,.0f}",
         "unknown peak" if mfu is None else f"{100 * mfu:.1f}%",
         NOT_MEASURED if peak is None else f"{peak / 2**30:.2f} GiB",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bench import longest, plots, step
-from bench.block_expected import RATE_NOT_MEASURED
+from bench.block_expected import reached
 from bench.step_profile import CATEGORIES, shares
 
 Record = Mapping[str, Any]
@@ -92,7 +92,7 @@ def _line(shown: Rows, r: Record) -> list[str]:
     head = [r["hardware"]["device"], r["case"], r["pack"], r["peer"]]
     if r["status"] != "measured":
         return [*head, f"{r['status']}: {r['note']}", *[""] * (len(HEAD) - 5)]
-    extra = r["extra"]
+    extra, share = r["extra"], reached(r)
     peak, estimate = extra["peak_memory_bytes"], extra["estimated_memory_bytes"]
     return [
         *head,
@@ -100,9 +100,7 @@ def _line(shown: Rows, r: Record) -> list[str]:
         f"{extra['tokens_per_s']:,.0f}",
         _percent(extra.get("mfu")),
         f"{extra['expected_ms']:.1f} ({extra['attention_rate']})",
-        NOT_MEASURED  # the shorter what is expected, the worse what was measured would look
-        if extra["attention_rate"] == RATE_NOT_MEASURED
-        else f"{extra['expected_ms'] / r['median_ms']:.2f}",
+        NOT_MEASURED if share is None else f"{share:.2f}",
         _gib(peak),
         _gib(estimate),
         f"{peak / estimate:.2f}",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import harness, plots, report, running, timing
+from bench.block_expected import RATE_NOT_MEASURED
 
 CPU = torch.device("cpu")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -155,6 +156,13 @@ def test_the_block_shows_what_was_to_be_expected(tmp_path):
         "10.000", "400 TFLOP/s", "50.0", "torch.compile", "15.000", "1.50",
         "torch.compile", "8.00 (attention as measured)", "0.80", "6,400,000", "42.0%", "3.00 GiB",
     ]  # fmt: skip
+
+    # Beside the matmul ceiling alone every attention would look slow.
+    extra["attention_rate"] = RATE_NOT_MEASURED
+    page, _ = rendered(record(tmp_path, "goku fused", 12.0, extra=extra, **given))
+    section = page.split("## block")[1].split("<details>")[0]
+    cells = line_of(section, "64K, mixed", "autocast", "H200", "goku-2b")
+    assert cells[11:13] == [f"8.00 ({RATE_NOT_MEASURED})", "not measured"]
 
 
 def test_files_are_written_and_plots_stand_alone(tmp_path):
