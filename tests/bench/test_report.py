@@ -162,7 +162,7 @@ def test_the_block_shows_what_was_to_be_expected(tmp_path):
     page, _ = rendered(record(tmp_path, "goku fused", 12.0, extra=extra, **given))
     section = page.split("## block")[1].split("<details>")[0]
     cells = line_of(section, "64K, mixed", "autocast", "H200", "goku-2b")
-    assert cells[11:13] == [f"8.00 ({RATE_NOT_MEASURED})", "not measured"]
+    assert cells[12:14] == [f"8.00 ({RATE_NOT_MEASURED})", "not measured"]
 
 
 def test_files_are_written_and_plots_stand_alone(tmp_path):
