@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from goku.parallelize import (
     ActivationCheckpointing,
     ParallelDims,
     apply_activation_checkpointing,
+    from_torchrun,
 )
 from goku.recipe import Recipe, Stage, draws
 from goku.run_config import RunConfig
@@ -157,7 +157,7 @@ def _stage_row(stage: Stage, status: str) -> tuple[str, ...]:
 def _dims(config: RunConfig) -> ParallelDims:
     """Of the processes that torchrun started; outside of it, of the fewest that the config can mean."""
     fewest = config.parallel.dp_replicate * max(1, config.parallel.dp_shard) * config.parallel.sp
-    return config.parallel.resolve(int(os.environ.get("WORLD_SIZE", fewest)))
+    return config.parallel.resolve(from_torchrun("WORLD_SIZE", fewest))
 
 
 def _processes(dims: ParallelDims) -> str:

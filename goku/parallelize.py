@@ -50,6 +50,7 @@ __all__ = [
     "check_policies",
     "clip",
     "copy_parameters",
+    "from_torchrun",
     "local",
     "microbatch",
     "parallel_context",
@@ -198,8 +199,8 @@ def parallel_context(
             "device is 'cuda', but torch sees no CUDA device here; allowed: 'auto', 'cpu'"
         )
     cuda = torch.cuda.is_available() and device != "cpu"
-    world, rank = _environment("WORLD_SIZE", 1), _environment("RANK", 0)
-    local_rank = _environment("LOCAL_RANK", 0)
+    world, rank = from_torchrun("WORLD_SIZE", 1), from_torchrun("RANK", 0)
+    local_rank = from_torchrun("LOCAL_RANK", 0)
     dims = (dims or ParallelDims()).resolve(world)
     if cuda:
         if local_rank >= (count := torch.cuda.device_count()):
@@ -245,8 +246,8 @@ def parallel_context(
             time.sleep(0.1)
 
 
-def _environment(name: str, default: int) -> int:
-    """A number that torchrun sets."""
+def from_torchrun(name: str, default: int) -> int:
+    """The number that torchrun sets in the environment. Raises ValueError when it is none."""
     value = os.environ.get(name, str(default)).strip()
     if not value.isdecimal():
         raise ValueError(f"{name} is {value!r} in the environment; allowed: an integer >= 0")

@@ -176,6 +176,11 @@ def test_processes_that_the_mesh_does_not_fit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="does not divide the 3 processes"):
         describe(config)
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(
+        ValueError, match="WORLD_SIZE is 'x' in the environment; allowed: an integer"
+    ):
+        describe(config)
 
 
 def test_flops_of_a_step_are_those_of_full_packs_of_one_sample() -> None:
