@@ -95,7 +95,14 @@ def test_async_save_by_process(run_processes: Callable[..., str], tmp_path: Path
     run_processes(2, PROCESSES, ("asynchronous", {"path": path, "kind": "process"}))
 
 
-@pytest.mark.parametrize("name", ["failing", "failing_late", "failing_last"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("failing", marks=pytest.mark.long),
+        "failing_late",
+        pytest.param("failing_last", marks=pytest.mark.long),
+    ],
+)
 def test_failing_ranks_leave_nothing(
     run_processes: Callable[..., str], tmp_path: Path, name: str
 ) -> None:

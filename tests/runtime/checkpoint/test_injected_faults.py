@@ -57,7 +57,7 @@ def test_a_checkpoint_that_cannot_be_read(run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize(
     ("calls", "pointer"),
     [

@@ -17,7 +17,13 @@ SCRIPT = Path(__file__).with_name("one_sided_processes.py")
 
 
 @pytest.mark.parametrize(
-    "case", ["no_thread", "no_memory_to_warm", "a_placement_on_one_rank", "other_paths"]
+    "case",
+    [
+        "no_thread",
+        pytest.param("no_memory_to_warm", marks=pytest.mark.long),
+        "a_placement_on_one_rank",
+        pytest.param("other_paths", marks=pytest.mark.long),
+    ],
 )
 def test_all_ranks_learn_of_it(run_processes: Run, tmp_path: Path, case: str) -> None:
     run_processes(2, SCRIPT, (case, {"root": str(tmp_path)}))
