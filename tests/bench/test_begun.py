@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import begun, block, cases, gpu_check, harness, running, step, timing, velocity_loss
+from bench import begun, block, cases, gpu_steps, harness, running, step, timing, velocity_loss
 from bench.begun import Begun, Start
 from bench.cases import Peer
 from bench.packs import Pack
@@ -277,7 +277,7 @@ runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
     words = [sys.executable, "-c", code, "run", "velocity_loss", "--device", "cpu", "--seconds", "0",
              "--out", str(tmp_path)]  # fmt: skip
-    given = {"cwd": harness.ROOT, "env": gpu_check.environment() | {"CODE": code}}
+    given = {"cwd": harness.ROOT, "env": gpu_steps.environment() | {"CODE": code}}
     given["env"].pop("GOKU_BENCH_RESTARTED", None)
     first = subprocess.run(words, capture_output=True, text=True, **given)
     assert first.returncode == -signal.SIGKILL

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from goku_runtime.checkpoint.beside import beside, clean
 from goku_runtime.checkpoint.checksum import crc32c
-from goku_runtime.checkpoint.committing import SmallFiles, beside, commit, thin_out
+from goku_runtime.checkpoint.committing import SmallFiles, commit, thin_out
 from goku_runtime.checkpoint.directory import NewDirectory, check_name, given_path, write_durably
 from goku_runtime.checkpoint.handle import Progress, SaveHandle
 from goku_runtime.checkpoint.index import CHUNK
@@ -42,6 +43,8 @@ __all__ = ["Checkpointer"]
 
 logger = logging.getLogger(__name__)
 
+# What is written beside the tensors, generously.
+_SMALL_FILES = 64 << 20
 # Windows in flight while `save` copies: one being filled, the others being written.
 _RING = 4
 
@@ -60,8 +63,6 @@ class _Job:
     retention: Retention | None
     progress: Progress
     beside: SmallFiles | None = None  # rank 0's, from when its data is written
-    # Rank 0's: the deletion of what killed processes left there, for which no rank waits.
-    swept: Future[None] | None = None
     handle: SaveHandle | None = None
     device: int | None = None  # the training's GPU
     # What the training's stream had reached on each GPU when the save was asked for.
@@ -106,6 +107,7 @@ class Checkpointer:
         self._ring: list[Memory] = []
         self._engine: Engine | None = None
         self._handle: SaveHandle | None = None
+        self._deleting: list[Future[None]] = []  # rank 0's, in threads
         self._anchored: Path | None = None  # of the save before: the directories above are durable
 
     def __enter__(self) -> Checkpointer:
@@ -264,35 +266,43 @@ class Checkpointer:
         latest: bool,
         retention: Retention | None,
     ) -> _Job:
-        target = Path(os.path.abspath(given_path(path)))
-        if retention is not None and not isinstance(retention, Retention):
-            raise ValueError(f"retention is {retention!r}; allowed: None or Retention(keep_last)")
         layout, tree, sources = self._layouts.of(state)
         made: list[NewDirectory] = []
 
-        def make() -> tuple[str, str]:
+        def make() -> tuple[str, str, int, int | None]:
+            target, free = Path(os.path.abspath(given_path(path))), None
+            _check_retention(retention)
             if self._ranks.is_first:
                 made.append(self._make(target, overwrite))
-            return str(made[0].path) if made else "", str(target)
+                if made[0].leftovers:
+                    free = _free_bytes(made[0].path)
+            return str(made[0].path) if made else "", str(target), layout.image.nbytes, free
 
         try:
             found = self._ranks.collect(make)
-            for rank, (_, other) in enumerate(found):
+            for rank, (_, other, _, _) in enumerate(found):
                 if other != found[0][1]:
                     raise ValueError(f"path is {found[0][1]} on rank 0 and {other} on rank {rank}")
-            unfinished = Path(found[0][0])
+            self._sweep(made[0] if made else None, sum(each[2] for each in found), found[0][3])
         except BaseException:
             if made:  # an exchange that fails after it
                 made[0].discard()
             raise
-        directory = made[0] if made else None
-        progress = Progress(layout.image.nbytes)
-        job = _Job(
-            layout, tree, sources, target, directory, unfinished, latest, retention, progress
-        )
-        if directory is not None and directory.leftovers:
-            job.swept = beside(f"sweep for {target.name}", directory.clear)
-        return job
+        directory, progress = made[0] if made else None, Progress(layout.image.nbytes)
+        return _Job(
+            layout, tree, sources, Path(found[0][1]), directory, Path(found[0][0]), latest,
+            retention, progress,
+        )  # fmt: skip
+
+    def _sweep(self, directory: NewDirectory | None, nbytes: int, free: int | None) -> None:
+        """Deletes what killed processes left there beside the writing; before it where both do not fit."""
+        if free is None:
+            return
+        if directory is not None:
+            sweep = beside(f"sweep for {directory.target.name}", directory.clear)
+            self._deleting.append(sweep)
+        if free < nbytes + nbytes // 16 + _SMALL_FILES:
+            self._ranks.on_first(lambda: wait(self._deleting))
 
     def _make(self, target: Path, overwrite: bool) -> NewDirectory:
         check_name(target)
@@ -371,24 +381,25 @@ class Checkpointer:
         except BaseException:
             self._abandon(job)
             raise
-        # By rank 0 alone, when all have the result: deleting may take longer than a group's patience.
         if job.directory is not None:
-            self._swept(job)
-            job.directory.clear()  # what the new one replaced
+            self._clean_up(job, job.directory)
+
+    def _clean_up(self, job: _Job, directory: NewDirectory) -> None:
+        """Deletes what was replaced and what retention does not keep: rank 0 alone, when all have the result."""
+
+        def task() -> None:
+            directory.clear()
             if job.retention is not None:
                 thin_out(job.target, job.retention, self._journal)
+
+        name = f"cleaning up behind {job.target.name}"
+        self._deleting = [clean(name, task, after=self._deleting)]
 
     def _abandon(self, job: _Job) -> None:
         if job.beside is not None:
             job.beside.wait()
         if job.directory is not None:
-            self._swept(job)
             job.directory.discard()
-
-    def _swept(self, job: _Job) -> None:
-        """Waits until nothing is deleted in the background any more."""
-        if job.swept is not None:
-            job.swept.result()
 
     def _written(self, job: _Job) -> dict[str, FileSum]:
         """`_write_files`, and the one error for a save that was given up, however far it was."""
@@ -521,3 +532,14 @@ class Checkpointer:
 
 def _cancelled(job: _Job) -> RuntimeError:
     return RuntimeError(f"{job.target}: cancelled")
+
+
+def _check_retention(given: object) -> None:
+    if given is not None and not isinstance(given, Retention):
+        raise ValueError(f"retention is {given!r}; allowed: None or Retention(keep_last)")
+
+
+def _free_bytes(path: Path) -> int:
+    """That the file system of `path` has for this user."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize

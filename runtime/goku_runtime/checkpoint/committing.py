@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
+from goku_runtime.checkpoint.beside import beside
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.directory import NewDirectory, write_durably
 from goku_runtime.checkpoint.journal import Journal
@@ -21,9 +20,7 @@ from goku_runtime.checkpoint.manifest import (
 from goku_runtime.checkpoint.options import Retention
 from goku_runtime.checkpoint.root import newest_ns, prune, series_of, set_latest
 
-__all__ = ["SmallFiles", "beside", "commit", "thin_out"]
-
-T = TypeVar("T")
+__all__ = ["SmallFiles", "commit", "thin_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +47,6 @@ class SmallFiles:
     def wait(self) -> None:
         """Waits until nothing is written any more, and raises nothing."""
         self._written.exception()
-
-
-def beside(name: str, task: Callable[[], T]) -> Future[T]:
-    """Runs a task in a thread of this name; here, where the interpreter starts no more of them."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-    try:
-        done = executor.submit(task)
-    except RuntimeError:  # the interpreter is ending
-        done = Future()
-        done.set_result(task())
-    executor.shutdown(wait=False)  # the thread ends with its one task
-    return done
 
 
 def _write(directory: NewDirectory, files: Callable[[], Mapping[str, bytes]]) -> dict[str, FileSum]:

@@ -182,12 +182,17 @@ class NewDirectory:
             delete(self.path, self.journal)
             os.close(self._lock)
             self._remove_parents()
-            self.clear()
+            if not self._deferred:
+                self.clear()
 
     def clear(self) -> None:
         """Deletes what was set aside so far, as far as the system lets it."""
-        while self.leftovers:
-            delete(self.leftovers.pop(), self.journal)
+        while True:
+            try:
+                path = self.leftovers.pop()  # a thread may clear beside another
+            except IndexError:
+                return
+            delete(path, self.journal)
 
     def _remove_parents(self) -> None:
         for parent in self._made_parents:

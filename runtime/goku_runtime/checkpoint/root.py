@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from goku_runtime.checkpoint.beside import clean
 from goku_runtime.checkpoint.directory import (
     POINTER_NAME,
     delete,
@@ -125,9 +126,17 @@ def latest(
         raise ValueError("process_group: given without together=True; one rank alone needs none")
     else:
         found = _latest(given_path(root, "root"), leftovers)
-    for path in leftovers:
-        delete(path)
+    if together:
+        if leftovers:  # rank 0's; the others are on their way
+            clean(f"sweep of {root}", lambda: _delete(leftovers))
+    else:
+        _delete(leftovers)
     return found
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        delete(path)
 
 
 def _latest(root: Path, leftovers: list[Path]) -> Path | None:
@@ -170,8 +179,8 @@ def prune(
         keep_every: keeps those, too, whose number (the digits that end the name, as in step_2000) is a
             multiple of this; 0: none.
         series: only those whose names are this and a number (step_ for step_2000) are looked at; None: all.
-        sums: False reads the manifests alone, which have sums of their own, and of other files only whether
-            their names are there.
+        sums: False reads the manifests alone, which have sums of their own, of the files of the `keep_last`
+            newest their sizes, and of others whether their names are there.
         always: names that are kept, whatever else is said.
         journal: that the removals are logged in.
 
@@ -189,6 +198,8 @@ def prune(
     root = given_path(root, "root")
     remove_leftovers(root, journal)
     complete = _complete(root, series=series, sizes=sums, lenient=True)
+    if not sums:
+        complete = _whole_first(complete, keep_last, always)
     paths = [found.path for found in complete]
     keep = {*paths[:keep_last], *(root / name for name in always)}
     named = _pointed(root)
@@ -209,13 +220,32 @@ def prune(
     return pruned
 
 
+def _whole_first(found: list[_Found], count: int, known: Collection[str]) -> list[_Found]:
+    """Without those that stand before the `count`-th whole one and whose files have other sizes.
+
+    They are no complete checkpoints, so they neither count nor are removed. The ones behind are not looked
+    at: of thousands of ranks each has as many files. known: names of whole ones.
+    """
+    whole: list[_Found] = []
+    rest = iter(found)
+    while len(whole) < count and (each := next(rest, None)) is not None:
+        if each.path.name in known or not _faults(each.path, each.manifest, sums=False):
+            whole.append(each)
+    return [*whole, *rest]
+
+
 def newest_ns(root: Path, series: str) -> int:
     """The latest time of a save in a series; 0 if all are past.
 
     A new checkpoint of the series is given a later one: by a clock that went back it would be the oldest.
     """
     now, newest = time.time_ns(), 0
-    for path in _directories(root, series):
+    try:
+        paths = list(_directories(root, series, lenient=True))
+    except OSError as error:  # a clock that went back is no reason to lose what is written
+        logger.warning("%s cannot be listed: %s", root, error)
+        return 0
+    for path in paths:
         try:
             with open(path / MANIFEST_NAME, "rb") as stream:
                 found = _CREATED.search(stream.read(_HEADER_BYTES))
@@ -270,7 +300,7 @@ def _complete(
         lenient: pass over what cannot be read, whatever the reason.
     """
     found = []
-    for path in _directories(root, series):
+    for path in _directories(root, series, lenient=lenient):
         try:
             manifest = Manifest.read(path)
             if sizes:
@@ -300,12 +330,19 @@ def _faults(path: Path, manifest: Manifest, *, sums: bool) -> list[str]:
         return [str(error)]
 
 
-def _directories(root: Path, series: str | None) -> Iterator[Path]:
-    """What may be a checkpoint, or one of a series."""
+def _directories(root: Path, series: str | None, *, lenient: bool = False) -> Iterator[Path]:
+    """What may be a checkpoint, or one of a series. lenient: pass over what cannot be looked at."""
     for path in root.iterdir():
         if path.name.startswith(".") or series not in (None, series_of(path.name)):
             continue
-        if path.is_dir() and not path.is_symlink():
+        try:
+            found = path.is_dir() and not path.is_symlink()
+        except OSError as error:
+            if not lenient and error.errno not in _NOT_OURS:
+                raise
+            logger.warning("%s cannot be looked at and is passed over: %s", path, error)
+            continue
+        if found:
             yield path
 
 

@@ -23,8 +23,10 @@ from goku_runtime.checkpoint import (
     save,
     set_latest,
 )
+from goku_runtime.checkpoint import checkpointer as checkpointer_module
+from goku_runtime.checkpoint import directory as directory_module
 from goku_runtime.checkpoint import manifest as manifest_module
-from goku_runtime.checkpoint.directory import remove_leftovers
+from goku_runtime.checkpoint.directory import new_token, remove_leftovers
 from goku_runtime.checkpoint.manifest import Manifest
 
 
@@ -344,9 +346,11 @@ def test_files_are_looked_at_once_in_a_commit(
         path = save(
             {"w": torch.ones(3)}, tmp_path / f"step_{step}", latest=True, retention=Retention(3)
         )
-        assert sorted(os.path.basename(each) for each in asked) == sorted(
-            each.name for each in path.iterdir() if each.name != "manifest.json"
-        )
+        files = {each.name for each in path.iterdir() if each.name != "manifest.json"}
+        # Those of the new one, and of the others that are to be kept: a broken one is no good to keep.
+        kept = min(step, 3)
+        assert len(asked) == len(set(asked)) == kept * len(files)
+        assert {os.path.basename(each) for each in asked} == files
     assert names(tmp_path) == {"step_3", "step_4", "step_5", "latest"}
 
 
@@ -355,3 +359,57 @@ def test_one_that_lacks_a_file_does_not_count(tmp_path: Path) -> None:
         save({"w": torch.ones(3)}, tmp_path / f"step_{step}")
     data_file(tmp_path / "step_3").unlink()
     assert prune(tmp_path, 1, sums=False) == [tmp_path / "step_1"]
+
+
+def test_broken_ones_are_not_among_those_that_retention_keeps(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save({"w": torch.ones(99)}, tmp_path / f"step_{step}")
+    os.truncate(data_file(tmp_path / "step_4"), 9)
+    save({"w": torch.ones(99)}, tmp_path / "step_5", retention=Retention(2))
+    assert names(tmp_path) == {"step_3", "step_4", "step_5"}  # two that are whole
+
+
+def test_what_cannot_be_looked_at_costs_no_save(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "step_9").mkdir()
+    real = Path.is_dir
+
+    def stale(path: Path, *arguments: Any, **options: Any) -> bool:
+        if path.name == "step_9":
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    for step in (1, 2):
+        save({"w": torch.ones(3)}, tmp_path / f"step_{step}", retention=Retention(1))
+    assert names(tmp_path) == {"step_2", "step_9"}
+
+
+def test_leftovers_that_leave_no_room_are_deleted_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    events: list[str] = []
+    delete = directory_module.delete
+    write = checkpointer_module.Checkpointer._write
+
+    def slow(path: Path, *arguments: Any) -> None:
+        time.sleep(0.5)
+        delete(path, *arguments)
+        events.append("deleted")
+
+    def writing(*arguments: Any) -> None:
+        events.append("writing")
+        write(*arguments)
+
+    monkeypatch.setattr(directory_module, "delete", slow)
+    monkeypatch.setattr(checkpointer_module.Checkpointer, "_write", writing)
+    for name, free, order in (
+        ("full", 1 << 20, ["deleted", "writing"]),
+        ("roomy", 1 << 40, ["writing", "deleted"]),
+    ):
+        events.clear()
+        (tmp_path / f".a.removing-{new_token()}").mkdir()
+        monkeypatch.setattr(checkpointer_module, "_free_bytes", lambda path, free=free: free)
+        save({"w": torch.ones(3)}, tmp_path / name)
+        assert events == order
