@@ -265,8 +265,11 @@ def _pool(
     context.set_forkserver_preload(["bench.ahead", "bench.absent_gpu"])
     with tempfile.TemporaryDirectory() as folder:
         pool = ProcessPoolExecutor(min(count, len(tasks)), mp_context=context, initializer=_alone)
+        futures = {}
         with pool:
-            futures = {i: pool.submit(_noted, do, t, i, folder) for i, t in tasks.items()}
+            with contextlib.suppress(BrokenProcessPool):  # the first may die before the last is in
+                for i, task in tasks.items():
+                    futures[i] = pool.submit(_noted, do, task, i, folder)
             for i, future in futures.items():
                 try:
                     found[i] = future.result()
