@@ -9,9 +9,10 @@ a resume.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,16 +24,20 @@ from goku.conditioning import (
     drops_both,
     latent_index,
 )
-from goku.data import CachedSample, Dataset, Item
 from goku.flow import FlowConfig, drop_text, sample_times
-from goku.lost import LostItems
 from goku.model import TokenShard, patchify
 from goku.packing import Grid, PackingConfig, cut_grid
 from goku.parallelize import PackSharding
-from goku.random import Purpose, normal, stream_tensor, uniform_each
+from goku.random import Purpose, normal_packed, stream_tensor, uniform_each
+from goku.read_ahead import ReadAhead
 from goku.vae import VideoVAE
 from goku_kernels import Packing
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
+from goku_kernels.upload import upload, upload_rows
+
+if TYPE_CHECKING:  # cached latents are trained on without the packages that decode media
+    from goku.data import CachedSample, Dataset, Item
+    from goku.lost import LostItems
 
 __all__ = ["Batch", "BatchBuilder", "trained_grid"]
 
@@ -92,7 +97,8 @@ class BatchBuilder:
 
     backend: of the noising operator; the numbers are the same on all. sharding: which rows of every pack to keep; None
     keeps them all. conditioning: which frames clips are given, for a model that takes them; None for one that does not.
-    lost: what a sample that cannot be read becomes; None: the error is raised.
+    lost: what a sample that cannot be read becomes; None: the error is raised. The host waits for no device; on a GPU
+    posterior noise is drawn there, since 64K tokens' takes a core of the host 0.2 s.
     Raises ValueError for a sample with fewer tokens than there are shards, and for a clip that packing.overlong cuts
     where conditioning gives last frames: the cut clip's own last frame is nowhere cached.
     """
@@ -121,25 +127,48 @@ class BatchBuilder:
         self.grids = [trained_grid(item, packing, shards, last) for item in dataset.items]
         self.tokens = [t * h * w for t, h, w in self.grids]
         self._empty_text = dataset.empty_text
+        self._ahead = ReadAhead(dataset)
+        self.read_seconds = 0.0
+        """How long packs have waited for their samples: what `read_ahead` did not hide."""
 
     def training(self, positions: Sequence[int], indices: Sequence[int]) -> Batch:
         """The pack of the items `indices`, drawn at stream `positions` (same length): training noise and times."""
         times = sample_times(self.flow, self.seed, positions, [self.tokens[i] for i in indices])
         dropped = drop_text(self.flow, self.seed, positions).tolist()
-        picked = uniform_each(self.seed, positions, Purpose.CAPTION).tolist()
         given = None
         if self.conditioning is not None:
             frames = [self._frames(i) for i in indices]
             given = choose_given(self.conditioning, self.seed, positions, frames)
             both = drops_both(self.conditioning, self.seed, positions, frames)
             dropped = [a or b for a, b in zip(dropped, both, strict=True)]
-        texts = [
-            None if drop else self.dataset.items[i].choose_caption(u)
-            for i, drop, u in zip(indices, dropped, picked, strict=True)
-        ]
+        captions = self._captions(positions, indices)
+        texts = [None if drop else c for c, drop in zip(captions, dropped, strict=True)]
         return self._build(
-            indices, positions, times, texts, Purpose.NOISE, given, posterior_positions=positions
+            indices, positions, times, captions, texts, Purpose.NOISE, given, positions
         )
+
+    def read_ahead(self, packs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+        """Begin to read the samples of the packs (positions, indices) that `training` will be asked for next.
+
+        Of packs that were named before, those that are not among them are given up. What cannot be read, `training`
+        reads again.
+        """
+        self._ahead.ask(
+            [
+                list(zip(indices, self._captions(positions, indices), strict=True))
+                for positions, indices in packs
+            ]
+        )
+
+    def close(self) -> None:
+        """Give up what is read ahead."""
+        self._ahead.close()
+
+    def _captions(self, positions: Sequence[int], indices: Sequence[int]) -> list[int]:
+        """Number of the caption that each is trained with, unless its text is dropped."""
+        picked = uniform_each(self.seed, positions, Purpose.CAPTION).tolist()
+        items = self.dataset.items
+        return [items[i].choose_caption(u) for i, u in zip(indices, picked, strict=True)]
 
     def fixed(self, indices: Sequence[int], times: Sequence[float]) -> Batch:
         """The pack of `indices` at fixed `times`, with noise keyed by the item: the same at every call and step.
@@ -153,9 +182,7 @@ class BatchBuilder:
             usual = self.conditioning.usual
             given = [usual if self._frames(i) > 1 else () for i in indices]
         heaviest = [0] * len(indices)
-        return self._build(
-            indices, indices, t, heaviest, Purpose.EVAL, given, posterior_positions=None
-        )
+        return self._build(indices, indices, t, heaviest, heaviest, Purpose.EVAL, given, None)
 
     def _frames(self, index: int) -> int:
         """Pixel frames of an item as it is trained on, perhaps cut."""
@@ -166,27 +193,24 @@ class BatchBuilder:
         indices: Sequence[int],
         keys: Sequence[int],
         times: Tensor,
+        captions: Sequence[int],
         texts: Sequence[int | None],
         purpose: Purpose,
         given: Sequence[tuple[int, ...]] | None,
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
-        latents, embeddings, conditions, lost = [], [], [], []
-        with self.dataset.reading():
-            read = [self._read(i, caption or 0) for i, caption in zip(indices, texts, strict=True)]
-        for row, (index, (sample, whole)) in enumerate(zip(indices, read, strict=True)):
-            lost.append(not whole)
-            latent = sample.mean
-            if posterior_positions is not None:
-                noise = normal(
-                    self.seed, posterior_positions[row], latent.numel(), Purpose.POSTERIOR
-                )
-                latent = latent + torch.exp(0.5 * sample.logvar) * noise.view_as(latent)
+        samples, lost = self._read(indices, captions)
+        latents, conditions = [], []
+        drawn = self._latents(samples, posterior_positions)
+        for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
             frames = self.grids[index][0]
-            latents.append(patchify(self.vae.normalise(latent[None])[0][:, :frames]))
+            latents.append(patchify(self.vae.normalise(drawn[row][None])[0][:, :frames]))
             if given is not None:
                 conditions.append(self._condition(index, sample, given[row]))
-            embeddings.append(self._empty_text if texts[row] is None else sample.text)
+        embeddings = [
+            self._empty_text if text is None else sample.text
+            for text, sample in zip(texts, samples, strict=True)
+        ]
         packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
         text_lengths = tuple(len(text) for text in embeddings)
         x1, shard = torch.cat(latents), None
@@ -198,8 +222,7 @@ class BatchBuilder:
             condition = None if condition is None else self.sharding.rows(condition)
         here = [len(text) for text in embeddings]
         text_packing = Packing.from_lengths(here, device=self.device)
-        x1 = x1.to(self.device)
-        t = times.to(self.device, torch.float32)
+        t = upload(times.to(torch.float32), self.device)
         x, target = rectified_flow_noise(
             x1,
             t,
@@ -215,7 +238,7 @@ class BatchBuilder:
             x=x,
             target=target,
             t=t,
-            text=torch.cat(embeddings).to(self.device),
+            text=upload_rows(embeddings, self.device),
             packing=packing,
             text_packing=text_packing,
             items=items,
@@ -223,7 +246,7 @@ class BatchBuilder:
             text_lengths=text_lengths,
             shard=shard,
             lost=tuple(lost) if any(lost) else (),
-            condition=None if condition is None else condition.to(self.device),
+            condition=condition,
         )
 
     def _weights(self, items: Sequence[Item], lost: Sequence[bool]) -> Tensor:
@@ -232,21 +255,51 @@ class BatchBuilder:
         A sample attends to itself alone, so that nothing of one without weight reaches a gradient, whatever the shards
         hold of it. The exchange stays on the device: the host waits for nothing.
         """
-        weights = torch.tensor(
-            [item.weight for item in items], dtype=torch.float64, device=self.device
-        )
+        weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
+        weights = upload(weights, self.device)
         if not any(lost) and (self.sharding is None or self.lost is None):
             return weights
-        gone = torch.tensor(lost, dtype=torch.int32, device=self.device)
+        gone = upload(torch.tensor(lost, dtype=torch.int32), self.device)
         if self.sharding is not None and self.lost is not None:
             gone = self.sharding.any(gone)
         return weights * (1 - gone)
 
-    def _read(self, index: int, caption: int) -> tuple[CachedSample, bool]:
+    def _read(
+        self, indices: Sequence[int], captions: Sequence[int]
+    ) -> tuple[list[CachedSample], list[bool]]:
+        """The samples, and which of them are lost."""
+        began = time.perf_counter()
+        wanted = list(zip(indices, captions, strict=True))
+        with self.dataset.reading():
+            read = [
+                self._read_one(index, caption, ahead)
+                for (index, caption), ahead in zip(wanted, self._ahead.take(wanted), strict=True)
+            ]
+        self.read_seconds += time.perf_counter() - began
+        return [sample for sample, _ in read], [not whole for _, whole in read]
+
+    def _read_one(
+        self, index: int, caption: int, ahead: CachedSample | None
+    ) -> tuple[CachedSample, bool]:
         """The sample, and whether it is what was cached."""
-        if self.lost is None:
-            return self.dataset.read(index, caption), True
-        return self.lost.read(self.dataset, index, self.vae, self._empty_text, caption)
+        if self.lost is not None:
+            return self.lost.read(self.dataset, index, self.vae, self._empty_text, caption, ahead)
+        return ahead or self.dataset.read(index, caption), True
+
+    def _latents(
+        self, samples: Sequence[CachedSample], positions: Sequence[int] | None
+    ) -> list[Tensor]:
+        """(C, T, H, W) of each on the device: a draw of its posterior, or with positions None the mean."""
+        sizes = [sample.mean.numel() for sample in samples]
+        drawn = upload_rows([sample.mean.reshape(-1) for sample in samples], self.device)
+        if positions is not None:
+            logvar = upload_rows([sample.logvar.reshape(-1) for sample in samples], self.device)
+            noise = normal_packed(
+                self.seed, positions, sizes, Purpose.POSTERIOR, device=self.device
+            )
+            drawn = drawn + torch.exp(0.5 * logvar) * noise
+        parts = drawn.split(sizes)
+        return [part.view(s.mean.shape) for part, s in zip(parts, samples, strict=True)]
 
     def _condition(self, index: int, sample: CachedSample, given: tuple[int, ...]) -> Tensor:
         """(tokens, condition_dim) of an item that is given these pixel frames.
@@ -258,10 +311,11 @@ class BatchBuilder:
             latent_index(frame, frames): self._frame_latent(index, sample, frame) for frame in given
         }
         channels, _, height, width = sample.mean.shape
-        return patchify(condition_latent(latents, (channels, grid[0], height, width)))
+        shape = (channels, grid[0], height, width)
+        return patchify(condition_latent(latents, shape, self.device))
 
     def _frame_latent(self, index: int, sample: CachedSample, frame: int) -> Tensor:
-        """Normalised (C, 1, H, W) of one pixel frame, alone."""
+        """Normalised (C, 1, H, W) of one pixel frame, alone, on the device."""
         cached = sample.frames.get(frame)
         if cached is None and frame == 0 and self.vae.causal:
             cached = sample.mean[:, :1]  # what the frame alone is encoded to
@@ -270,4 +324,4 @@ class BatchBuilder:
                 f"{self.dataset.items[index].name}: its frame {frame} was not encoded alone, which this VAE needs; "
                 f"allowed: a dataset that was prepared with frames=({frame},) or more"
             )
-        return self.vae.normalise(cached[None])[0]
+        return self.vae.normalise(upload(cached, self.device)[None])[0]

@@ -171,7 +171,11 @@ def latent_index(frame: int, frames: int) -> int:
     return (frame % frames + 3) // 4
 
 
-def condition_latent(given: Mapping[int, Tensor], shape: tuple[int, int, int, int]) -> Tensor:
+def condition_latent(
+    given: Mapping[int, Tensor],
+    shape: tuple[int, int, int, int],
+    device: torch.device | None = None,
+) -> Tensor:
     """What a sample is given, beside its noised latent: frames spread over time, and where they are.
 
     Args:
@@ -179,9 +183,10 @@ def condition_latent(given: Mapping[int, Tensor], shape: tuple[int, int, int, in
             the frame that is given there, encoded as an image of its own. All of one dtype and
             device.
         shape: (C, T, H, W) of the sample's latent.
+        device: of the result where nothing is given; the CPU by default.
 
     Returns:
-        (C + 1, T, H, W) of the latents' dtype on their device (fp32 on the CPU where nothing is
+        (C + 1, T, H, W) of the latents' dtype on their device (fp32 on `device` where nothing is
         given): at every time the latent of the nearest given frame, of two equally near ones the
         earlier; the last channel is 1 at the times that are given, else 0. Nothing given: zeros.
 
@@ -198,12 +203,13 @@ def condition_latent(given: Mapping[int, Tensor], shape: tuple[int, int, int, in
                 f"allowed is {(channels, 1, height, width)}"
             )
     if not given:
-        return torch.zeros(channels + 1, times, height, width)
+        return torch.zeros(channels + 1, times, height, width, device=device)
     indices = sorted(given)
     nearest = [min(indices, key=lambda i: (abs(i - time), i)) for time in range(times)]
     spread = torch.cat([given[i] for i in nearest], dim=1)
     mask = spread.new_zeros(1, times, height, width)
-    mask[:, indices] = 1
+    for index in indices:  # an index of several would be copied to the device, which waits for it
+        mask[:, index] = 1
     return torch.cat((spread, mask))
 
 

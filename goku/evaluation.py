@@ -17,6 +17,7 @@ from goku.metrics import RunLog
 from goku.packing import partition
 from goku.sampler import Request, SampleConfig, decode, integrate_all, save_media
 from goku.statistics import StepStatistics, sample_groups
+from goku.step_plan import rounds
 from goku.text import LazyTextEncoder, TextCache
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _fixed_statistics(trainer: Trainer, builder: BatchBuilder) -> StepStatistics
     costs = trainer.costs(lengths)
     statistics = StepStatistics(trainer.device)
     shares = partition(lengths, costs, trainer.context.packs, packing.tokens_per_pack)
-    for pack, idle in trainer._rounds(shares, lengths):
+    for pack, idle in rounds(shares, lengths, trainer.context.pack_rank):
         batch = builder.fixed([cases[k][0] for k in pack], [cases[k][1] for k in pack])
         groups = sample_groups(batch)
         per_sample = trainer.per_sample_loss(trainer.ema.module, batch)

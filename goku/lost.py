@@ -59,18 +59,26 @@ class LostItems:
         return {loss.name: loss.reason for loss in self._lost.values()}
 
     def read(
-        self, dataset: Dataset, index: int, vae: VideoVAE, empty_text: Tensor, caption: int = 0
+        self,
+        dataset: Dataset,
+        index: int,
+        vae: VideoVAE,
+        empty_text: Tensor,
+        caption: int = 0,
+        ahead: CachedSample | None = None,
     ) -> tuple[CachedSample, bool]:
         """(sample, True); or, for a lost item, (zeros of its shapes with empty_text, False): it is to have weight 0 in
         the step, whose denominator stays.
 
         empty_text: (length, dim) embedding of the empty prompt, which the caller holds: to read it here could fail, in
-        the middle of a step.
+        the middle of a step. ahead: what `dataset.cached` gave of it before, to be used in the place of a read.
 
         A read that fails (ValueError: damaged, OSError: removed or unreadable) is tried again from the media. A lost
         item is not tried a second time: a run's steps must not depend on when its media come back.
         """
         if index not in self._lost:
+            if ahead is not None:
+                return ahead, True
             try:
                 return dataset.read(index, caption), True
             except (ValueError, OSError) as error:

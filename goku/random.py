@@ -29,6 +29,7 @@ from goku_kernels.philox import (
     philox4x32,
     split64,
 )
+from goku_kernels.upload import upload
 
 __all__ = [
     "Purpose",
@@ -219,12 +220,12 @@ def normal_packed(
         starts = counts.cumsum(0) - counts
         # Column 2 becomes the run's first block minus its place, so that adding the row counts up.
         table = torch.stack((runs[:, 0], runs[:, 1], runs[:, 2] - starts), dim=1)
-        table = table.to(place, non_blocking=True)
+        table = upload(table, place)
         row = torch.arange(total, dtype=torch.int64, device=place)
         if len(part) == 1:
             low, high, offset = table[0].unbind(0)
         else:
-            owner = torch.repeat_interleave(counts.to(place, non_blocking=True), output_size=total)
+            owner = torch.repeat_interleave(upload(counts, place), output_size=total)
             low, high, offset = table.index_select(0, owner).unbind(1)
         values = block_normals(row + offset, word1, low, high, key).to(dtype).reshape(-1)
 
@@ -249,7 +250,7 @@ def stream_tensor(
         split64(index, "stream_indices")
     # The upper half of the unsigned range becomes the negative numbers.
     signed = [index - (index >> 63 << 64) for index in stream_indices]
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+    return upload(torch.tensor(signed, dtype=torch.int64), device)
 
 
 def _passes(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

@@ -209,6 +209,7 @@ _FREE = (
     "data.path",
     "data.sources.*.path",
     "data.workers",
+    "data.read_ahead",
     "data.cache",
     "data.verify",
     "data.max_lost",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from goku.batch import Batch
+from goku_kernels.upload import upload
 
 __all__ = ["RESOLUTIONS", "TIME_BINS", "StepStatistics", "resolution_name", "sample_groups"]
 
@@ -21,14 +22,10 @@ _SIZE = _FIRST + 2 * sum(_GROUPS)
 
 
 def sample_groups(batch: Batch) -> Tensor:
-    """(2, B) of each sample its modality and its group of resolutions, on the batch's device.
-
-    To be called before the forward: a copy from the host waits for what the device was given before it, and after a
-    backward the host would prepare no next pack meanwhile.
-    """
+    """(2, B) of each sample its modality and its group of resolutions, on the batch's device."""
     kinds = [_MODALITIES.index(item.modality) for item in batch.items]
     sizes = [_resolution(item.grid[1] * item.grid[2]) for item in batch.items]
-    return torch.tensor([kinds, sizes], device=batch.t.device)
+    return upload(torch.tensor([kinds, sizes]), batch.t.device)
 
 
 class StepStatistics:

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from goku.lost import LostItems, TooManyLost
 from goku.metrics import RunLog
 from goku.model import GokuTransformer
 from goku.optimizer import EMA, build_adamw, learning_rate
-from goku.packing import efficiency, partition, sample_cost, step_positions
+from goku.packing import efficiency, sample_cost
 from goku.parallelize import (
     ActivationCheckpointing,
     ParallelContext,
@@ -54,6 +54,7 @@ from goku.run_config import RunConfig, resume_differences
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics, sample_groups
+from goku.step_plan import StepPack, StepPlan, plan_step
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.vae import VideoVAE
@@ -61,7 +62,6 @@ from goku.validation import Validator
 from goku_runtime import checkpoint
 
 __all__ = ["STAGE_NOTE", "StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
-
 
 STAGE_NOTE = "stage.json"
 """Beside a stage's config.yaml, for stages that begin from something: by which command they do."""
@@ -166,6 +166,7 @@ class Trainer:
         self.optimizer = build_adamw(config.optimizer, self.model)
         self.checkpoints = RunCheckpoints(self.out, config.train, context.host_group)
         self.step = self.position = self.skipped = self.known_lost = 0
+        self.planned: StepPlan | None = None
         self.stage, self.start = stage, start
         self.start_record = None if start is None else start.record()
         self.limits = _largest(self.builder.grids)
@@ -216,7 +217,7 @@ class Trainer:
         non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
         """
         train = self.config.train
-        with run_log(self.config, self.context) as log, self.checkpoints:
+        with run_log(self.config, self.context) as log, self.checkpoints, closing(self.builder):
             resumed = self.resume(log)
             self.context.on_main(lambda: write_config(self.out / "config.yaml", self.config))
             self.context.on_main(
@@ -288,33 +289,29 @@ class Trainer:
 
     def train_step(self, log: RunLog, stop: threading.Event) -> bool:
         """One optimizer step on the global batch; True when any rank was asked to stop."""
-        started = time.perf_counter()
-        packing, train = self.config.packing, self.config.train
-        tokens_of = self.builder.tokens
-        positions = step_positions(
-            self.position, lambda p: tokens_of[self.stream.item(p)], packing.tokens_per_step
-        )
-        indices = [self.stream.item(p) for p in positions]
-        lengths = [tokens_of[i] for i in indices]
-        weight_sum = math.fsum(self.builder.dataset.items[i].weight for i in indices)
-        shares = partition(
-            lengths, self.costs(lengths), self.context.packs, packing.tokens_per_pack
-        )
+        started, read_before = time.perf_counter(), self.builder.read_seconds
+        train = self.config.train
+        plan = self.planned
+        if plan is None or plan.positions[0] != self.position:  # the first, or after a resume
+            plan = self._plan(self.position)
 
         statistics = StepStatistics(self.device)
-        packs = self._rounds(shares, lengths)
-        for number, (pack, idle) in enumerate(packs, start=1):
-            batch = self.builder.training([positions[k] for k in pack], [indices[k] for k in pack])
+        for number, (positions, indices, idle) in enumerate(plan.packs, start=1):
+            batch = self.builder.training(positions, indices)
+            self._read_ahead(plan.packs[number:])
             groups = sample_groups(batch)
             keep = self.config.sharding.keep_unsharded
-            microbatch(self.model, last=number == len(packs), keep_unsharded=keep)
+            microbatch(self.model, last=number == len(plan.packs), keep_unsharded=keep)
             per_sample = self.per_sample_loss(self.model, batch)
             weights = torch.zeros_like(batch.weights) if idle else batch.weights
-            weighted_loss(per_sample, weights, weight_sum).backward()
+            weighted_loss(per_sample, weights, plan.weight_sum).backward()
             if not idle:
                 sizes = batch.packing.lengths, batch.text_lengths
                 work = flops.training_flops(self.config.model, *sizes)
-                statistics.add(batch, per_sample, weight_sum, work, groups)
+                statistics.add(batch, per_sample, plan.weight_sum, work, groups)
+        if self.step + 1 < train.steps:  # while the device is at work
+            self.planned = self._plan(self.position + len(plan.positions))
+            self._read_ahead(self.planned.packs)
         if stop.is_set():
             statistics.ask_to_stop()
         statistics.count_lost(self.lost.count)
@@ -323,11 +320,12 @@ class Trainer:
         # What is drawn between steps, and a VAE that decodes it, has the gradients' memory.
         self.optimizer.zero_grad(set_to_none=True)
 
-        self.position += len(positions)
+        self.position += len(plan.positions)
         self.step += 1
         seconds = time.perf_counter() - started
         if self.step % train.log_every == 0 or self.step == train.steps:
-            self._log_step(log, statistics, norm, lr, seconds, positions, lengths, shares)
+            read = self.builder.read_seconds - read_before
+            self._log_step(log, statistics, norm, lr, seconds, read, plan)
         if self.context.world == 1 or statistics.lost > self.known_lost:
             self._tell(log)
         if statistics.lost > self.known_lost:
@@ -340,15 +338,20 @@ class Trainer:
             )
         return statistics.stopping
 
-    def _rounds(
-        self, shares: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]
-    ) -> list[tuple[Sequence[int], bool]]:
-        """(pack, idle) of this process, as many as any has: an idle pack is the step's shortest sample."""
-        mine = shares[self.context.pack_rank]
-        shortest = [min(range(len(lengths)), key=lambda k: lengths[k])]
-        rounds = max(len(packs) for packs in shares)
-        packs = [mine[k] if k < len(mine) else [] for k in range(rounds)]
-        return [(pack or shortest, not pack) for pack in packs]
+    def _plan(self, position: int) -> StepPlan:
+        """The step that begins at this position of the stream."""
+        return plan_step(
+            position,
+            self.stream,
+            self.builder.tokens,
+            self.builder.dataset.items,
+            self.config.packing,
+            self.costs,
+            (self.context.pack_rank, self.context.packs),
+        )
+
+    def _read_ahead(self, packs: Sequence[StepPack]) -> None:
+        self.builder.read_ahead([pack[:2] for pack in packs[: self.config.data.read_ahead]])
 
     def costs(self, lengths: list[int]) -> list[float]:
         """Relative cost of samples, for sharing them among ranks."""
@@ -393,12 +396,12 @@ class Trainer:
         norm: float,
         lr: float,
         seconds: float,
-        positions: list[int],
-        lengths: list[int],
-        shares: list[list[list[int]]],
+        read_seconds: float,
+        plan: StepPlan,
     ) -> None:
         loss, by_bin, by_modality = statistics.means()
-        packs = [pack for share in shares for pack in share if pack]
+        positions, lengths = plan.positions, plan.lengths
+        packs = [pack for share in plan.shares for pack in share if pack]
         peak = self.peak_flops
         mfu = None
         if peak is not None:
@@ -413,6 +416,7 @@ class Trainer:
             skipped=self.skipped,
             tokens=sum(lengths),
             seconds=seconds,
+            read_seconds=read_seconds,
             tokens_per_second=rate,
             mfu=mfu,
             packing_efficiency=efficiency(packs, lengths, self.config.packing.tokens_per_pack),

@@ -70,6 +70,19 @@ class CachedDataset:
         assert self._filler is not None
         return self._filler.sample(entry, self._embedding(entry.record.prompts[caption]))
 
+    def cached(self, index: int, caption: int = 0) -> CachedSample | None:
+        """As `read`, by any thread: None where anything of it is damaged or gone. Nothing is encoded or mended here:
+        that is `read`'s."""
+        if index in self.lost or self._text is None:
+            return None
+        entry = self._entries[index]
+        assert self._filler is not None
+        try:
+            text = self._text.cached(entry.record.prompts[caption])
+            return None if text is None else self._filler.sample(entry, text)
+        except (ValueError, OSError):
+            return None
+
     def repair(self, index: int, vae: VideoVAE) -> CachedSample:
         """Decode and encode item `index` again, write the cache and return the sample, with its heaviest caption: the
         same bits on the same machine. DecodeError when its media cannot be decoded or are not what they were, OSError
@@ -165,6 +178,11 @@ class MixedDataset:
         """As `CachedDataset.read`."""
         part, own = self._places[index]
         return part.read(own, caption)
+
+    def cached(self, index: int, caption: int = 0) -> CachedSample | None:
+        """As `CachedDataset.cached`."""
+        part, own = self._places[index]
+        return part.cached(own, caption)
 
     def repair(self, index: int, vae: VideoVAE) -> CachedSample:
         """As `CachedDataset.repair`."""

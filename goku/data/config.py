@@ -71,6 +71,7 @@ class DataConfig:
         max_lost: most items that may turn out lost while training before the run stops.
         verify: at a start, read every cached latent whole ("full"), or trust one that has the size it was written
             with ("size"); damage is then found when the latent is used, and mended.
+        read_ahead: packs whose cached samples are read while the steps before them run, into host memory; 0: none.
         workers: decoding processes; 0 decodes in one thread of this process.
         cache: folder of the latent and text caches; None leaves the choice to the caller.
     """
@@ -93,6 +94,7 @@ class DataConfig:
     max_source_pixels: int = MAX_SOURCE_PIXELS
     max_lost: int = 100
     verify: Literal["full", "size"] = "full"
+    read_ahead: int = 2
     workers: int = 2
     cache: str | None = None
 
@@ -111,7 +113,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: {value} must be a finite number above 0, or null")
-        for name in ("workers", "max_lost", "min_image_pixels", "min_video_pixels"):
+        for name in ("workers", "read_ahead", "max_lost", "min_image_pixels", "min_video_pixels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
         if not 1 <= self.min_frames <= self.max_frames:

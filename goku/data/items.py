@@ -122,6 +122,10 @@ class Dataset(Protocol):
         """The cached sample; ValueError when damaged, FileNotFoundError when removed."""
         ...
 
+    def cached(self, index: int, caption: int = 0) -> CachedSample | None:
+        """As `read`, for any thread: None where it is damaged or gone, and nothing is mended."""
+        ...
+
     def repair(self, index: int, vae: VideoVAE) -> CachedSample:
         """The sample made again from its media and written; DecodeError or OSError when they are gone."""
         ...

@@ -64,6 +64,14 @@ class TextCache:
             found |= self._encode(missing[start : start + _ENCODE_AT_ONCE])
         return [found[prompt] for prompt in prompts]
 
+    def cached(self, prompt: str) -> Tensor | None:
+        """(length, dim) fp32 on the CPU; None where the directory lacks it or its file is damaged.
+
+        Encodes, writes and warns of nothing: for any thread. Raises OSError when the file cannot be read.
+        """
+        stored = self._stored(prompt)
+        return None if isinstance(stored, str) else stored
+
     def fill(self, prompts: Sequence[str]) -> int:
         """Encode what the directory lacks of `prompts`, read and check the rest; returns the bytes of
         all their files. Of the embeddings few are in memory at a time. Raises as `get` does."""
@@ -89,6 +97,15 @@ class TextCache:
         return embeddings
 
     def _read(self, prompt: str) -> Tensor | None:
+        stored = self._stored(prompt)
+        if not isinstance(stored, str):
+            return stored
+        path = self.path(prompt)
+        warnings.warn(f"text embedding {path} is damaged ({stored}): encoding anew", stacklevel=3)
+        return None
+
+    def _stored(self, prompt: str) -> Tensor | str | None:
+        """What the directory holds of the prompt; a text says how its file is damaged."""
         path = self.path(prompt)
         if not path.exists():
             return None
@@ -97,16 +114,12 @@ class TextCache:
                 metadata = file.metadata() or {}
                 stored = file.get_tensor("embedding").clone()  # not a view of the mapped file
         except SafetensorError as error:
-            fault = str(error)
-        else:
-            if stored.ndim != 2 or stored.shape[0] < 1 or stored.shape[1] != self.encoder.dim:
-                fault = f"shape {tuple(stored.shape)}, width {self.encoder.dim} expected"
-            elif metadata.get("crc32") != _crc32(stored):
-                fault = "its CRC-32 does not match"
-            else:
-                return stored.float()
-        warnings.warn(f"text embedding {path} is damaged ({fault}): encoding anew", stacklevel=3)
-        return None
+            return str(error)
+        if stored.ndim != 2 or stored.shape[0] < 1 or stored.shape[1] != self.encoder.dim:
+            return f"shape {tuple(stored.shape)}, width {self.encoder.dim} expected"
+        if metadata.get("crc32") != _crc32(stored):
+            return "its CRC-32 does not match"
+        return stored.float()
 
     def _write(self, prompt: str, embedding: Tensor) -> None:
         path = self.path(prompt)

@@ -15,6 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from goku_kernels.upload import upload
+
 Grid = tuple[int, int, int]
 
 _INT32_MAX = 2**31 - 1
@@ -60,7 +62,7 @@ class Packing:
             grids.append((int(sizes[0]), int(sizes[1]), int(sizes[2])))
         lengths = tuple(t * h * w for t, h, w in grids)
         cu_seqlens = _offsets("grid_sizes", lengths, device)
-        sizes_B3 = torch.tensor(grids, dtype=torch.int32, device=device)
+        sizes_B3 = upload(torch.tensor(grids, dtype=torch.int32), device)
         return cls(cu_seqlens, sizes_B3, lengths, tuple(grids), max(lengths))
 
     @classmethod
@@ -102,7 +104,7 @@ class Packing:
         # On the host: repeat_interleave of a device tensor would have to read its length back.
         samples = torch.arange(self.batch)
         ids = torch.repeat_interleave(samples, torch.tensor(self.lengths), output_size=self.total)
-        return ids.to(self.cu_seqlens.device)
+        return upload(ids, self.cu_seqlens.device)
 
 
 def _is_count(n: object) -> bool:
@@ -115,4 +117,4 @@ def _offsets(name: str, lengths: tuple[int, ...], device: torch.device | str | N
     offsets = [0, *accumulate(lengths)]
     if offsets[-1] > _INT32_MAX:
         raise ValueError(f"{name} add up to {offsets[-1]} tokens: at most {_INT32_MAX} are allowed")
-    return torch.tensor(offsets, dtype=torch.int32, device=device)
+    return upload(torch.tensor(offsets, dtype=torch.int32), device)

@@ -298,6 +298,58 @@ def test_a_lost_sample_is_zeros_of_weight_zero_and_changes_no_other(
         _builder(damaged, vae).training([3], [1])
 
 
+def test_what_was_read_ahead_is_trained_on_without_another_read(
+    dataset: FakeDataset, vae: GokuVAE
+) -> None:
+    """The same bits; what could not be read ahead is read then, and a lost item stays lost."""
+
+    class Cached(FakeDataset):
+        lost: ClassVar[dict[int, Problem]] = {}
+        damaged: ClassVar[set[int]] = set()
+        again: ClassVar[list[int]] = []
+
+        def cached(self, index: int, caption: int = 0) -> CachedSample | None:
+            sample = self.samples[index]
+            text = sample.text + 10.0 * caption
+            return None if index in self.damaged else replace(sample, text=text)
+
+        def read(self, index: int, caption: int = 0) -> CachedSample:
+            self.again.append(index)
+            if index in self.damaged:
+                raise ValueError(f"item{index}.safetensors is damaged")
+            return super().read(index, caption)
+
+        def repair(self, index: int, vae: Any) -> CachedSample:
+            raise FileNotFoundError(f"item{index}.mp4")
+
+    items = [replace(i, captions=("a", "b"), caption_weights=(0.5, 0.5)) for i in dataset.items]
+    plain = _builder(FakeDataset(items, dataset.samples, dataset.empty_text), vae, text_drop=0.5)
+    ahead = Cached(items, dataset.samples, dataset.empty_text)
+    packing = PackingConfig(tokens_per_step=100, tokens_per_pack=50)
+    builder = BatchBuilder(
+        ahead, vae, FlowConfig(text_drop=0.5), packing, SEED, CPU, lost=LostItems(9)
+    )  # type: ignore[arg-type]
+    packs = [([40, 41, 42], [0, 1, 2]), ([43, 44], [3, 4])]
+    builder.read_ahead(packs)
+    for pack in packs:
+        both = _parts(builder.training(*pack)), _parts(plain.training(*pack))
+        assert all(_same(a, b) for a, b in zip(*both, strict=True))
+    assert ahead.again == []
+    assert builder.read_seconds > 0
+    assert _same(_parts(builder.training([42], [2]))[0], _parts(plain.training([42], [2]))[0])
+    assert ahead.again == [2]
+    # Damaged since: found when it is trained on, and lost for good, even where it comes back.
+    ahead.damaged.add(1)
+    builder.read_ahead(packs)
+    assert builder.training(*packs[0]).lost == (False, True, False)
+    assert ahead.again == [2, 1]
+    ahead.damaged.clear()
+    builder.read_ahead([packs[0]])
+    assert builder.training(*packs[0]).lost == (False, True, False)
+    assert ahead.again == [2, 1]
+    builder.close()
+
+
 def test_an_overlong_item_is_an_error_or_cut(dataset: FakeDataset, vae: GokuVAE) -> None:
     tight = PackingConfig(tokens_per_step=100, tokens_per_pack=14)
     with pytest.raises(ValueError, match=r"item1: 3 x 2 x 3 = 18 tokens.*tokens_per_pack=14"):

@@ -125,6 +125,7 @@ FREE = [
     "unseen=other",
     "data.path=moved/media",
     "data.workers=7",
+    "data.read_ahead=0",
     "data.cache=cache",
     "data.verify=size",
     "data.max_lost=5",

@@ -137,6 +137,35 @@ def test_stopped_and_resumed_is_bit_identical(
     assert [ours[k]["loss"] for k in ours] == [theirs[k]["loss"] for k in theirs]
 
 
+def test_samples_are_read_while_the_steps_before_run(
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All but those of the first step, and none past the last; without reading ahead the run is the same."""
+    trainer = _trainer(write_config(tmp_path / "ahead"), "train.eval_every=0")
+    dataset = trainer.builder.dataset
+    read, cached = dataset.read, dataset.cached
+    steps: dict[str, list[int]] = {"read": [], "cached": []}
+
+    def spied(kind: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            steps[kind].append(trainer.step)
+            return function(*arguments)
+
+        return call
+
+    dataset.read, dataset.cached = spied("read", read), spied("cached", cached)  # type: ignore[method-assign]
+    assert trainer.run(threading.Event()) == "finished"
+    log = _steps(trainer.out)
+    lengths = {step: len(range(*event["positions"])) for step, event in log.items()}
+    assert set(steps["read"]) == {0}
+    assert len(steps["read"]) + len(steps["cached"]) == sum(lengths.values())
+    assert len(steps["read"]) <= lengths[1]
+    assert max(steps["cached"]) == 6
+    assert all(event["read_seconds"] >= 0 for event in log.values())
+    _assert_same_state(whole, trainer)
+    _assert_same_state(whole, _run(write_config(tmp_path / "late"), "data.read_ahead=0"))
+
+
 def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config: Any) -> None:
     before = _tensors(whole.state())
     again = _run(write_config(whole.out))

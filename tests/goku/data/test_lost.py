@@ -72,6 +72,33 @@ def test_it_is_made_again_with_the_same_bits(
     assert (len(report), lost.count) == (1, 0)
 
 
+def test_what_is_read_ahead_is_what_is_read_and_mends_nothing(
+    dataset: CachedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = dataset._text
+    assert text is not None
+
+    def never(prompts: Any) -> Any:
+        raise AssertionError("a thread must not load an encoder")
+
+    monkeypatch.setattr(text.encoder, "encode", never)
+    for index in range(len(dataset)):
+        ahead = dataset.cached(index)
+        assert ahead is not None
+        assert same(ahead, dataset.read(index))
+    cached(dataset, 0).unlink()
+    victim = cached(dataset, 1)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x7f")
+    caption = text.path(dataset._entries[2].record.prompts[0])
+    caption.write_bytes(caption.read_bytes()[:-1] + b"\x7f")
+    assert dataset.cached(0) is None
+    assert dataset.cached(1) is None
+    assert dataset.cached(2) is None  # and warns of nothing, which pytest would raise
+    caption.unlink()
+    assert dataset.cached(2) is None
+    assert not cached(dataset, 0).exists()
+
+
 def test_media_that_are_gone_cost_the_item_and_no_more(
     tmp_path: Path, folder: Path, dataset: CachedDataset, vae: Any
 ) -> None:

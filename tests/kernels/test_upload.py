@@ -1,0 +1,23 @@
+"""Uploads where nothing is to be copied: the same values, the given device. With a GPU: tests/gpu/test_batch.py."""
+
+import pytest
+import torch
+
+from goku_kernels.upload import upload, upload_rows
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_on_the_host_nothing_is_copied_twice(device):
+    x = torch.arange(6, dtype=torch.int32).view(3, 2)
+    assert upload(x, device) is x
+    rows = upload_rows([x, x[:0], x[1:]], device)
+    assert rows.dtype == torch.int32
+    assert torch.equal(rows, torch.tensor([[0, 1], [2, 3], [4, 5], [2, 3], [4, 5]]))
+    rows[0, 0] = 7
+    assert x[0, 0] == 0
+
+
+def test_other_devices_get_an_ordinary_copy():
+    x = torch.ones(3, 2, dtype=torch.float64)
+    for found in (upload(x, "meta"), upload_rows([x], torch.device("meta"))):
+        assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 2), torch.float64)
