@@ -80,10 +80,10 @@ def clip_gradients(
         The norm before.
 
     Raises:
-        ValueError: `max_norm` is not positive and finite, or as for `gradient_norm`.
+        ValueError: `max_norm` is no number, or not positive and finite, or as for `gradient_norm`.
     """
-    if not 0 < max_norm < math.inf:
-        raise ValueError(f"max_norm is {max_norm}; allowed: > 0 and finite")
+    if not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
+        raise ValueError(f"max_norm is {max_norm!r}; allowed: a number > 0 and finite")
     parameters = list(parameters)
     if norm is None:
         norm = gradient_norm(parameters, mesh)

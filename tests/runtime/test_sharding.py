@@ -286,8 +286,9 @@ def test_modules_that_cannot_be_sharded() -> None:
     low = ShardingPolicy(blocks=(), param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="mesh is None, but"):
         apply_hybrid_sharding(Model(), None, low)
-    with pytest.raises(ValueError, match=r"max_norm is 0; allowed: > 0"):
-        clip_gradients([], 0, None)
+    for refused in (0, float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match=f"max_norm is {refused!r}; allowed: a number > 0"):
+            clip_gradients([], refused, None)
 
 
 # ---- memory
