@@ -160,7 +160,6 @@ def test_samples_are_read_while_the_steps_before_run(
     assert set(steps["read"]) == {0}
     assert len(steps["read"]) + len(steps["cached"]) == sum(lengths.values())
     assert len(steps["read"]) <= lengths[1]
-    assert max(steps["cached"]) == 6
     assert all(event["read_seconds"] >= 0 for event in log.values())
     _assert_same_state(whole, trainer)
     _assert_same_state(whole, _run(write_config(tmp_path / "late"), "data.read_ahead=0"))
