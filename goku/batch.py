@@ -33,9 +33,9 @@ from goku.read_ahead import ReadAhead
 from goku.vae import VideoVAE
 from goku_kernels import Packing
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
-from goku_kernels.upload import upload, upload_rows
+from goku_kernels.upload import upload, upload_rows, upload_values
 
-if TYPE_CHECKING:  # cached latents are trained on without the packages that decode media
+if TYPE_CHECKING:  # packs are built without the packages that decode media
     from goku.data import CachedSample, Dataset, Item
     from goku.lost import LostItems
 
@@ -199,7 +199,7 @@ class BatchBuilder:
         given: Sequence[tuple[int, ...]] | None,
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
-        samples, lost = self._read(indices, captions)
+        samples, lost = self._read(indices, captions, ahead=posterior_positions is not None)
         latents, conditions = [], []
         drawn = self._latents(samples, posterior_positions)
         for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
@@ -219,7 +219,8 @@ class BatchBuilder:
             shard = self.sharding.shard(packing)
             embeddings = self.sharding.text(embeddings, shard)
             x1 = self.sharding.rows(x1)
-            condition = None if condition is None else self.sharding.rows(condition)
+            # A copy: it lives as long as the pack, and would keep the others' rows.
+            condition = None if condition is None else self.sharding.rows(condition).clone()
         here = [len(text) for text in embeddings]
         text_packing = Packing.from_lengths(here, device=self.device)
         t = upload(times.to(torch.float32), self.device)
@@ -255,25 +256,25 @@ class BatchBuilder:
         A sample attends to itself alone, so that nothing of one without weight reaches a gradient, whatever the shards
         hold of it. The exchange stays on the device: the host waits for nothing.
         """
-        weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
-        weights = upload(weights, self.device)
+        weights = upload_values([item.weight for item in items], torch.float64, self.device)
         if not any(lost) and (self.sharding is None or self.lost is None):
             return weights
-        gone = upload(torch.tensor(lost, dtype=torch.int32), self.device)
+        gone = upload_values(lost, torch.int32, self.device)
         if self.sharding is not None and self.lost is not None:
             gone = self.sharding.any(gone)
         return weights * (1 - gone)
 
     def _read(
-        self, indices: Sequence[int], captions: Sequence[int]
+        self, indices: Sequence[int], captions: Sequence[int], ahead: bool
     ) -> tuple[list[CachedSample], list[bool]]:
-        """The samples, and which of them are lost."""
+        """The samples, and which of them are lost. ahead: what was read ahead is for them."""
         began = time.perf_counter()
         wanted = list(zip(indices, captions, strict=True))
         with self.dataset.reading():
+            found = self._ahead.take(wanted) if ahead else [None] * len(wanted)
             read = [
-                self._read_one(index, caption, ahead)
-                for (index, caption), ahead in zip(wanted, self._ahead.take(wanted), strict=True)
+                self._read_one(index, caption, sample)
+                for (index, caption), sample in zip(wanted, found, strict=True)
             ]
         self.read_seconds += time.perf_counter() - began
         return [sample for sample, _ in read], [not whole for _, whole in read]

@@ -29,7 +29,7 @@ from goku_kernels.philox import (
     philox4x32,
     split64,
 )
-from goku_kernels.upload import upload
+from goku_kernels.upload import upload, upload_values
 
 __all__ = [
     "Purpose",
@@ -213,7 +213,9 @@ def normal_packed(
     for part in _passes(lengths, limit):
         # Runs of (stream, first block, number of blocks, number of elements) become flat counters.
         runs = torch.tensor(
-            [(*streams[i], first, (n + 3) // 4, n) for i, first, n in part], dtype=torch.int64
+            [(*streams[i], first, (n + 3) // 4, n) for i, first, n in part],
+            dtype=torch.int64,
+            device="cpu",
         )
         counts = runs[:, 3]
         total = int(counts.sum())
@@ -250,7 +252,7 @@ def stream_tensor(
         split64(index, "stream_indices")
     # The upper half of the unsigned range becomes the negative numbers.
     signed = [index - (index >> 63 << 64) for index in stream_indices]
-    return upload(torch.tensor(signed, dtype=torch.int64), device)
+    return upload_values(signed, torch.int64, device)
 
 
 def _passes(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

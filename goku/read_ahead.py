@@ -47,15 +47,16 @@ class ReadAhead:
         known = next((asked for asked in self._asked if asked[0] == pack), None)
         if known is None:
             return [None] * len(pack)
-        self._asked.remove(known)
-        return [future.result() for future in known[1]]
+        samples = [future.result() for future in known[1]]
+        self._asked.remove(known)  # not before: whoever is interrupted gives the rest up
+        return samples
 
     def close(self) -> None:
-        """Give up what was asked for. To ask again begins anew."""
+        """Give up what was asked for; reads under way are waited for when the interpreter ends. To ask begins anew."""
         _cancel(self._asked)
         self._asked = []
         if self._executor is not None:
-            self._executor.shutdown(wait=False)
+            self._executor.shutdown(wait=False, cancel_futures=True)
         self._executor = None
 
     def _submit(self, index: int, caption: int) -> Future[CachedSample | None]:

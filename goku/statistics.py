@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from goku.batch import Batch
-from goku_kernels.upload import upload
+from goku_kernels.upload import upload_values
 
 __all__ = ["RESOLUTIONS", "TIME_BINS", "StepStatistics", "resolution_name", "sample_groups"]
 
@@ -25,7 +25,7 @@ def sample_groups(batch: Batch) -> Tensor:
     """(2, B) of each sample its modality and its group of resolutions, on the batch's device."""
     kinds = [_MODALITIES.index(item.modality) for item in batch.items]
     sizes = [_resolution(item.grid[1] * item.grid[2]) for item in batch.items]
-    return upload(torch.tensor([kinds, sizes]), batch.t.device)
+    return upload_values([kinds, sizes], torch.int64, batch.t.device)
 
 
 class StepStatistics:

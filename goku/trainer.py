@@ -54,7 +54,7 @@ from goku.run_config import RunConfig, resume_differences
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics, sample_groups
-from goku.step_plan import StepPack, StepPlan, plan_step
+from goku.step_plan import StepPlan, plan_step
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.vae import VideoVAE
@@ -166,7 +166,7 @@ class Trainer:
         self.optimizer = build_adamw(config.optimizer, self.model)
         self.checkpoints = RunCheckpoints(self.out, config.train, context.host_group)
         self.step = self.position = self.skipped = self.known_lost = 0
-        self.planned: StepPlan | None = None
+        self.plans: list[StepPlan] = []  # of the step under way and those that are read ahead
         self.stage, self.start = stage, start
         self.start_record = None if start is None else start.record()
         self.limits = _largest(self.builder.grids)
@@ -291,27 +291,24 @@ class Trainer:
         """One optimizer step on the global batch; True when any rank was asked to stop."""
         started, read_before = time.perf_counter(), self.builder.read_seconds
         train = self.config.train
-        plan = self.planned
-        if plan is None or plan.positions[0] != self.position:  # the first, or after a resume
-            plan = self._plan(self.position)
+        if not self.plans or self.plans[0].positions[0] != self.position:
+            self.plans = [self._plan(self.position)]  # the first, or after a resume
+        plan = self.plans[0]
 
         statistics = StepStatistics(self.device)
         for number, (positions, indices, idle) in enumerate(plan.packs, start=1):
             batch = self.builder.training(positions, indices)
-            self._read_ahead(plan.packs[number:])
             groups = sample_groups(batch)
             keep = self.config.sharding.keep_unsharded
             microbatch(self.model, last=number == len(plan.packs), keep_unsharded=keep)
             per_sample = self.per_sample_loss(self.model, batch)
+            self._read_ahead(number)  # while the device is at work
             weights = torch.zeros_like(batch.weights) if idle else batch.weights
             weighted_loss(per_sample, weights, plan.weight_sum).backward()
             if not idle:
                 sizes = batch.packing.lengths, batch.text_lengths
                 work = flops.training_flops(self.config.model, *sizes)
                 statistics.add(batch, per_sample, plan.weight_sum, work, groups)
-        if self.step + 1 < train.steps:  # while the device is at work
-            self.planned = self._plan(self.position + len(plan.positions))
-            self._read_ahead(self.planned.packs)
         if stop.is_set():
             statistics.ask_to_stop()
         statistics.count_lost(self.lost.count)
@@ -321,6 +318,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.position += len(plan.positions)
+        self.plans.pop(0)
         self.step += 1
         seconds = time.perf_counter() - started
         if self.step % train.log_every == 0 or self.step == train.steps:
@@ -340,18 +338,19 @@ class Trainer:
 
     def _plan(self, position: int) -> StepPlan:
         """The step that begins at this position of the stream."""
+        builder, packs = self.builder, (self.context.pack_rank, self.context.packs)
         return plan_step(
-            position,
-            self.stream,
-            self.builder.tokens,
-            self.builder.dataset.items,
-            self.config.packing,
-            self.costs,
-            (self.context.pack_rank, self.context.packs),
-        )
+            position, self.stream, builder.tokens, builder.dataset.items, self.config.packing, self.costs, packs,
+        )  # fmt: skip
 
-    def _read_ahead(self, packs: Sequence[StepPack]) -> None:
-        self.builder.read_ahead([pack[:2] for pack in packs[: self.config.data.read_ahead]])
+    def _read_ahead(self, done: int) -> None:
+        """Begin to read the packs behind the first `done` of the step under way, whatever steps they are of."""
+        end = done + self.config.data.read_ahead
+        packs = [pack for plan in self.plans for pack in plan.packs]
+        while len(packs) < end and self.step + len(self.plans) < self.config.train.steps:
+            self.plans.append(self._plan(self.plans[-1].positions[-1] + 1))
+            packs += self.plans[-1].packs
+        self.builder.read_ahead([pack[:2] for pack in packs[done:end]])
 
     def costs(self, lengths: list[int]) -> list[float]:
         """Relative cost of samples, for sharing them among ranks."""

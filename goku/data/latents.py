@@ -278,7 +278,8 @@ def _load(path: Path, names: tuple[str, ...]) -> list[Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("goku", "{}"))
-            tensors = [file.get_tensor(name).clone() for name in names]
+            # Copied by NumPy: torch would start threads for it in every thread that reads ahead.
+            tensors = [torch.from_numpy(file.get_tensor(name).numpy().copy()) for name in names]
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"cached latent {path} is damaged: {error}") from error
     if not isinstance(facts, dict) or facts.get("crc32") != _crc32(*tensors):

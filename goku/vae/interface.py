@@ -86,8 +86,8 @@ class VideoVAE(Protocol):
 class Copies:
     """A module's small buffers on other devices than its own, each copied once.
 
-    A copy from a GPU waits for all that it was given before. Latents that are prepared in host memory, while the VAE
-    lies on the GPU, would wait for the training step under way.
+    A copy from a GPU waits for all that it was given before: latents in host memory, while the VAE lies on the GPU,
+    would wait for the training step under way.
     """
 
     def __init__(self) -> None:

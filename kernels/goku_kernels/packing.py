@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from goku_kernels.upload import upload
+from goku_kernels.upload import upload, upload_values
 
 Grid = tuple[int, int, int]
 
@@ -62,7 +62,7 @@ class Packing:
             grids.append((int(sizes[0]), int(sizes[1]), int(sizes[2])))
         lengths = tuple(t * h * w for t, h, w in grids)
         cu_seqlens = _offsets("grid_sizes", lengths, device)
-        sizes_B3 = upload(torch.tensor(grids, dtype=torch.int32), device)
+        sizes_B3 = upload_values(grids, torch.int32, device)
         return cls(cu_seqlens, sizes_B3, lengths, tuple(grids), max(lengths))
 
     @classmethod
@@ -102,8 +102,9 @@ class Packing:
     @cached_property
     def _segment_ids(self) -> Tensor:
         # On the host: repeat_interleave of a device tensor would have to read its length back.
-        samples = torch.arange(self.batch)
-        ids = torch.repeat_interleave(samples, torch.tensor(self.lengths), output_size=self.total)
+        samples = torch.arange(self.batch, device="cpu")
+        lengths = torch.tensor(self.lengths, device="cpu")
+        ids = torch.repeat_interleave(samples, lengths, output_size=self.total)
         return upload(ids, self.cu_seqlens.device)
 
 
@@ -117,4 +118,4 @@ def _offsets(name: str, lengths: tuple[int, ...], device: torch.device | str | N
     offsets = [0, *accumulate(lengths)]
     if offsets[-1] > _INT32_MAX:
         raise ValueError(f"{name} add up to {offsets[-1]} tokens: at most {_INT32_MAX} are allowed")
-    return upload(torch.tensor(offsets, dtype=torch.int32), device)
+    return upload_values(offsets, torch.int32, device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["upload", "upload_rows"]
+__all__ = ["upload", "upload_rows", "upload_values"]
 
 
 def upload(host: Tensor, device: torch.device | str | None) -> Tensor:
@@ -22,11 +23,23 @@ def upload(host: Tensor, device: torch.device | str | None) -> Tensor:
     """
     if not _queued(device):
         return host if device is None else host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    # What has gaps would be packed in pageable memory before it is copied.
+    return host.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def upload_values(
+    values: Sequence[Any], dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """`torch.tensor(values, dtype=dtype, device=device)`, as `upload`."""
+    if device is None:
+        return torch.tensor(values, dtype=dtype)
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 def upload_rows(pieces: Sequence[Tensor], device: torch.device | str | None) -> Tensor:
     """`torch.cat(pieces)` on the device, as `upload`, by one copy in host memory instead of two.
+
+    torch keeps page-locked memory for the next call: the next power of two bytes, twice where a copy is under way.
 
     Args:
         pieces: at least one; (rows_i, ...) of one dtype and equal further dimensions, on the CPU.
@@ -35,7 +48,8 @@ def upload_rows(pieces: Sequence[Tensor], device: torch.device | str | None) -> 
     if not _queued(device):
         return upload(torch.cat(list(pieces)), device)
     rows = sum(len(piece) for piece in pieces)
-    locked = torch.empty((rows, *pieces[0].shape[1:]), dtype=pieces[0].dtype, pin_memory=True)
+    shape = (rows, *pieces[0].shape[1:])
+    locked = torch.empty(shape, dtype=pieces[0].dtype, device="cpu", pin_memory=True)
     torch.cat(list(pieces), out=locked)
     return locked.to(device, non_blocking=True)
 

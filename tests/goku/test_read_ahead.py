@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,11 +19,13 @@ class FakeDataset:
         self.gate = threading.Event()
         self.begun: list[tuple[int, int]] = []
         self.some = threading.Semaphore(0)
+        self.seconds = 0.0
 
     def cached(self, index: int, caption: int) -> Any:
         self.begun.append((index, caption))
         self.some.release()
         assert self.gate.wait(60)
+        time.sleep(self.seconds if index >= 100 else 0)
         if index == 13:
             return None
         if index == 14:
@@ -108,3 +111,20 @@ def test_closing_gives_up_and_asking_begins_anew(dataset: FakeDataset, reader: R
     assert dataset.begun == [*first, *B]
     reader.close()
     reader.close()
+
+
+def test_an_interrupted_wait_gives_the_rest_up(dataset: FakeDataset, reader: ReadAhead) -> None:
+    """Else a process that is to leave at once would first read all that it had asked for."""
+    first = [(14, 0), *((100 + k, 0) for k in range(50))]
+    reader.ask([first])
+    for _ in range(THREADS):
+        assert dataset.some.acquire(timeout=60)
+    dataset.seconds = 0.1
+    dataset.gate.set()
+    with pytest.raises(MemoryError, match="no room"):
+        reader.take(first)
+    pool = reader._executor
+    assert pool is not None
+    reader.close()
+    pool.shutdown(wait=True)
+    assert len(dataset.begun) < 40

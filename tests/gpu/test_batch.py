@@ -39,12 +39,11 @@ class _Samples:
                 )
             )  # fmt: skip
             mean, logvar = torch.randn(2, CHANNELS, t, 2 * h, 2 * w, generator=draw)
-            frame = torch.randn(CHANNELS, 1, 2 * h, 2 * w, generator=draw)
+            first = mean[:, :1]  # of a causal VAE, with gaps between its channels
+            last = torch.randn(CHANNELS, 1, 2 * h, 2 * w, generator=draw)
             text = torch.randn(i + 1, TEXT_DIM, generator=draw)
             self.samples.append(
-                SimpleNamespace(
-                    mean=mean, logvar=logvar, text=text, frames={0: frame, -1: frame + 1}
-                )
+                SimpleNamespace(mean=mean, logvar=logvar, text=text, frames={0: first, -1: last})
             )
 
     def reading(self):
@@ -88,20 +87,34 @@ def test_a_pack_is_that_of_the_cpu():
     assert torch.equal(ours.text_packing.cu_seqlens.cpu(), theirs.text_packing.cu_seqlens)
 
 
-def test_building_a_pack_does_not_wait_for_the_device():
-    builder = _builder(DEVICE)
-    expected = _pack(builder, 30)  # kernels are compiled, buffers are made
-    builder.read_ahead([])
+def _some_packs(builder):
+    """Twenty packs, begun while the device is asleep for about two seconds, and whether it still was at their end."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)
+    awake = torch.cuda.Event()
+    awake.record()
     before = torch.cuda.get_sync_debug_mode()
+    # A copy from pageable memory that torch does not wait for, the driver may: the event tells of that one.
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = _pack(builder, 30)
-        groups = sample_groups(batch)
+        packs = [_pack(builder, 30 + 10 * k) for k in range(20)]
+        groups = [sample_groups(pack) for pack in packs]
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    # Page-locked memory that was used again before its copy was done would show here.
-    others = [_pack(builder, 100 + 10 * k) for k in range(20)]
-    assert len(others) == 20
-    for name in ("x", "target", "t", "text", "condition", "weights"):
-        assert torch.equal(getattr(batch, name), getattr(expected, name))
-    assert groups.shape == (2, 10)
+    asleep = not awake.query()
+    assert all(group.shape == (2, 10) for group in groups)
+    torch.cuda.synchronize()
+    return packs, asleep
+
+
+def test_building_packs_does_not_wait_for_the_device():
+    builder = _builder(DEVICE)
+    _some_packs(builder)  # kernels are compiled, memory on both sides is there
+    packs, asleep = _some_packs(builder)
+    assert asleep
+    # All were queued before any copy was done: page-locked memory that was used again too early would show.
+    for k, pack in enumerate(packs):
+        alone = _pack(builder, 30 + 10 * k)
+        torch.cuda.synchronize()
+        for name in ("x", "target", "t", "text", "condition", "weights"):
+            assert torch.equal(getattr(pack, name), getattr(alone, name))

@@ -47,17 +47,20 @@ def _open_gates(model: nn.Module) -> None:
 
 def _lose(dataset: Any) -> None:
     """From now on neither the first item's latent nor its media can be read by this process."""
-    read = dataset.read
+    read, cached = dataset.read, dataset.cached
 
     def broken(index: int, caption: int = 0) -> Any:
         if index == 0:
             raise OSError("Input/output error")
         return read(index, caption)
 
+    def damaged(index: int, caption: int = 0) -> Any:
+        return None if index == 0 else cached(index, caption)
+
     def gone(index: int, vae: Any) -> Any:
         raise OSError("Stale file handle")
 
-    dataset.read, dataset.repair = broken, gone
+    dataset.read, dataset.cached, dataset.repair = broken, damaged, gone
 
 
 def _whole(parameter: Tensor) -> np.ndarray:
@@ -85,16 +88,15 @@ def train(
         trainer = _trainer(run, context)
         if rank in (losing or []):
             _lose(trainer.builder.dataset)
-        rounds = trainer._rounds
-        seen: list[bool] = []
+        step, seen = trainer.train_step, []
 
-        def counted(*arguments: Any) -> Any:
-            packs = rounds(*arguments)
-            seen.extend(idle for _, idle in packs)
+        def counted(*arguments: Any) -> bool:
+            packs = trainer._plan(trainer.position).packs
+            seen.extend(pack.idle for pack in packs)
             print(f"rounds: {len(packs)}")
-            return packs
+            return step(*arguments)
 
-        trainer._rounds = counted  # type: ignore[method-assign]
+        trainer.train_step = counted  # type: ignore[method-assign]
         used: dict[str, torch.dtype] = {}
         block = trainer.model.blocks[0]
         for name, module in (("attn1", block.attn1.q_proj), ("norm1", block.norm1.linear)):

@@ -123,19 +123,18 @@ def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
 ) -> None:
     """More processes, then fewer, with packs accumulated and activations recomputed in every way."""
     alone = train("alone", 1)
-    train("moved", 1, "train.steps=1")
-    operators = ["activation_checkpointing.mode=operators"]
-    operators += ["activation_checkpointing.save=[goku_kernels::varlen_attention]"]
-    train("moved", 4, "train.steps=3", "parallel.sp=2", *operators)
     nth = "activation_checkpointing.mode=every_nth"
     # Packs of 18 tokens: two rounds on each of two groups.
     accumulated = ["sharding.keep_unsharded=true", "packing.tokens_per_pack=18"]
-    out = train("moved", 2, "train.steps=5", nth, *accumulated)
+    out = train("moved", 2, "train.steps=2", nth, *accumulated)
     assert "rounds: 2" in (out / "output.txt").read_text()
+    operators = ["activation_checkpointing.mode=operators"]
+    operators += ["activation_checkpointing.save=[goku_kernels::varlen_attention]"]
+    train("moved", 4, "train.steps=4", "parallel.sp=2", *operators)
     train("moved", 1, "activation_checkpointing.mode=full")
     assert_same_run(alone.parent / "moved", alone)
     log = read_log(alone.parent / "moved" / "train.jsonl")
-    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [1, 4, 2, 1]
+    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [2, 4, 1]
 
 
 @pytest.mark.long

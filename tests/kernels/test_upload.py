@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from goku_kernels.upload import upload, upload_rows
+from goku_kernels import Packing
+from goku_kernels.upload import upload, upload_rows, upload_values
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
@@ -21,3 +22,16 @@ def test_other_devices_get_an_ordinary_copy():
     x = torch.ones(3, 2, dtype=torch.float64)
     for found in (upload(x, "meta"), upload_rows([x], torch.device("meta"))):
         assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 2), torch.float64)
+
+
+def test_a_default_device_decides_only_where_none_is_given():
+    with torch.device("meta"):
+        assert upload_values([1, 2], torch.int32, None).device.type == "meta"
+        found = upload_values([[1, 2], [3, 4]], torch.int64, "cpu")
+        packing = Packing.from_grids([(1, 2, 3), (1, 1, 2)], device="cpu")
+        assert Packing.from_lengths([3]).cu_seqlens.device.type == "meta"
+        ids = packing.segment_ids()
+    assert found.tolist() == [[1, 2], [3, 4]]
+    assert packing.cu_seqlens.tolist() == [0, 6, 8]
+    assert packing.grid_sizes.tolist() == [[1, 2, 3], [1, 1, 2]]
+    assert ids.tolist() == [0] * 6 + [1] * 2

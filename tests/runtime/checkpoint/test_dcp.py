@@ -131,7 +131,7 @@ def test_cached_plans(run_processes: Callable[..., str], tmp_path: Path) -> None
     run_processes(2, PROCESSES, ("cached_plans", {"root": str(tmp_path / "saves")}))
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_models_and_optimizers(
     run_processes: Callable[..., str], tmp_path: Path, world: int
 ) -> None:
