@@ -40,22 +40,22 @@ class ReadAhead:
             else:
                 before.remove(known)
             self._asked.append(known)
-        _cancel(before)
+        for _, futures in before:
+            for future in futures:
+                future.cancel()
 
     def take(self, pack: Pack) -> list[CachedSample | None]:
         """Its samples, once they are read; None for each that could not be, or that was not asked for."""
         known = next((asked for asked in self._asked if asked[0] == pack), None)
         if known is None:
             return [None] * len(pack)
-        samples = [future.result() for future in known[1]]
-        self._asked.remove(known)  # not before: whoever is interrupted gives the rest up
-        return samples
+        self._asked.remove(known)
+        return [future.result() for future in known[1]]
 
     def close(self) -> None:
         """Give up what was asked for; reads under way are waited for when the interpreter ends. To ask begins anew."""
-        _cancel(self._asked)
         self._asked = []
-        if self._executor is not None:
+        if self._executor is not None:  # what an interrupted `take` waited for is given up, too
             self._executor.shutdown(wait=False, cancel_futures=True)
         self._executor = None
 
@@ -63,9 +63,3 @@ class ReadAhead:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="reading ahead")
         return self._executor.submit(self.dataset.cached, index, caption)
-
-
-def _cancel(asked: Sequence[tuple[Pack, Sequence[Future[CachedSample | None]]]]) -> None:
-    for _, futures in asked:
-        for future in futures:
-            future.cancel()

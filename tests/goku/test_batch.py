@@ -347,6 +347,13 @@ def test_what_was_read_ahead_is_trained_on_without_another_read(
     builder.read_ahead([packs[0]])
     assert builder.training(*packs[0]).lost == (False, True, False)
     assert ahead.again == [2, 1]
+    # An evaluation of the same item with the same caption leaves it to training.
+    position = next(p for p in range(100) if builder._captions([p], [2]) == [0])
+    builder.read_ahead([([position], [2])])
+    builder.fixed([2], [0.5])
+    assert ahead.again == [2, 1, 2]
+    builder.training([position], [2])
+    assert ahead.again == [2, 1, 2]
     builder.close()
 
 

@@ -138,10 +138,11 @@ def test_stopped_and_resumed_is_bit_identical(
 
 
 def test_samples_are_read_while_the_steps_before_run(
-    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path
+    write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """All but those of the first step, and none past the last; without reading ahead the run is the same."""
-    trainer = _trainer(write_config(tmp_path / "ahead"), "train.eval_every=0")
+    one_pack = ("train.eval_every=0", "packing.tokens_per_pack=48")  # a step
+    trainer = _trainer(write_config(tmp_path / "ahead"), *one_pack)
     dataset = trainer.builder.dataset
     read, cached = dataset.read, dataset.cached
     steps: dict[str, list[int]] = {"read": [], "cached": []}
@@ -154,15 +155,24 @@ def test_samples_are_read_while_the_steps_before_run(
         return call
 
     dataset.read, dataset.cached = spied("read", read), spied("cached", cached)  # type: ignore[method-assign]
+    asked: list[int] = []
+    begin = trainer.builder.read_ahead
+
+    def counted(packs: Any) -> None:
+        asked.append(len(packs))
+        begin(packs)
+
+    trainer.builder.read_ahead = counted  # type: ignore[method-assign]
     assert trainer.run(threading.Event()) == "finished"
+    assert asked == [2, 2, 2, 2, 2, 2, 1, 0]  # those of the next two steps
     log = _steps(trainer.out)
     lengths = {step: len(range(*event["positions"])) for step, event in log.items()}
     assert set(steps["read"]) == {0}
     assert len(steps["read"]) + len(steps["cached"]) == sum(lengths.values())
-    assert len(steps["read"]) <= lengths[1]
-    assert all(event["read_seconds"] >= 0 for event in log.values())
-    _assert_same_state(whole, trainer)
-    _assert_same_state(whole, _run(write_config(tmp_path / "late"), "data.read_ahead=0"))
+    assert len(steps["read"]) == lengths[1]
+    assert 0 < log[1]["read_seconds"] < log[1]["seconds"]
+    late = _run(write_config(tmp_path / "late"), *one_pack, "data.read_ahead=0")
+    _assert_same_state(late, trainer)
 
 
 def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config: Any) -> None:
