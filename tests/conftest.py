@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Before torch is imported: the workers of `make test` share two cores, and a sum's rounding does
@@ -23,7 +25,8 @@ settings.register_profile("goku", deadline=None, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("goku"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "goku")
 
-LAUNCH = Path(__file__).with_name("launch.py")
+# -P: the folder of launch.py would stand in the way of the packages.
+_PYTHON = (sys.executable, "-P", str(Path(__file__).with_name("launch.py")))
 
 
 @pytest.fixture
@@ -38,13 +41,74 @@ def free_port() -> Callable[[], int]:
     return port
 
 
+class LaunchServer:
+    """`launch.py --serve`: begun when first asked, gone with pytest. What is preloaded comes into a process where it
+    begins: such runs have a server of their own."""
+
+    def __init__(self) -> None:
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], log: Path, timeout: float
+    ) -> bool:
+        """One run, whose words go to log; False where it took longer and was killed."""
+        preloaded = environment.get("LD_PRELOAD", "")
+        if preloaded not in self._processes:
+            self._processes[preloaded] = subprocess.Popen(
+                [*_PYTHON, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                bufsize=0, env=environment,  # no line may wait in a buffer that `select` cannot see
+            )  # fmt: skip
+        process = self._processes[preloaded]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        request = {
+            "arguments": arguments, "environment": environment, "path": [path for path in sys.path if path],
+            "folder": os.getcwd(), "output": str(log),
+        }  # fmt: skip
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        child = int(process.stdout.readline())
+        answered, _, _ = select.select([process.stdout], [], [], timeout)
+        if not answered:
+            os.killpg(child, signal.SIGKILL)  # the ranks too
+        process.stdout.readline()
+        return bool(answered)
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.communicate(timeout=60)
+
+
+def _run_alone(
+    command: Sequence[str], environment: dict[str, str], log: Path, timeout: float
+) -> bool:
+    """As `LaunchServer.run`, in a process begun for it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        process.wait()
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def launch_server() -> Iterator[LaunchServer]:
+    server = LaunchServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def run_processes(tmp_path: Path) -> Callable[..., str]:
+def run_processes(tmp_path: Path, launch_server: LaunchServer) -> Callable[..., str]:
     """run_processes(world, script, *functions, ...) -> what the ranks printed.
 
     functions: names, or (name, {keyword: JSON value}). timeout: seconds for all of it; a run that
     takes longer fails the test and leaves no process behind. group_timeout: seconds of a collective.
-    expect: exit codes by rank, all 0 unless given.
+    expect: exit codes by rank, all 0 unless given. prefix: a command that runs it, in a namespace say.
     """
 
     def run(
@@ -55,31 +119,25 @@ def run_processes(tmp_path: Path) -> Callable[..., str]:
         timeout: float = 120,
         group_timeout: float = 60,
         expect: Sequence[int] | None = None,
+        prefix: Sequence[str] = (),
     ) -> str:
         calls = [f if isinstance(f, str) else f"{f[0]}:{json.dumps(f[1])}" for f in functions]
-        number = len(list(tmp_path.glob("store-*")))
+        number = len(list(tmp_path.glob("store-*.log")))
         store = tmp_path / f"store-{number}"
         store.touch()
-        process = subprocess.Popen(
-            # -P: the folder of launch.py would stand in the way of the packages.
-            [sys.executable, "-P", str(LAUNCH), str(world), str(store), str(script), backend,
-             str(group_timeout), *calls],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ
-            | {
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # the ranks too
-            output, _ = process.communicate()
+        arguments = [str(world), str(store), str(script), backend, str(group_timeout), *calls]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        log = Path(f"{store}.log")
+        if prefix:
+            ended = _run_alone([*prefix, *_PYTHON, *arguments], environment, log, timeout)
+        else:
+            ended = launch_server.run(arguments, environment, log, timeout)
+        output = log.read_text(encoding="utf-8", errors="replace")
+        if not ended:
             pytest.fail(f"{calls} on {world} ranks hangs:\n{output}")
         codes = list(expect or [0] * world)
         assert f"exit codes: {codes}\n" in output, output

@@ -1,17 +1,24 @@
 """Runs functions of a script in real processes of one process group; a command of its own.
 
     launch.py WORLD STORE SCRIPT BACKEND TIMEOUT FUNCTION[:JSON] ...
+    launch.py --serve
 
 torch and SCRIPT are imported once, then WORLD ranks are forked: start-up is most of what such a test
 takes. Every rank joins a group of BACKEND ("gloo", or "none" for no group at all), calls each
 FUNCTION(rank, world, **JSON) in turn and ends with code 0; a failed assert, like any exception, is
 code 1 with its traceback. The exit codes of all ranks are printed as the last line, and the command
 fails unless all are 0.
+
+--serve: torch is imported once for many runs. Each line of standard input is a JSON object of a run, {arguments,
+environment, path: of Python, folder: to run in, output: file for all that the run prints}; the answers are two lines,
+the id of its process, which leads a session of its own, and its exit code.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -20,9 +27,17 @@ import sys
 import traceback
 from datetime import timedelta
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# What scripts import of others' packages, a second and a half of torch's: `--serve` imports it ahead. Nothing of
+# this project, whose modules may differ from run to run and must not know each other.
+AHEAD = (
+    "pytest", "torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.checkpoint",
+)  # fmt: skip
 
 
 def die_with_parent() -> None:
@@ -42,9 +57,9 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def fork_rank(rank: int, world: int, script: ModuleType) -> int:
+def fork_rank(rank: int, script: ModuleType, arguments: list[str]) -> int:
     """Fork one rank; its process id."""
-    store, backend, timeout = sys.argv[2], sys.argv[4], float(sys.argv[5])
+    world, store, backend, timeout = int(arguments[0]), *arguments[1:4:2], float(arguments[4])
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -57,7 +72,7 @@ def fork_rank(rank: int, world: int, script: ModuleType) -> int:
                 backend, init_method=f"file://{store}", rank=rank, world_size=world,
                 timeout=timedelta(seconds=timeout),
             )  # fmt: skip
-        for call in sys.argv[6:]:
+        for call in arguments[5:]:
             name, _, arguments = call.partition(":")
             getattr(script, name)(rank, world, **json.loads(arguments or "{}"))
             print(f"{name}: rank {rank} is done", flush=True)
@@ -73,15 +88,60 @@ def fork_rank(rank: int, world: int, script: ModuleType) -> int:
         os._exit(code)
 
 
+def run(arguments: list[str]) -> int:
+    """One run; its exit code."""
+    script = load(arguments[2])
+    children = [fork_rank(rank, script, arguments) for rank in range(int(arguments[0]))]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(f"exit codes: {codes}", flush=True)
+    return 1 if any(codes) else 0
+
+
+def fork_run(request: dict[str, Any]) -> int:
+    """Fork a process for one run; its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        die_with_parent()
+        os.setsid()
+        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target, source in enumerate((nothing, output, output)):
+            os.dup2(source, target)
+        os.environ.clear()
+        os.environ |= request["environment"]
+        sys.path[:] = request["path"]
+        os.chdir(request["folder"])
+        code = run(request["arguments"])
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    """Run what is asked for on standard input, one run after another, until it ends."""
+    for module in AHEAD:
+        importlib.import_module(module)
+    gc.freeze()  # or every run's first collection would copy all that was imported
+    for line in sys.stdin:
+        child = fork_run(json.loads(line))
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 def main() -> None:
     die_with_parent()
     torch.set_num_threads(1)
-    world = int(sys.argv[1])
-    script = load(sys.argv[3])
-    children = [fork_rank(rank, world, script) for rank in range(world)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(f"exit codes: {codes}", flush=True)
-    sys.exit(1 if any(codes) else 0)
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

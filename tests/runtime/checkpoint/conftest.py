@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,37 +11,12 @@ SCENARIOS = Path(__file__).with_name("scenarios.py")
 
 
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., str]:
-    """run_ranks(ranks, root, *scenarios, prefix=()) -> what the ranks printed.
-
-    Every rank is a process of its own in a Gloo group, and all must end with exit code 0 within a
-    minute and a half: a rank that hangs fails the test.
-    """
+def run_ranks(run_processes: Callable[..., str]) -> Callable[..., str]:
+    """run_ranks(ranks, root, *scenarios, prefix=()) -> what the ranks printed, several in a Gloo group."""
 
     def run(ranks: int, root: Path, *scenarios: str, prefix: tuple[str, ...] = ()) -> str:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "OMP_NUM_THREADS": "1",
-        }
-        store = tmp_path / f"store-{ranks}-{scenarios[0]}"
-        process = subprocess.Popen(
-            [*prefix, sys.executable, str(SCENARIOS), str(ranks), str(store), str(root),
-             *scenarios],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=90)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # the ranks too
-            output, _ = process.communicate()
-            pytest.fail(f"{scenarios} hangs:\n{output}")
-        assert process.returncode == 0, output
-        for scenario in scenarios:
-            assert output.count(f"{scenario}: rank ") == ranks, output
-        return output
+        calls = [("scenario", {"root": str(root), "name": name}) for name in scenarios]
+        backend = "gloo" if ranks > 1 else "none"
+        return run_processes(ranks, SCENARIOS, *calls, backend=backend, prefix=prefix, timeout=90)
 
     return run

@@ -1,10 +1,6 @@
-"""What the processes of test_ranks.py and test_failure.py do; run as a script.
+"""What the processes of test_ranks.py and test_failure.py do; run by tests/launch.py.
 
-    scenarios.py RANKS STORE DIRECTORY SCENARIO ...
-
-Every scenario gets a directory of its own in DIRECTORY, or the one that is there already. Ranks are
-forked once torch has been imported, which is most of the time that all this takes. A scenario
-checks with assert, so that a failed check is an exit code.
+Every scenario gets a directory of its own, or the one that is there already.
 """
 
 from __future__ import annotations
@@ -18,9 +14,7 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -448,41 +442,9 @@ def killed_while_replacing(rank: int, ranks: int, directory: Path) -> None:
     only(directory, "c")
 
 
-def main() -> None:
-    ranks, store, root = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    torch.set_num_threads(1)
-    children = [fork_rank(rank, ranks, store, root) for rank in range(ranks)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(0 if not any(codes) else f"exit codes of the ranks: {codes}")
-
-
-def fork_rank(rank: int, ranks: int, store: str, root: Path) -> int:
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        if ranks > 1:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
-            )
-        for scenario in sys.argv[4:]:
-            directory = root / scenario.partition("@")[2] if "@" in scenario else root / scenario
-            directory.mkdir(exist_ok=True)
-            globals()[scenario.partition("@")[0]](rank, ranks, directory)
-            print(f"{scenario}: rank {rank} is done")
-        if ranks > 1:
-            dist.destroy_process_group()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    main()
+def scenario(rank: int, ranks: int, root: str, name: str) -> None:
+    """One of the above; name: NAME, or NAME@DIRECTORY to be run in."""
+    function, _, directory = name.partition("@")
+    path = Path(root) / (directory or function)
+    path.mkdir(exist_ok=True)
+    globals()[function](rank, ranks, path)

@@ -27,7 +27,7 @@ def run(run_processes: Run, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     def preloaded(*names: str, expect: Sequence[int] = (0, 0), **arguments: object) -> str:
         calls = [(name, {"root": str(tmp_path), **arguments}) for name in names]
         # A hundred saves with their syncs: 15 s, and more on a disk that others use.
-        return run_processes(2, SCRIPT, *calls, expect=expect, timeout=240)
+        return run_processes(2, SCRIPT, "no_faults", *calls, expect=expect, timeout=240)
 
     return preloaded
 
