@@ -1,6 +1,7 @@
 """From positions in the data stream to one packed batch: latents, text, noise and times of several samples end to end.
 
-Under sequence parallelism every process of a group builds the same pack and keeps its own rows of it.
+Under sequence parallelism every process of a group knows the pack's shape, and reads and builds the samples alone that
+it holds rows of: of a pack of images each a part of the files, of one long clip all of it.
 
 Everything random here is a function of (seed, stream position, element): the same sample at the same position gets
 the same posterior draw, noise, time, caption, text dropout and given frames on any rank, in any pack, before and after
@@ -10,8 +11,9 @@ a resume.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +32,7 @@ from goku.packing import Grid, PackingConfig, cut_grid
 from goku.parallelize import PackSharding
 from goku.random import Purpose, normal_packed, stream_tensor, uniform_each
 from goku.read_ahead import ReadAhead
+from goku.text import compact
 from goku.vae import VideoVAE
 from goku_kernels import Packing
 from goku_kernels.rectified_flow_noise import rectified_flow_noise
@@ -47,9 +50,9 @@ class Batch:
     """One pack, or this process's shard of it, ready for the model.
 
     x: (rows, patch_dim) noised latents; target: (rows, patch_dim) velocity; t: (B,); text: (text_tokens, dim);
-    packing: of the whole pack; text_packing: of text; items: the B samples in order; weights: (B,) loss weights w_i, 0
-    for lost ones;
-    shard: which rows x holds, None for all; text_lengths: of every sample, wherever its text is;
+    packing: of the whole pack; text_packing: of text, 0 for samples without a row here; items: the B samples in order;
+    weights: (B,) loss weights w_i, 0 for lost ones;
+    shard: which rows x holds, None for all;
     condition: (rows, condition_dim) given frames beside x, None for a model that takes none; lost: which samples this
     process could not read, their latents being zeros, () for none.
     """
@@ -62,7 +65,6 @@ class Batch:
     text_packing: Packing
     items: list[Item]
     weights: Tensor
-    text_lengths: tuple[int, ...]
     shard: TokenShard | None = None
     condition: Tensor | None = None
     lost: tuple[bool, ...] = ()
@@ -73,6 +75,17 @@ class Batch:
         return (
             self.x, self.t, self.text, self.packing, self.text_packing, self.shard, self.condition,
         )  # fmt: skip
+
+    @property
+    def begun(self) -> tuple[list[int], list[int]]:
+        """(tokens, text tokens) of the samples whose first row is here: over the shards of a pack each sample once."""
+        lengths, texts = list(self.packing.lengths), list(self.text_packing.lengths)
+        if self.shard is None:
+            return lengths, texts
+        end = self.shard.token_offset + self.shard.rows
+        begins = accumulate(lengths[:-1], initial=0)
+        here = [k for k, b in enumerate(begins) if self.shard.token_offset <= b < end]
+        return [lengths[k] for k in here], [texts[k] for k in here]
 
 
 def trained_grid(item: Item, packing: PackingConfig, shards: int, last: bool) -> Grid:
@@ -126,7 +139,7 @@ class BatchBuilder:
         last = conditioning is not None and -1 in conditioning.frames
         self.grids = [trained_grid(item, packing, shards, last) for item in dataset.items]
         self.tokens = [t * h * w for t, h, w in self.grids]
-        self._empty_text = dataset.empty_text
+        self._empty_text = compact(dataset.empty_text)
         self._ahead = ReadAhead(dataset)
         self.read_seconds = 0.0
         """How long packs have waited for their samples: what `read_ahead` did not hide."""
@@ -155,7 +168,7 @@ class BatchBuilder:
         """
         self._ahead.ask(
             [
-                list(zip(indices, self._captions(positions, indices), strict=True))
+                self._wanted(indices, self._captions(positions, indices), self._held(indices))
                 for positions, indices in packs
             ]
         )
@@ -184,6 +197,20 @@ class BatchBuilder:
         heaviest = [0] * len(indices)
         return self._build(indices, indices, t, heaviest, heaviest, Purpose.EVAL, given, None)
 
+    def _held(self, indices: Sequence[int]) -> list[int]:
+        """Which samples of the pack (0 .. len(indices) - 1) this process has rows of."""
+        lengths = [self.tokens[i] for i in indices]
+        if self.sharding is not None:
+            lengths = self.sharding.lengths(lengths)
+        return [k for k, rows in enumerate(lengths) if rows]
+
+    @staticmethod
+    def _wanted(
+        indices: Sequence[int], captions: Sequence[int], held: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """(item, number of its caption) of the held samples."""
+        return [(indices[k], captions[k]) for k in held]
+
     def _frames(self, index: int) -> int:
         """Pixel frames of an item as it is trained on, perhaps cut."""
         return 4 * (self.grids[index][0] - 1) + 1
@@ -199,30 +226,36 @@ class BatchBuilder:
         given: Sequence[tuple[int, ...]] | None,
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
-        samples, lost = self._read(indices, captions, ahead=posterior_positions is not None)
-        latents, conditions = [], []
-        drawn = self._latents(samples, posterior_positions)
-        for row, (index, sample) in enumerate(zip(indices, samples, strict=True)):
-            frames = self.grids[index][0]
-            latents.append(patchify(self.vae.normalise(drawn[row][None])[0][:, :frames]))
+        training = posterior_positions is not None
+        held = self._held(indices)
+        samples, missing = self._read(self._wanted(indices, captions, held), ahead=training)
+        lost = [False] * len(indices)
+        embeddings = [self._empty_text[:0]] * len(indices)
+        # A process at the end of a short pack may hold no sample at all.
+        nothing = torch.zeros(self.vae.channels, 1, 2, 2, device=self.device)
+        latents = [patchify(nothing)[:0]]
+        conditions = (
+            [] if given is None else [self._conditions({}, (self.vae.channels, 1, 2, 2))[:0]]
+        )
+        drawn = self._latents(
+            samples, None if posterior_positions is None else [posterior_positions[k] for k in held]
+        )
+        for k, sample, latent, gone in zip(held, samples, drawn, missing, strict=True):
+            frames = self.grids[indices[k]][0]
+            latents.append(patchify(self.vae.normalise(latent[None])[0][:, :frames]))
             if given is not None:
-                conditions.append(self._condition(index, sample, given[row]))
-        embeddings = [
-            self._empty_text if text is None else sample.text
-            for text, sample in zip(texts, samples, strict=True)
-        ]
+                conditions.append(self._condition(indices[k], sample, given[k]))
+            embeddings[k] = self._empty_text if texts[k] is None else sample.text
+            lost[k] = gone
         packing = Packing.from_grids([self.grids[i] for i in indices], device=self.device)
-        text_lengths = tuple(len(text) for text in embeddings)
+        text_packing = Packing.from_lengths([len(e) for e in embeddings], device=self.device)
         x1, shard = torch.cat(latents), None
         condition = torch.cat(conditions) if conditions else None
         if self.sharding is not None:
             shard = self.sharding.shard(packing)
-            embeddings = self.sharding.text(embeddings, shard)
-            x1 = self.sharding.rows(x1)
+            x1 = self.sharding.own(x1, packing)
             # A copy: it lives as long as the pack, and would keep the others' rows.
-            condition = None if condition is None else self.sharding.rows(condition).clone()
-        here = [len(text) for text in embeddings]
-        text_packing = Packing.from_lengths(here, device=self.device)
+            condition = None if condition is None else self.sharding.own(condition, packing).clone()
         t = upload(times.to(torch.float32), self.device)
         x, target = rectified_flow_noise(
             x1,
@@ -239,12 +272,11 @@ class BatchBuilder:
             x=x,
             target=target,
             t=t,
-            text=upload_rows(embeddings, self.device),
+            text=self._text(embeddings),
             packing=packing,
             text_packing=text_packing,
             items=items,
             weights=self._weights(items, lost),
-            text_lengths=text_lengths,
             shard=shard,
             lost=tuple(lost) if any(lost) else (),
             condition=condition,
@@ -265,11 +297,10 @@ class BatchBuilder:
         return weights * (1 - gone)
 
     def _read(
-        self, indices: Sequence[int], captions: Sequence[int], ahead: bool
+        self, wanted: list[tuple[int, int]], ahead: bool
     ) -> tuple[list[CachedSample], list[bool]]:
-        """The samples, and which of them are lost. ahead: what was read ahead is for them."""
+        """The samples of (item, caption), and which of them are lost. ahead: what was read ahead is for them."""
         began = time.perf_counter()
-        wanted = list(zip(indices, captions, strict=True))
         with self.dataset.reading():
             found = self._ahead.take(wanted) if ahead else [None] * len(wanted)
             read = [
@@ -291,6 +322,8 @@ class BatchBuilder:
         self, samples: Sequence[CachedSample], positions: Sequence[int] | None
     ) -> list[Tensor]:
         """(C, T, H, W) of each on the device: a draw of its posterior, or with positions None the mean."""
+        if not samples:
+            return []
         sizes = [sample.mean.numel() for sample in samples]
         drawn = upload_rows([sample.mean.reshape(-1) for sample in samples], self.device)
         if positions is not None:
@@ -312,8 +345,20 @@ class BatchBuilder:
             latent_index(frame, frames): self._frame_latent(index, sample, frame) for frame in given
         }
         channels, _, height, width = sample.mean.shape
-        shape = (channels, grid[0], height, width)
+        return self._conditions(latents, (channels, grid[0], height, width))
+
+    def _conditions(
+        self, latents: Mapping[int, Tensor], shape: tuple[int, int, int, int]
+    ) -> Tensor:
+        """(tokens, condition_dim) of a latent of this shape (C, T, H, W), of which these frames are given."""
         return patchify(condition_latent(latents, shape, self.device))
+
+    def _text(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """(text_tokens, dim) fp32 on the device. Captions are cached in bf16 where that holds them exactly, and as such
+        they take half of the host's memory and of the way."""
+        if any(embedding.dtype != torch.bfloat16 for embedding in embeddings):
+            embeddings = [embedding.float() for embedding in embeddings]
+        return upload_rows(embeddings, self.device).float()
 
     def _frame_latent(self, index: int, sample: CachedSample, frame: int) -> Tensor:
         """Normalised (C, 1, H, W) of one pixel frame, alone, on the device."""

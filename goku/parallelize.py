@@ -273,12 +273,37 @@ class PackSharding:
         """This process's rows of the pack. Raises ValueError for a pack with fewer tokens than processes."""
         rows = self.sequence_parallel.rows(packing.total)
         offset = self.sequence_parallel.token_offset(packing.total)
-        lengths, begin = [], -offset
-        for length in packing.lengths:
-            lengths.append(max(0, min(begin + length, rows) - max(begin, 0)))
-            begin += length
+        lengths = self.lengths(packing.lengths)
         here = Packing.from_lengths(lengths, device=packing.cu_seqlens.device)
         return TokenShard(rows, offset, here, self.sequence_parallel.attention)
+
+    def lengths(self, lengths: Sequence[int]) -> list[int]:
+        """How many rows this process has of each sample of a pack: 0 of what it need not know."""
+        tokens = sum(lengths)
+        rows, begin = (
+            self.sequence_parallel.rows(tokens),
+            -self.sequence_parallel.token_offset(tokens),
+        )
+        here = []
+        for length in lengths:
+            here.append(max(0, min(begin + length, rows) - max(begin, 0)))
+            begin += length
+        return here
+
+    def own(self, held: Tensor, packing: Packing) -> Tensor:
+        """This process's rows of held, the whole of each sample that it has rows of, end to end; those past the
+        pack's end are zero."""
+        rows = self.sequence_parallel.rows(packing.total)
+        offset = self.sequence_parallel.token_offset(packing.total)
+        begin = 0  # of the first sample that is held
+        for length in packing.lengths:
+            if begin + length > offset:
+                break
+            begin += length
+        part = held[offset - begin :][:rows]
+        if len(part) == rows:
+            return part
+        return torch.cat((part, part.new_zeros((rows - len(part), *part.shape[1:]))))
 
     def rows(self, x: Tensor) -> Tensor:
         """This process's rows of x (T, ...), which all have whole; those past the end are zero."""

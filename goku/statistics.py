@@ -47,15 +47,16 @@ class StepStatistics:
         flops: int = 0,
         groups: Tensor | None = None,
     ) -> None:
-        """Count a pack: per_sample (B,) losses, the step's global weight sum, the pack's FLOPs, its `sample_groups`.
+        """Count a pack: per_sample (B,) losses, the step's global weight sum, FLOPs, the pack's `sample_groups`.
 
-        Of the shards of a pack each adds its part of the losses, and the first alone counts the samples and FLOPs. A
-        lost sample counts in no mean. With groups, made before the forward, the host waits for no device.
+        Of the shards of a pack each adds its part of the losses and FLOPs (of the samples that begin there), and the
+        first alone counts the samples. A lost sample counts in no mean. With groups, made before the forward, the host
+        waits for no device.
         """
         losses = per_sample.detach().double()
         first = batch.shard is None or batch.shard.token_offset == 0
         self.vector[_LOSS] += (losses * batch.weights).sum() / weight_sum
-        self.vector[_FLOPS] += flops if first else 0
+        self.vector[_FLOPS] += flops
         bins = (batch.t.double() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
         kinds, sizes = (sample_groups(batch) if groups is None else groups).unbind()
         there = batch.weights > 0  # an item's weight is; lost ones have none

@@ -306,8 +306,7 @@ class Trainer:
             weights = torch.zeros_like(batch.weights) if idle else batch.weights
             weighted_loss(per_sample, weights, plan.weight_sum).backward()
             if not idle:
-                sizes = batch.packing.lengths, batch.text_lengths
-                work = flops.training_flops(self.config.model, *sizes)
+                work = flops.training_flops(self.config.model, *batch.begun)
                 statistics.add(batch, per_sample, plan.weight_sum, work, groups)
         if stop.is_set():
             statistics.ask_to_stop()

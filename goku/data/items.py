@@ -56,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class CachedSample:
-    """mean, logvar: (C, T, H, W) fp32, un-normalised; text: (length, dim) fp32, un-padded.
+    """mean, logvar: (C, T, H, W) fp32, un-normalised; text: (length, dim) fp32, or exact in bf16, un-padded.
 
     frames: mean (C, 1, H, W) fp32, un-normalised, of single frames (0 the first, -1 the last) as the
     VAE encodes them alone; those that `prepare` was asked for, and none for an image.

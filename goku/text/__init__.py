@@ -1,7 +1,7 @@
 """Prompts to un-padded embeddings: a T5 encoder from a local folder, or a tiny built-in one."""
 
 from goku.text.byte_tokenizer import ByteTokenizer
-from goku.text.cache import TextCache
+from goku.text.cache import TextCache, compact
 from goku.text.encoder import (
     T5TextEncoder,
     TextConfig,
@@ -18,6 +18,7 @@ __all__ = [
     "TextCache",
     "TextConfig",
     "TextEncoder",
+    "compact",
     "load_text_encoder",
     "load_tokenizer",
 ]

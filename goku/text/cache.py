@@ -65,7 +65,8 @@ class TextCache:
         return [found[prompt] for prompt in prompts]
 
     def cached(self, prompt: str) -> Tensor | None:
-        """(length, dim) fp32 on the CPU; None where the directory lacks it or its file is damaged.
+        """(length, dim) on the CPU, as it is stored: fp32, or bf16 that holds it exactly. None where the directory
+        lacks it or its file is damaged.
 
         Encodes, writes and warns of nothing: for any thread. Raises OSError when the file cannot be read.
         """
@@ -99,7 +100,7 @@ class TextCache:
     def _read(self, prompt: str) -> Tensor | None:
         stored = self._stored(prompt)
         if not isinstance(stored, str):
-            return stored
+            return None if stored is None else stored.float()
         path = self.path(prompt)
         warnings.warn(f"text embedding {path} is damaged ({stored}): encoding anew", stacklevel=3)
         return None
@@ -119,14 +120,14 @@ class TextCache:
             return f"shape {tuple(stored.shape)}, width {self.encoder.dim} expected"
         if metadata.get("crc32") != _crc32(stored):
             return "its CRC-32 does not match"
-        return stored.float()
+        if stored.dtype not in (torch.float32, torch.bfloat16):
+            return f"dtype {stored.dtype}, torch.float32 or torch.bfloat16 expected"
+        return stored
 
     def _write(self, prompt: str, embedding: Tensor) -> None:
         path = self.path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = embedding.detach().cpu().contiguous()
-        if torch.equal(stored.bfloat16().float(), stored):
-            stored = stored.bfloat16()
+        stored = compact(embedding.detach().cpu().contiguous())
         content = save({"embedding": stored}, {"crc32": _crc32(stored)})
         partial = path.parent / f".partial-{uuid.uuid4().hex}"
         try:
@@ -134,6 +135,12 @@ class TextCache:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)  # still there after an error or an interrupt only
+
+
+def compact(embedding: Tensor) -> Tensor:
+    """The embedding in bf16 where that holds it exactly, as a bf16 encoder's; else as it is."""
+    small = embedding.bfloat16()
+    return small if torch.equal(small.to(embedding.dtype), embedding) else embedding
 
 
 def _crc32(tensor: Tensor) -> str:

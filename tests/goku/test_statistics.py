@@ -40,7 +40,7 @@ def _batch(which: list[int], offset: int | None = None) -> Any:
 
 def _add(statistics: StepStatistics, which: list[int], share: float = 1.0, offset: Any = None):
     losses = torch.tensor([share * LOSSES[i] for i in which])
-    statistics.add(_batch(which, offset), losses, math.fsum(WEIGHTS), flops=10)
+    statistics.add(_batch(which, offset), losses, math.fsum(WEIGHTS), flops=round(20 * share))
 
 
 def _check(statistics: StepStatistics, packs: int) -> None:
@@ -56,7 +56,7 @@ def _check(statistics: StepStatistics, packs: int) -> None:
         ("512-1023", (1.25 + 0.75) / 2),
         ("2048-4095", 2.0),
     ]
-    assert statistics.flops == 10 * packs
+    assert statistics.flops == 20 * packs
 
 
 def test_means_of_one_pack_of_several_and_of_ranks() -> None:

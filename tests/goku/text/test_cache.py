@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from goku.text import TextCache, TextConfig, load_text_encoder
+from goku.text.cache import _crc32
 
 
 class CountingEncoder:
@@ -53,6 +55,27 @@ def test_second_read_comes_from_disk_and_is_exact(tmp_path: Path, rounded: bool)
         assert cache.dim == 5
     assert encoder.encoded == ["", "a cat", "b", "Ä"]
     assert len(files(tmp_path)) == 4
+
+
+def test_as_stored_it_is_bf16_where_that_is_exact_and_nothing_is_encoded(tmp_path: Path) -> None:
+    for encoder, dtype in (
+        (CountingEncoder("a"), torch.float32),
+        (CountingEncoder("b", rounded=True), torch.bfloat16),
+    ):
+        cache = TextCache(tmp_path, encoder)
+        assert cache.cached("a cat") is None
+        assert encoder.encoded == []
+        cache.get(["a cat"])
+        stored = cache.cached("a cat")
+        assert stored is not None
+        assert stored.dtype == dtype
+        assert torch.equal(stored.float(), encoder.expected("a cat"))
+        # Of another dtype, whole by its own account: no embedding.
+        numbers = torch.arange(30, dtype=torch.int32).view(6, 5)
+        cache.path("a cat").write_bytes(save({"embedding": numbers}, {"crc32": _crc32(numbers)}))
+        assert cache.cached("a cat") is None
+        with pytest.warns(UserWarning, match=r"dtype torch\.int32"):
+            assert torch.equal(cache.get(["a cat"])[0], encoder.expected("a cat"))
 
 
 def test_embeddings_that_bf16_holds_take_half_the_room(tmp_path: Path) -> None:
