@@ -23,7 +23,7 @@ from goku.data.items import Dataset, PrepareReport
 from goku.data.latents import LatentCache, Plan, plan_of
 from goku.data.media import Decoded
 from goku.data.record import Record, counted
-from goku.data.shares import Share, Told, check_alike
+from goku.data.shares import Share, Told, check_alike, one_cache
 from goku.data.sources import Source, sources_of
 from goku.data.transform import VAE_STRIDES
 from goku.data.workers import ordered_map
@@ -59,8 +59,9 @@ def prepare(
     """Decode and encode what the cache lacks, and return the whole dataset.
 
     With `world` > 1 every rank fills its share (items rank, rank + world, ... of each source), tells the others by
-    `gather` what became of it, and takes what they tell for the rest: nothing is tried twice, and of the others'
-    latents the sizes alone are looked at. Every rank returns the same dataset, or every rank raises.
+    `gather` what became of it, and takes what they tell for the rest: nothing is tried twice. Where the ranks' caches
+    are not known to be one folder, the sizes of the others' latents are looked at. Every rank returns the same dataset,
+    or every rank raises.
 
     Args:
         vae: None only with latents=False.
@@ -121,7 +122,8 @@ def prepare(
     shares: list[Share] = []
     if world > 1 and gather is not None:
         told = [part.told() for part in parts]
-        mine = Share.of([part.source for part in parts], told)
+        folder = LatentCache(cache_dir).folder_id() if latents else None
+        mine = Share.of([part.source for part in parts], told, folder)
         shares = gather(mine if failure is None else Share(str(failure)))
     if failure is not None:
         try:
@@ -133,7 +135,8 @@ def prepare(
         whole = sum(len(part.source.records) for part in parts)
         shown = _Shown(checking, whole - shown.total)
         for number, part in enumerate(parts):
-            part.join(rank, [share.told[number] for share in shares], shown)
+            theirs = [share.told[number] for share in shares]
+            part.join(rank, theirs, shown, look=not one_cache(shares))
     built = [(part.source, part.dataset(items)) for part in parts]
     return joined(config, built, latents=latents, may_be_empty=may_be_empty)
 
@@ -253,8 +256,10 @@ class _Part:
             for o in self.outcomes
         ]
 
-    def join(self, rank: int, told: Sequence[Sequence[Told]], progress: Progress) -> None:
-        """Every rank's outcomes in the records' order. told: by rank."""
+    def join(
+        self, rank: int, told: Sequence[Sequence[Told]], progress: Progress, look: bool
+    ) -> None:
+        """Every rank's outcomes in the records' order. told: by rank; look: whether what they cached is there."""
         assert self.filler is not None
         world = len(told)
         words = [(r, told[i % world][i // world]) for i, r in enumerate(self.source.records)]
@@ -264,7 +269,7 @@ class _Part:
             if i % world != rank and isinstance(word, Found)
         ]
         records, found = [record for record, _ in usable], [word for _, word in usable]
-        taken = iter(self.filler.take(records, found, progress))
+        taken = iter(self.filler.take(records, found, progress, look=look))
         own = iter(self.outcomes)
         outcomes: list[Outcome] = []
         for i, (_, word) in enumerate(words):

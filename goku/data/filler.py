@@ -159,12 +159,17 @@ class Filler:
                 yield Problem(record.name, result.reason)
 
     def take(
-        self, records: Sequence[Record], found: Sequence[Found], progress: Progress | None
+        self,
+        records: Sequence[Record],
+        found: Sequence[Found],
+        progress: Progress | None,
+        look: bool = True,
     ) -> list[Entry]:
-        """The entries of records that other ranks have cached, of whose files the sizes alone are looked at.
+        """The entries of records that other ranks have cached.
 
-        A latent that is not there (a cache that the ranks do not share) is made here as well; ValueError when that
-        fails, since ranks with other items would wait for each other for ever.
+        look: at the sizes of their files, an open file a latent on every rank, which a shared file system has no time
+        for on thousands. A latent that is not there (a cache that the ranks do not share) is made here as well;
+        ValueError when that fails, since ranks with other items would wait for each other for ever.
         """
         entries: list[Entry] = []
         lacking: list[int] = []
@@ -172,7 +177,7 @@ class Filler:
             geometry = told.plan.geometry
             key = latent_key(self.fingerprint, told.identity, record, self.config, geometry)
             entries.append(Entry(record, told.plan, key, told.identity, told.remarks))
-            if self.lacking(entries[-1], size_only=True):
+            if look and self.lacking(entries[-1], size_only=True):
                 lacking.append(len(entries) - 1)
             if progress is not None:
                 progress(len(entries), len(records))

@@ -4,6 +4,7 @@
     <cache>/plans/    what decoding gave for a (file content, request): a warm start decodes nothing
     <cache>/latents/  mean and logvar, fp32 (C, T, H, W), un-normalised
     <cache>/frames/   mean of a single frame encoded alone, fp32 (C, 1, H, W), un-normalised
+    <cache>/folder-id which folder this is, by which processes know that they share it
 
 A latent's key is the sha256 of the VAE's fingerprint, the geometry (resize, crop, frames), the
 first frame and fps, the versions of the decoding libraries, and the media file's size and content
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import tempfile
+import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -75,6 +77,27 @@ class LatentCache:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+
+    def folder_id(self) -> str | None:
+        """The same on all machines that share the folder, another for each folder of its own, a copy too; None where
+        that cannot be known. Made where it is missing."""
+        path = self.directory / "folder-id"
+        try:
+            if not path.exists():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                own = path.with_name(f".partial-{uuid.uuid4().hex}")
+                try:
+                    own.write_text(uuid.uuid4().hex)
+                    os.link(own, path)  # whole or not at all, and the first one stays
+                except FileExistsError:
+                    pass
+                finally:
+                    own.unlink(missing_ok=True)
+            with open(path, encoding="ascii") as file:
+                # A copy has the content, and hardly ever the inode.
+                return f"{file.read()}-{os.fstat(file.fileno()).st_ino}"
+        except (OSError, ValueError):  # no hard links here, or nothing may be written; not ASCII
+            return None
 
     # Identity of media files
 

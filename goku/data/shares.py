@@ -17,16 +17,19 @@ Told = Found | Problem | Dropped
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank tells: why it failed (None: it did not), how many items it lists and their hash, and of each source
-    what became of the records rank, rank + world, ..."""
+    """What one rank tells: why it failed (None: it did not), how many items it lists and their hash, of each source
+    what became of the records rank, rank + world, ..., and which folder its cache is (None: it cannot tell)."""
 
     failure: str | None
     listed: int = 0
     listing: str = ""
     told: Sequence[Sequence[Told]] = ()
+    folder: str | None = None
 
     @classmethod
-    def of(cls, sources: Sequence[Source], told: Sequence[Sequence[Told]]) -> Share:
+    def of(
+        cls, sources: Sequence[Source], told: Sequence[Sequence[Told]], folder: str | None
+    ) -> Share:
         """That of a rank that has filled its share."""
         digest = hashlib.sha256()
         for source in sources:
@@ -35,7 +38,14 @@ class Share:
                 digest.update(json.dumps(row).encode())
             names = [each.name for each in source.problems], [each.name for each in source.dropped]
             digest.update(json.dumps([source.name, *names]).encode())
-        return cls(None, sum(source.listed for source in sources), digest.hexdigest(), told)
+        listed = sum(source.listed for source in sources)
+        return cls(None, listed, digest.hexdigest(), told, folder)
+
+
+def one_cache(shares: Sequence[Share]) -> bool:
+    """Whether all ranks are known to fill and read one and the same folder."""
+    folders = {share.folder for share in shares}
+    return len(folders) == 1 and None not in folders
 
 
 def check_alike(shares: Sequence[Share]) -> None:

@@ -101,7 +101,7 @@ def unreadable_for_one(rank: int, world: int, folder: str, cache: str) -> None:
 
 
 def whole_share_alone(rank: int, world: int, folder: str, cache: str) -> None:
-    """With verify "full" a rank reads its own share whole, and of the others' latents the headers."""
+    """With verify "full" a rank reads its own share whole, and of a cache that all share no other file."""
     context = _context(rank, world)
     _prepare(context, _config(folder), Path(cache))
     reads: list[str] = []
@@ -111,11 +111,26 @@ def whole_share_alone(rank: int, world: int, folder: str, cache: str) -> None:
         reads.append(key)
         return real(self, key)
 
-    LatentCache.read = read  # type: ignore[method-assign]
+    looks: list[str] = []
+    looked = LatentCache.valid
+
+    def valid(self: LatentCache, key: str, *arguments: Any, **how: Any) -> bool:
+        looks.append(key)
+        return looked(self, key, *arguments, **how)
+
+    LatentCache.read, LatentCache.valid = read, valid  # type: ignore[method-assign]
     dataset = _prepare(context, _config(folder), Path(cache))
-    LatentCache.read = real  # type: ignore[method-assign]
+    share = [entry.key for entry in dataset.entries[rank::world]]  # type: ignore[attr-defined]
     assert len(dataset) == 4
-    assert reads == [entry.key for entry in dataset.entries[rank::world]]  # type: ignore[attr-defined]
+    assert reads == share
+    assert looks == share
+    # Where the folder cannot be told from others the headers of the others' files are looked at.
+    if rank == 1:
+        LatentCache.folder_id = lambda self: None  # type: ignore[method-assign]
+    dataset = _prepare(context, _config(folder), Path(cache))
+    LatentCache.read, LatentCache.valid = real, looked  # type: ignore[method-assign]
+    assert sorted(looks[len(share) :]) == sorted(e.key for e in dataset.entries)  # type: ignore[attr-defined]
+    assert reads == share + share
 
 
 def own_caches(rank: int, world: int, folder: str, cache: str) -> None:
@@ -125,6 +140,17 @@ def own_caches(rank: int, world: int, folder: str, cache: str) -> None:
     dataset = _prepare(context, _config(folder), own)
     assert len(dataset) == 4
     assert len(set(context.gather(dataset.fingerprint()))) == 1
+    # A copy is no shared folder, though it has everything of it.
+    if rank == 1:
+        shutil.rmtree(own)
+        shutil.copytree(own.with_name("0"), own)
+        shutil.rmtree(own / "latents")
+    context.barrier()
+    dataset = _prepare(context, _config(folder), own)
+    assert len(dataset) == 4
+    for index in range(4):
+        dataset.read(index)
+    context.barrier()
     shutil.rmtree(own)
     failing = _Failing(("a.png",) if rank == 1 else ())
     with pytest.raises(ValueError, match=r"a\.png: another rank has cached .* Input/output error"):

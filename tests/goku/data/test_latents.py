@@ -3,9 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -228,3 +231,33 @@ def test_keys_change_with_the_libraries_that_decode(monkeypatch: pytest.MonkeyPa
     for found in (video, image):
         for kind in zip(*found, strict=True):
             assert len(set(kind)) == len(found)
+
+
+def test_a_folder_has_one_id_and_its_copy_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = LatentCache(tmp_path / "cache")
+    found = first.folder_id()
+    assert found is not None
+    assert LatentCache(tmp_path / "cache").folder_id() == found
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["folder-id"]
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    assert LatentCache(tmp_path / "copy").folder_id() not in (None, found)
+    assert LatentCache(tmp_path / "other").folder_id() not in (None, found)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    assert LatentCache(tmp_path / "no links").folder_id() is None
+    assert list((tmp_path / "no links").iterdir()) == []
+    assert first.folder_id() == found  # what is there needs none
+    (tmp_path / "cache/folder-id").write_bytes(b"\xff")
+    assert first.folder_id() is None
+
+
+def test_of_many_that_make_a_folder_at_once_all_have_its_id(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: LatentCache(tmp_path / "cache").folder_id(), range(64)))
+    assert len(set(found)) == 1
+    assert found[0] is not None
