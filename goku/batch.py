@@ -110,8 +110,8 @@ class BatchBuilder:
 
     backend: of the noising operator; the numbers are the same on all. sharding: which rows of every pack to keep; None
     keeps them all. conditioning: which frames clips are given, for a model that takes them; None for one that does not.
-    lost: what a sample that cannot be read becomes; None: the error is raised. The host waits for no device; on a GPU
-    posterior noise is drawn there, since 64K tokens' takes a core of the host 0.2 s.
+    lost: what a sample that cannot be read becomes; None: the error is raised, by whoever holds it. The host waits for
+    no device; on a GPU posterior noise is drawn there, since 64K tokens' takes a core of the host 0.2 s.
     Raises ValueError for a sample with fewer tokens than there are shards, and for a clip that packing.overlong cuts
     where conditioning gives last frames: the cut clip's own last frame is nowhere cached.
     """
@@ -226,9 +226,9 @@ class BatchBuilder:
         given: Sequence[tuple[int, ...]] | None,
         posterior_positions: Sequence[int] | None,
     ) -> Batch:
-        training = posterior_positions is not None
         held = self._held(indices)
-        samples, missing = self._read(self._wanted(indices, captions, held), ahead=training)
+        wanted = self._wanted(indices, captions, held)
+        samples, missing = self._read(wanted, ahead=posterior_positions is not None)
         lost = [False] * len(indices)
         embeddings = [self._empty_text[:0]] * len(indices)
         # A process at the end of a short pack may hold no sample at all.

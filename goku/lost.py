@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class LostItems:
         self.limit = limit
         self._report, self._quarantine, self._source = report, quarantine, source
         self._lost: dict[int, _Loss] = {}
+        self._elsewhere: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
@@ -76,7 +77,7 @@ class LostItems:
         A read that fails (ValueError: damaged, OSError: removed or unreadable) is tried again from the media. A lost
         item is not tried a second time: a run's steps must not depend on when its media come back.
         """
-        if index not in self._lost:
+        if index not in self._lost and dataset.items[index].name not in self._elsewhere:
             if ahead is not None:
                 return ahead, True
             try:
@@ -104,6 +105,11 @@ class LostItems:
                 self._tell("repaired", dataset.items[index].name, reason)
                 return sample, True
         return _zeros(dataset, index, vae, empty_text), False
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Items of these names are lost to all processes from now on: one that can read them must not train on them
+        where it happens to hold them, and leave them out where another does."""
+        self._elsewhere = frozenset(names)
 
     def check(self, lost: Mapping[str, str]) -> None:
         """Raise TooManyLost when the items lost by any process (`names`, united) are more than the limit."""

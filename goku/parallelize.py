@@ -291,8 +291,10 @@ class PackSharding:
         return here
 
     def own(self, held: Tensor, packing: Packing) -> Tensor:
-        """This process's rows of held, the whole of each sample that it has rows of, end to end; those past the
-        pack's end are zero."""
+        """This process's rows of the pack, those past its end zero.
+
+        held: (rows, ...) all rows of every sample that this process has rows of, end to end.
+        """
         rows = self.sequence_parallel.rows(packing.total)
         offset = self.sequence_parallel.token_offset(packing.total)
         begin = 0  # of the first sample that is held

@@ -444,6 +444,7 @@ class Trainer:
     def _check_lost(self, log: RunLog) -> None:
         """Stop where too many items are lost, each counted once, whoever drew it. All processes call this together."""
         lost = {k: v for each in self.context.gather(self.lost.names) for k, v in each.items()}
+        self.lost.adopt(lost)
         try:
             self.lost.check(lost)
         except TooManyLost as error:

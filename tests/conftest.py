@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # Before torch is imported: the workers of `make test` share two cores, and a sum's rounding does
@@ -42,8 +44,8 @@ def free_port() -> Callable[[], int]:
 
 
 class LaunchServer:
-    """`launch.py --serve`: begun when first asked, gone with pytest. What is preloaded comes into a process where it
-    begins: such runs have a server of their own."""
+    """`launch.py --serve`: begun when first asked, gone with pytest, and given up whenever a run of its did not end by
+    itself. What is preloaded comes into a process where it begins: such runs have a server of their own."""
 
     def __init__(self) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -51,31 +53,79 @@ class LaunchServer:
     def run(
         self, arguments: list[str], environment: dict[str, str], log: Path, timeout: float
     ) -> bool:
-        """One run, whose words go to log; False where it took longer and was killed."""
+        """One run, whose words go to log; False where it took longer and was killed. A process of it that is left at
+        its end is killed and fails the test."""
         preloaded = environment.get("LD_PRELOAD", "")
-        if preloaded not in self._processes:
-            self._processes[preloaded] = subprocess.Popen(
-                [*_PYTHON, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                bufsize=0, env=environment,  # no line may wait in a buffer that `select` cannot see
-            )  # fmt: skip
-        process = self._processes[preloaded]
-        assert process.stdin is not None
-        assert process.stdout is not None
         request = {
             "arguments": arguments, "environment": environment, "path": [path for path in sys.path if path],
             "folder": os.getcwd(), "output": str(log),
         }  # fmt: skip
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        child = int(process.stdout.readline())
-        answered, _, _ = select.select([process.stdout], [], [], timeout)
-        if not answered:
-            os.killpg(child, signal.SIGKILL)  # the ranks too
-        process.stdout.readline()
-        return bool(answered)
+        process = self._processes.pop(preloaded, None)
+        if process is None or process.poll() is not None:
+            process = subprocess.Popen(
+                [*_PYTHON, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                bufsize=0, env=environment,  # no line may wait in a buffer that `select` cannot see
+            )  # fmt: skip
+        child = 0
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            child = _number(process, 60) or 0
+            assert child, "the server of launch.py does not answer"
+            ended = _number(process, timeout)
+            assert ended in (child, None)
+            if ended and _left(child):
+                pytest.fail(f"{arguments[5:]} leaves processes behind")
+        except BaseException:
+            _kill(process, child)  # also where pytest's own timeout ends the test
+            raise
+        if ended is None:
+            _kill(process, child)
+            return False
+        self._processes[preloaded] = process
+        return True
 
     def close(self) -> None:
         for process in self._processes.values():
             process.communicate(timeout=60)
+
+
+def _number(process: subprocess.Popen[bytes], timeout: float) -> int | None:
+    """The next one that the server says; None where it takes longer, or has died."""
+    assert process.stdout is not None
+    answered, _, _ = select.select([process.stdout], [], [], timeout)
+    line = process.stdout.readline() if answered else b""
+    return int(line) if line.endswith(b"\n") else None
+
+
+def _left(group: int) -> bool:
+    """Whether a process of the group is still there after some seconds; those that wait to be reaped do not count."""
+    end = time.monotonic() + 5
+    while any(each == group for each in _groups()):
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _groups() -> Iterator[int]:
+    """The process group of every process that runs."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # gone meanwhile
+            continue
+        if state not in "ZX":
+            yield int(group)
+
+
+def _kill(process: subprocess.Popen[bytes], group: int) -> None:
+    """The server and all processes of its run."""
+    if group:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    process.kill()
+    process.wait()
 
 
 def _run_alone(
@@ -143,8 +193,9 @@ def run_processes(tmp_path: Path, launch_server: LaunchServer) -> Callable[..., 
         assert f"exit codes: {codes}\n" in output, output
         if not any(codes):
             for call in calls:
-                done = output.count(f"{call.partition(':')[0]}: rank ")
-                assert done >= world, output
+                for rank in range(world):
+                    done = output.count(f"{call}: rank {rank} is done\n")
+                    assert done == calls.count(call), output
         return output
 
     return run

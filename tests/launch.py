@@ -10,8 +10,10 @@ code 1 with its traceback. The exit codes of all ranks are printed as the last l
 fails unless all are 0.
 
 --serve: torch is imported once for many runs. Each line of standard input is a JSON object of a run, {arguments,
-environment, path: of Python, folder: to run in, output: file for all that the run prints}; the answers are two lines,
-the id of its process, which leads a session of its own, and its exit code.
+environment, path: of Python, folder: to run in, output: file for all that the run prints}; the id of its process, which
+leads a session of its own, is answered when it begins and again when it has ended. Runs of one server have one seed of
+`hash`, and what torch reads of the environment when it is imported is the first run's: what is about those needs a
+process of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import signal
 import sys
+import tempfile
 import traceback
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -73,9 +78,11 @@ def fork_rank(rank: int, script: ModuleType, arguments: list[str]) -> int:
                 timeout=timedelta(seconds=timeout),
             )  # fmt: skip
         for call in arguments[5:]:
-            name, _, arguments = call.partition(":")
-            getattr(script, name)(rank, world, **json.loads(arguments or "{}"))
-            print(f"{name}: rank {rank} is done", flush=True)
+            name, _, given = call.partition(":")
+            getattr(script, name)(rank, world, **json.loads(given or "{}"))
+            print(
+                f"{call}: rank {rank} is done\n", end="", flush=True
+            )  # one write: ranks share the file
         if dist.is_initialized():
             dist.destroy_process_group()
         code = 0
@@ -110,9 +117,16 @@ def fork_run(request: dict[str, Any]) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for target, source in enumerate((nothing, output, output)):
             os.dup2(source, target)
+        os.close(nothing)
+        os.close(output)
         os.environ.clear()
         os.environ |= request["environment"]
+        sys.argv[:] = [sys.argv[0], *request["arguments"]]
         sys.path[:] = request["path"]
+        # As a new process has them.
+        tempfile.tempdir = None
+        random.seed()
+        numpy.random.seed()
         os.chdir(request["folder"])
         code = run(request["arguments"])
     except BaseException:
@@ -132,7 +146,8 @@ def serve() -> None:
     for line in sys.stdin:
         child = fork_run(json.loads(line))
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        os.waitpid(child, 0)
+        print(child, flush=True)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from goku.data.item_list import ItemList, SourceItems
 from goku.data.items import CachedSample, Item, PrepareReport, SampleStream, item_of
 from goku.data.mixing import Group, MixedStream
 from goku.data.stream import ShuffledStream
-from goku.text import LazyTextEncoder, TextCache
+from goku.text import LazyTextEncoder, TextCache, compact
 from goku.vae import VideoVAE
 
 
@@ -68,7 +68,11 @@ class CachedDataset:
         self._check_there(index)
         entry = self._entries[index]
         assert self._filler is not None
-        return self._filler.sample(entry, self._embedding(entry.record.prompts[caption]))
+        prompt = entry.record.prompts[caption]
+        text = None if self._text is None else self._text.cached(prompt)
+        return self._filler.sample(
+            entry, compact(self._embedding(prompt)) if text is None else text
+        )
 
     def cached(self, index: int, caption: int = 0) -> CachedSample | None:
         """As `read`, by any thread: None where anything of it is damaged or gone. Nothing is encoded or mended here:

@@ -127,7 +127,7 @@ class TextCache:
     def _write(self, prompt: str, embedding: Tensor) -> None:
         path = self.path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = compact(embedding.detach().cpu().contiguous())
+        stored = compact(embedding.detach().cpu().contiguous().float())
         content = save({"embedding": stored}, {"crc32": _crc32(stored)})
         partial = path.parent / f".partial-{uuid.uuid4().hex}"
         try:

@@ -44,7 +44,13 @@ def upload_rows(pieces: Sequence[Tensor], device: torch.device | str | None) -> 
     Args:
         pieces: at least one; (rows_i, ...) of one dtype and equal further dimensions, on the CPU.
         device: as `upload`.
+
+    Raises:
+        ValueError: dtypes that differ.
     """
+    dtypes = {piece.dtype for piece in pieces}
+    if len(dtypes) > 1:  # what is copied into the first one's would be rounded
+        raise ValueError(f"pieces have the dtypes {sorted(map(str, dtypes))}; allowed: one")
     if not _queued(device):
         return upload(torch.cat(list(pieces)), device)
     rows = sum(len(piece) for piece in pieces)

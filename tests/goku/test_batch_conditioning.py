@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from goku.batch import Batch, BatchBuilder
@@ -21,7 +18,6 @@ from goku.data import CachedSample, Item
 from goku.flow import FlowConfig
 from goku.model import GokuTransformer, ModelConfig
 from goku.packing import PackingConfig
-from goku.parallelize import PackSharding
 from goku.random import Purpose, normal
 from goku.vae import GokuVAE, VAEConfig
 
@@ -38,13 +34,11 @@ class FakeDataset:
     items: list[Item]
     samples: list[CachedSample]
     empty_text: Tensor
-    reads: list[int] = field(default_factory=list)
 
     def reading(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def read(self, index: int, caption: int = 0) -> CachedSample:
-        self.reads.append(index)
         return self.samples[index]
 
 
@@ -98,23 +92,12 @@ def _builder(
     *,
     vae: GokuVAE = VAE,
     packing: Any = None,
-    sharding: PackSharding | None = None,
     **flow: Any,
 ) -> BatchBuilder:
     packing = packing or PackingConfig(tokens_per_step=100, tokens_per_pack=50)
     return BatchBuilder(
-        dataset, vae, FlowConfig(**flow), packing, SEED, CPU, conditioning=conditioning,
-        sharding=sharding,
-    )  # fmt: skip
-
-
-def _process(size: int, rank: int) -> PackSharding:
-    """One of `size` processes that share packs, without the others."""
-    parallel: Any = SimpleNamespace(
-        size=size, rows=lambda tokens: -(-tokens // size), attention=None,
-        token_offset=lambda tokens: rank * -(-tokens // size),
-    )  # fmt: skip
-    return PackSharding(parallel)
+        dataset, vae, FlowConfig(**flow), packing, SEED, CPU, conditioning=conditioning
+    )
 
 
 def _conditions(batch: Batch) -> list[Tensor]:
@@ -291,57 +274,3 @@ def test_a_batch_is_what_the_model_takes() -> None:
     model = GokuTransformer(config)
     batch = _builder(_dataset(), ConditioningConfig()).training(POSITIONS, range(5))
     assert model(*batch.inputs).shape == batch.target.shape
-
-
-@hypothesis.settings(max_examples=60)
-@hypothesis.given(
-    indices=st.lists(st.sampled_from(range(4)), min_size=1, max_size=6),
-    size=st.integers(1, 4),
-    conditioned=st.booleans(),
-    low=st.booleans(),
-    training=st.booleans(),
-)
-def test_a_shard_reads_the_samples_it_holds_and_has_the_rows_of_the_whole(
-    indices: list[int], size: int, conditioned: bool, low: bool, training: bool
-) -> None:
-    """Packs of 4 tokens (one for every process) and more: some end with processes that hold nothing."""
-    conditioning = ConditioningConfig(first=1, last=1, both=1) if conditioned else None
-    dataset = _dataset(0, -1)
-    del dataset.items[4]  # its one token is too few for two
-    if low:  # captions as a bf16 encoder's are cached
-        dataset.empty_text = dataset.empty_text.bfloat16()
-        dataset.samples = [replace(s, text=s.text.bfloat16()) for s in dataset.samples]
-    arguments: tuple[Any, ...] = (range(len(indices)), indices)
-    if not training:
-        arguments = (indices, [(k + 0.5) / len(indices) for k in range(len(indices))])
-
-    def batch(sharding: PackSharding | None) -> Batch:
-        builder = _builder(dataset, conditioning, sharding=sharding, text_drop=0.3)
-        dataset.reads.clear()
-        return (builder.training if training else builder.fixed)(*arguments)
-
-    whole = batch(None)
-    assert dataset.reads == indices
-    tokens = [math.prod(GRIDS[i]) for i in indices]
-    owners = [k for k, count in enumerate(tokens) for _ in range(count)]
-    texts = whole.text.split(list(whole.text_packing.lengths))
-    assert whole.text.dtype == torch.float32
-    assert whole.begun == (tokens, [len(text) for text in texts])
-    rows, begun = -(-len(owners) // size), []
-    for rank in range(size):
-        mine, here = batch(_process(size, rank)), owners[rank * rows : (rank + 1) * rows]
-        assert dataset.reads == [indices[k] for k in dict.fromkeys(here)]
-        for name in ("x", "target") + (("condition",) if conditioned else ()):
-            wanted = getattr(whole, name)[rank * rows : (rank + 1) * rows]
-            padded = torch.cat([wanted, wanted.new_zeros(rows - len(here), wanted.shape[1])])
-            assert torch.equal(getattr(mine, name), padded), name
-        assert (mine.condition is None) == (whole.condition is None)
-        assert torch.equal(
-            mine.text, torch.cat([texts[k] for k in dict.fromkeys(here)] or [texts[0][:0]])
-        )
-        assert mine.text.dtype == torch.float32
-        assert mine.text_packing.lengths == tuple(len(t) * (k in here) for k, t in enumerate(texts))
-        assert torch.equal(mine.t, whole.t)
-        assert mine.packing.lengths == whole.packing.lengths
-        begun += list(zip(*mine.begun, strict=True))
-    assert begun == list(zip(*whole.begun, strict=True))

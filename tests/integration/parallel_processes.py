@@ -89,6 +89,7 @@ def train(
         if rank in (losing or []):
             _lose(trainer.builder.dataset)
         step, seen = trainer.train_step, []
+        tell = trainer._log_step
 
         def counted(*arguments: Any) -> bool:
             packs = trainer._plan(trainer.position).packs
@@ -96,7 +97,13 @@ def train(
             print(f"rounds: {len(packs)}")
             return step(*arguments)
 
+        def told(log: Any, statistics: Any, *arguments: Any) -> None:
+            if rank == 0:
+                print(f"FLOPs of step {trainer.step}: {statistics.flops:.0f}")
+            tell(log, statistics, *arguments)
+
         trainer.train_step = counted  # type: ignore[method-assign]
+        trainer._log_step = told  # type: ignore[method-assign]
         used: dict[str, torch.dtype] = {}
         block = trainer.model.blocks[0]
         for name, module in (("attn1", block.attn1.q_proj), ("norm1", block.norm1.linear)):

@@ -51,6 +51,13 @@ def _idle(out: Path) -> int:
     return sum(map(int, found))
 
 
+def _flops(out: Path) -> dict[str, str]:
+    """FLOPs of each step of the last launch, over all ranks."""
+    found = re.findall(r"FLOPs of step (\d+): (\d+)", (out / "output.txt").read_text())
+    assert found
+    return dict(found)
+
+
 def _steps(out: Path) -> dict[int, dict[str, Any]]:
     return {e["step"]: e for e in read_log(out / "train.jsonl") if e["event"] == "step"}
 
@@ -114,6 +121,7 @@ def test_every_mesh_trains_as_one_process(train: Callable[..., Path]) -> None:
     for name, (world, *overrides) in MESHES.items():
         out = train(name, world, *FEW, *overrides)
         assert_same_run(out, alone)
+        assert _flops(out) == _flops(alone)  # the samples', whoever holds which rows of them
         assert (_idle(out) > 0) == (name in ("sharded", "all"))
 
 
@@ -130,8 +138,10 @@ def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
     assert "rounds: 2" in (out / "output.txt").read_text()
     operators = ["activation_checkpointing.mode=operators"]
     operators += ["activation_checkpointing.save=[goku_kernels::varlen_attention]"]
-    train("moved", 4, "train.steps=4", "parallel.sp=2", *operators)
-    train("moved", 1, "activation_checkpointing.mode=full")
+    flops = _flops(out)
+    flops |= _flops(train("moved", 4, "train.steps=4", "parallel.sp=2", *operators))
+    flops |= _flops(train("moved", 1, "activation_checkpointing.mode=full"))
+    assert flops == _flops(alone)
     assert_same_run(alone.parent / "moved", alone)
     log = read_log(alone.parent / "moved" / "train.jsonl")
     assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [2, 4, 1]

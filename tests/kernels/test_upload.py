@@ -18,6 +18,15 @@ def test_on_the_host_nothing_is_copied_twice(device):
     assert x[0, 0] == 0
 
 
+def test_rows_of_several_dtypes_are_refused():
+    """On a GPU the first one's would be everybody's, and round."""
+    x = torch.ones(2, 3)
+    with pytest.raises(
+        ValueError, match=r"dtypes \['torch.bfloat16', 'torch.float32'\]; allowed: one"
+    ):
+        upload_rows([x.bfloat16(), x], "cpu")
+
+
 def test_other_devices_get_an_ordinary_copy():
     x = torch.ones(3, 2, dtype=torch.float64)
     for found in (upload(x, "meta"), upload_rows([x], torch.device("meta"))):
