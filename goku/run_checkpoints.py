@@ -10,13 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from goku.metrics import RunLog
+from goku.parallelize import local
 from goku.run_config import TrainConfig
 from goku_runtime.checkpoint import Checkpointer, Retention, SaveHandle
 
-__all__ = ["RunCheckpoints"]
+__all__ = ["RunCheckpoints", "set_random_state"]
 
 
 @dataclass
@@ -110,3 +113,12 @@ class RunCheckpoints:
             seconds=time.perf_counter() - saving.started,
             stall_seconds=saving.stall,
         )
+
+
+def set_random_state(saved: Tensor, number: int) -> None:
+    """Go on with row `number` of saved random states of torch, (rows, bytes) of this process or (bytes) of one process;
+    a process that has none there keeps its own."""
+    rows = local(saved).reshape(-1, saved.shape[-1]).cpu()
+    if number < len(rows):
+        # A copy: torch 2.13 reads from the start of the storage, wherever the row begins in it.
+        torch.set_rng_state(rows[number].clone())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +36,8 @@ def check_writable(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds `folder` (made if need be) against a second run; the lock ends with the process, however that ends.
 
-    Raises ValueError when another run holds it.
+    Raises ValueError when another run holds it. Where the file system has no locks, as Lustre mounted without `flock`
+    has none, that is said and nothing is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
@@ -45,6 +48,14 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(
                 f"out is {folder}, which another run is writing to; allowed: one run a folder"
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            warnings.warn(
+                f"out is {folder}, where files cannot be locked ({error.strerror}): a second run in it at the same "
+                "time would not be refused",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(descriptor)

@@ -49,7 +49,7 @@ from goku.parallelize import (
     microbatch,
 )
 from goku.precision import autocast, autocast_dtype
-from goku.run_checkpoints import RunCheckpoints
+from goku.run_checkpoints import RunCheckpoints, set_random_state
 from goku.run_config import RunConfig, resume_differences
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
@@ -555,13 +555,12 @@ class Trainer:
         state = self.state()
         state["run"] = None  # whatever values were saved
         dtype, shape = checkpoint.describe(path)["rng.torch"]
-        generators = state["rng"]["torch"] = torch.empty(shape, dtype=dtype)
+        # A row of every process, each in its own file: of as many processes each reads its own alone.
+        own = state["rng"]["torch"].shape == shape
+        if not own:  # of others; of rank 0 alone, and no rows, in checkpoints of version 1
+            state["rng"]["torch"] = torch.empty(shape, dtype=dtype)
         checkpoint.load(state, path, process_group=self.context.host_group)
-        # A row of every process; of rank 0 alone in checkpoints of version 1. Further processes keep theirs.
-        rows = generators.reshape(-1, shape[-1])
-        if self.context.rank < len(rows):
-            # A copy: torch 2.13 reads from the start of the storage, wherever the row begins in it.
-            torch.set_rng_state(rows[self.context.rank].clone())
+        set_random_state(state["rng"]["torch"], 0 if own else self.context.rank)
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
         self.ema.updates = run["ema_updates"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def train(
         trainer = _trainer(run, context)
         if rank in (losing or []):
             _lose(trainer.builder.dataset)
+        resume = trainer.resume
+        torch.manual_seed(time.time_ns() + rank)  # unlike that of any other launch
+
+        def resumed(log: Any) -> bool:
+            found = resume(log)
+            print(f"random state of rank {rank}: {zlib.crc32(torch.get_rng_state().numpy())}")
+            return found
+
+        trainer.resume = resumed  # type: ignore[method-assign]
         step, seen = trainer.train_step, []
         tell = trainer._log_step
 

@@ -58,6 +58,12 @@ def _flops(out: Path) -> dict[str, str]:
     return dict(found)
 
 
+def _random_states(out: Path) -> list[str]:
+    """By rank, of what torch's random state was once the last launch had resumed."""
+    found = re.findall(r"random state of rank (\d+): (\d+)", (out / "output.txt").read_text())
+    return [state for _, state in sorted(found)]
+
+
 def _steps(out: Path) -> dict[int, dict[str, Any]]:
     return {e["step"]: e for e in read_log(out / "train.jsonl") if e["event"] == "step"}
 
@@ -138,13 +144,22 @@ def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
     assert "rounds: 2" in (out / "output.txt").read_text()
     operators = ["activation_checkpointing.mode=operators"]
     operators += ["activation_checkpointing.save=[goku_kernels::varlen_attention]"]
-    flops = _flops(out)
-    flops |= _flops(train("moved", 4, "train.steps=4", "parallel.sp=2", *operators))
-    flops |= _flops(train("moved", 1, "activation_checkpointing.mode=full"))
+    flops, states = _flops(out), [_random_states(out)]
+    for world, *overrides in (
+        (4, "train.steps=3", "parallel.sp=2", *operators), (4, "train.steps=4", "parallel.sp=2"),
+        (1, "activation_checkpointing.mode=full"),
+    ):  # fmt: skip
+        out = train("moved", world, *overrides)
+        flops |= _flops(out)
+        states.append(_random_states(out))
     assert flops == _flops(alone)
+    two, four, again, one = states
+    # Each process goes on with its own; those that are new have none to go on with.
+    assert [len(set(each)) for each in states] == [2, 4, 4, 1]
+    assert (four[:2], again, one) == (two, four, four[:1])
     assert_same_run(alone.parent / "moved", alone)
     log = read_log(alone.parent / "moved" / "train.jsonl")
-    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [2, 4, 1]
+    assert [e["world"] for e in log if e["event"] in ("start", "resume")] == [2, 4, 4, 1]
 
 
 @pytest.mark.long
