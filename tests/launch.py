@@ -29,7 +29,9 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -62,29 +64,16 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def fork_rank(rank: int, script: ModuleType, arguments: list[str]) -> int:
-    """Fork one rank; its process id."""
-    world, store, backend, timeout = int(arguments[0]), *arguments[1:4:2], float(arguments[4])
+def fork(work: Callable[[], object]) -> int:
+    """Fork a process that does it and ends with code 0, or 1 where it raises; the process's id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return child
-    die_with_parent()
     code = 1
     try:
-        if backend != "none":
-            dist.init_process_group(
-                backend, init_method=f"file://{store}", rank=rank, world_size=world,
-                timeout=timedelta(seconds=timeout),
-            )  # fmt: skip
-        for call in arguments[5:]:
-            name, _, given = call.partition(":")
-            getattr(script, name)(rank, world, **json.loads(given or "{}"))
-            print(
-                f"{call}: rank {rank} is done\n", end="", flush=True
-            )  # one write: ranks share the file
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        die_with_parent()
+        work()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -95,47 +84,51 @@ def fork_rank(rank: int, script: ModuleType, arguments: list[str]) -> int:
         os._exit(code)
 
 
+def work_of(rank: int, script: ModuleType, arguments: list[str]) -> None:
+    """All calls of one rank."""
+    world, store, backend, timeout = int(arguments[0]), *arguments[1:4:2], float(arguments[4])
+    if backend != "none":
+        dist.init_process_group(
+            backend, init_method=f"file://{store}", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )  # fmt: skip
+    for call in arguments[5:]:
+        name, _, given = call.partition(":")
+        getattr(script, name)(rank, world, **json.loads(given or "{}"))
+        # One write, since the ranks share the file.
+        print(f"{call}: rank {rank} is done\n", end="", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run(arguments: list[str]) -> int:
     """One run; its exit code."""
     script = load(arguments[2])
-    children = [fork_rank(rank, script, arguments) for rank in range(int(arguments[0]))]
+    ranks = range(int(arguments[0]))
+    children = [fork(partial(work_of, rank, script, arguments)) for rank in ranks]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     print(f"exit codes: {codes}", flush=True)
     return 1 if any(codes) else 0
 
 
-def fork_run(request: dict[str, Any]) -> int:
-    """Fork a process for one run; its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        die_with_parent()
-        os.setsid()
-        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for target, source in enumerate((nothing, output, output)):
-            os.dup2(source, target)
-        os.close(nothing)
-        os.close(output)
-        os.environ.clear()
-        os.environ |= request["environment"]
-        sys.argv[:] = [sys.argv[0], *request["arguments"]]
-        sys.path[:] = request["path"]
-        # As a new process has them.
-        tempfile.tempdir = None
-        random.seed()
-        numpy.random.seed()
-        os.chdir(request["folder"])
-        code = run(request["arguments"])
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def as_new(request: dict[str, Any]) -> None:
+    """One run, in a process as it would have been begun for it."""
+    os.setsid()
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for target, source in enumerate((nothing, output, output)):
+        os.dup2(source, target)
+    os.close(nothing)
+    os.close(output)
+    os.environ.clear()
+    os.environ |= request["environment"]
+    sys.argv[:] = [sys.argv[0], *request["arguments"]]
+    sys.path[:] = request["path"]
+    tempfile.tempdir = None
+    random.seed()
+    numpy.random.seed()
+    os.chdir(request["folder"])
+    run(request["arguments"])
 
 
 def serve() -> None:
@@ -144,7 +137,7 @@ def serve() -> None:
         importlib.import_module(module)
     gc.freeze()  # or every run's first collection would copy all that was imported
     for line in sys.stdin:
-        child = fork_run(json.loads(line))
+        child = fork(partial(as_new, json.loads(line)))
         print(child, flush=True)
         os.waitpid(child, 0)
         print(child, flush=True)
