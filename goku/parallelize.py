@@ -34,6 +34,7 @@ from goku_runtime.sharding import (
     ShardingPolicy,
     apply_hybrid_sharding,
     clip_gradients,
+    fill,
     gradient_norm,
     materialise,
     microbatch,
@@ -50,6 +51,7 @@ __all__ = [
     "check_policies",
     "clip",
     "copy_parameters",
+    "draw_parameters",
     "from_torchrun",
     "local",
     "microbatch",
@@ -63,6 +65,10 @@ BLOCKS = ("blocks.*",)
 FULL_PRECISION = ("patch_embed", "time_embed", "blocks.*.norm1", "final")
 # And, in a model that has it, what adds given frames to the residual stream.
 CONDITION = ("condition_embed",)
+# From more processes on gloo connects those alone that talk to each other. Otherwise each tells all others in the store
+# where to find it, 154 + 8 N bytes to each: 20 MB out of one process for 128 of them, 0.5 TB for 4,096. Up to here a
+# process that dies is seen by all others at once, not by its neighbours first.
+CONNECT_ALL = 128
 
 
 T = TypeVar("T")
@@ -189,6 +195,7 @@ def parallel_context(
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda". timeout_minutes bounds the collectives of a training step,
     so that a lost peer ends the job instead of hanging it. dims: how to arrange them, by default all in dp_shard.
+    Of more than `CONNECT_ALL` processes TORCH_GLOO_LAZY_INIT is set in the environment, unless it is given.
     Raises ValueError for a device that is absent, more processes here than GPUs, an environment that is none of
     torchrun's, or dims that do not fit the number of processes. The process group is destroyed on the way out.
     """
@@ -213,6 +220,8 @@ def parallel_context(
     if world == 1:
         yield ParallelContext(0, 1, where, None)
         return
+    if world > CONNECT_ALL:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # With its device known, NCCL splits one communicator per axis instead of making groups one after another.
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -227,6 +236,8 @@ def parallel_context(
         # One rank may train a VAE or draw samples for hours; a rank that dies is noticed by its closed connection.
         waiting = timedelta(days=1)
         object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
+        # Connects neighbours, where it is done when first needed: for one that died before it would be waited a day.
+        context.barrier()
         yield context
         failed = False
     finally:
@@ -377,7 +388,7 @@ def build_model(
 
     Built on the meta device and filled parameter by parameter, so that no process ever holds it whole (one parameter at
     a time it does, in host memory). dtype: of the matrix products. seed: None fills it with zeros, for weights that are
-    copied or loaded into it.
+    copied or loaded into it, or drawn after all (`draw_parameters`).
     """
     with torch.device("meta"):
         model = GokuTransformer(config, kernels)
@@ -387,14 +398,15 @@ def build_model(
         apply_hybrid_sharding(model, context.mesh, policy)
     offloaded = context.mesh is not None and sharding.cpu_offload
     device = torch.device("cpu") if offloaded else context.device
-
-    def initial(name: str, like: Tensor) -> Tensor:
-        if seed is None:
-            return torch.zeros(like.shape, dtype=like.dtype)
-        return initial_value(name, like, seed)
-
-    materialise(model, device, initial)
+    materialise(model, device)
+    if seed is not None:
+        draw_parameters(model, seed)
     return model
+
+
+def draw_parameters(model: nn.Module, seed: int) -> None:
+    """Give all parameters of a model their initial values, which depend on `seed` alone."""
+    fill(model, lambda name, like: initial_value(name, like, seed))
 
 
 def check_policies(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from goku.data import Dataset, ItemList
+from goku.data.item_list import FILE_NAME
 from goku.metrics import RunLog
 from goku.parallelize import local
-from goku.run_config import TrainConfig
+from goku.run_config import RunConfig, TrainConfig, resume_differences
+from goku_runtime import checkpoint
 from goku_runtime.checkpoint import Checkpointer, Retention, SaveHandle
 
-__all__ = ["RunCheckpoints", "set_random_state"]
+__all__ = [
+    "RunCheckpoints",
+    "check_same_run",
+    "has_checkpoints",
+    "random_states",
+    "set_random_state",
+]
+
+# What a checkpoint and the run that continues it must share beside the config, and what to say if they do not.
+_FINGERPRINTS = {
+    "data": "data: the items (names, captions, weights, pixels, geometry) or the VAE differ from the checkpoint's",
+    "grids": "data: packing.overlong cuts other samples than in the checkpoint's run",
+    "vae": "vae.path: holds another VAE than the checkpoint was trained with",
+    "text": "text: another encoder than the checkpoint was trained with",
+    "precision": "train.precision: 'auto' means another dtype on this machine",
+}
 
 
 @dataclass
@@ -113,6 +132,51 @@ class RunCheckpoints:
             seconds=time.perf_counter() - saving.started,
             stall_seconds=saving.stall,
         )
+
+
+def has_checkpoints(out: Path) -> bool:
+    """Whether a run in `out` has written any, damaged ones too. Removes nothing: another run may hold the folder."""
+    return any((out / "checkpoints").glob("step_*"))
+
+
+def check_same_run(
+    path: Path,
+    run: Mapping[str, Any],
+    config: RunConfig,
+    fingerprints: Mapping[str, str],
+    dataset: Dataset,
+) -> None:
+    """ValueError with the differences where the checkpoint at `path`, of `run`, is not one of this run."""
+    lines = resume_differences(run["config"], config)
+    for name, value in fingerprints.items():
+        if name == "grids" and lines:
+            continue  # other sizes are other grids: that was said
+        if run["fingerprints"].get(name) != value:
+            lines.append(_FINGERPRINTS[name])
+            before = ItemList.read(Path(config.out) / FILE_NAME) if name == "data" else None
+            if before is not None:
+                lines += [f"  {line}" for line in before.differences(dataset.item_list())]
+    if lines:
+        raise ValueError(
+            f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def random_states(
+    own: Tensor, path: Path, run: Mapping[str, Any], processes: int
+) -> tuple[Tensor, bool]:
+    """What the random states of the checkpoint at `path`, of `run`, are loaded into, and whether that is `own`.
+
+    A row of every process, each in its own file: of as many processes each reads its own alone. Others read all.
+    """
+    if run.get("processes") == processes:
+        return own, True
+    # Not asked for above: of a model in thousands of parts the index is read for half a minute.
+    dtype, shape = checkpoint.describe(path)["rng.torch"]
+    if own.shape == shape:  # checkpoints of before name no number of processes
+        return own, True
+    return torch.empty(shape, dtype=dtype), False  # of version 1: of rank 0 alone, and no rows
 
 
 def set_random_state(saved: Tensor, number: int) -> None:

@@ -30,7 +30,7 @@ from goku import config as parser
 from goku import flops
 from goku.batch import Batch, BatchBuilder
 from goku.carry import Start, carry_over
-from goku.data import Dataset, ItemList, Problem, Quarantine
+from goku.data import Dataset, Problem, Quarantine
 from goku.data.item_list import FILE_NAME
 from goku.evaluation import evaluate, sample
 from goku.flow import per_sample_mse, weighted_loss
@@ -46,11 +46,18 @@ from goku.parallelize import (
     build_model,
     clip,
     copy_parameters,
+    draw_parameters,
     microbatch,
 )
 from goku.precision import autocast, autocast_dtype
-from goku.run_checkpoints import RunCheckpoints, set_random_state
-from goku.run_config import RunConfig, resume_differences
+from goku.run_checkpoints import (
+    RunCheckpoints,
+    check_same_run,
+    has_checkpoints,
+    random_states,
+    set_random_state,
+)
+from goku.run_config import RunConfig
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics, sample_groups
@@ -156,7 +163,11 @@ class Trainer:
         self.unseen = None if unseen is None else self._builder(unseen, self._lost_items("unseen"))
         self.validator = validator
         self.stream = dataset.stream(config.seed)
-        self.model = self._build(config.activation_checkpointing, config.sharding, config.seed)
+        # Where there are checkpoints the weights come from one: those of an 8B would be drawn for half a minute.
+        begun = context.together(lambda: context.is_main and has_checkpoints(self.out))
+        self.drawn = not context.gather(begun)[0]
+        seed = config.seed if self.drawn else None
+        self.model = self._build(config.activation_checkpointing, config.sharding, seed)
         # The average runs forwards without backwards, after which FSDP2 would leave it gathered, and its updates would
         # go into the gathered copy.
         resharding = replace(config.sharding, reshard_after_forward=True)
@@ -506,6 +517,7 @@ class Trainer:
                 "start": self.start_record,
                 "limits": {"grid": list(self.limits), "area": self.area},
                 "config": self._saved_config(),
+                "processes": self.context.world,
             },
         }
 
@@ -531,36 +543,22 @@ class Trainer:
         )
         path = self.context.gather(found)[0]
         if path is None:
+            if not self.drawn:  # what is there is damaged, or was removed meanwhile
+                draw_parameters(self.model, self.config.seed)
+                copy_parameters(self.model, self.ema.module)
             return False
         newest = max(root.glob("step_*"), key=lambda p: p.name, default=path)
         if newest.name > path.name:
             log.event("damaged", self.step, path=str(newest), used=str(path))
             log.message(f"{newest} is damaged: going on from {path}")
         run = read_run(path)
-        lines = resume_differences(run["config"], self.config)
-        for name, value in self.fingerprints.items():
-            if name == "grids" and lines:
-                continue  # other sizes are other grids: that was said
-            if run["fingerprints"].get(name) != value:
-                lines.append(_FINGERPRINTS[name])
-                before = ItemList.read(self.out / FILE_NAME) if name == "data" else None
-                if before is not None:
-                    now = self.builder.dataset.item_list()
-                    lines += [f"  {line}" for line in before.differences(now)]
-        if lines:
-            raise ValueError(
-                f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "
-                + "\n  ".join(lines)
-            )
+        check_same_run(path, run, self.config, self.fingerprints, self.builder.dataset)
         state = self.state()
         state["run"] = None  # whatever values were saved
-        dtype, shape = checkpoint.describe(path)["rng.torch"]
-        # A row of every process, each in its own file: of as many processes each reads its own alone.
-        own = state["rng"]["torch"].shape == shape
-        if not own:  # of others; of rank 0 alone, and no rows, in checkpoints of version 1
-            state["rng"]["torch"] = torch.empty(shape, dtype=dtype)
+        rows, own = random_states(state["rng"]["torch"], path, run, self.context.world)
+        state["rng"]["torch"] = rows
         checkpoint.load(state, path, process_group=self.context.host_group)
-        set_random_state(state["rng"]["torch"], 0 if own else self.context.rank)
+        set_random_state(rows, 0 if own else self.context.rank)
         run = state["run"]
         self.step, self.position, self.skipped = run["step"], run["position"], run["skipped"]
         self.ema.updates = run["ema_updates"]
@@ -586,13 +584,3 @@ def _largest(grids: Sequence[Sequence[int]]) -> tuple[int, int, int]:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
-
-
-# What a checkpoint and the run that continues it must share beside the config, and what to say if they do not.
-_FINGERPRINTS = {
-    "data": "data: the items (names, captions, weights, pixels, geometry) or the VAE differ from the checkpoint's",
-    "grids": "data: packing.overlong cuts other samples than in the checkpoint's run",
-    "vae": "vae.path: holds another VAE than the checkpoint was trained with",
-    "text": "text: another encoder than the checkpoint was trained with",
-    "precision": "train.precision: 'auto' means another dtype on this machine",
-}

@@ -54,6 +54,7 @@ __all__ = [
     "ShardingPolicy",
     "apply_hybrid_sharding",
     "clip_gradients",
+    "fill",
     "gradient_norm",
     "materialise",
     "memory_estimate",
@@ -129,7 +130,7 @@ def apply_hybrid_sharding(
 def materialise(
     module: nn.Module,
     device: torch.device | str,
-    initial: Callable[[str, Tensor], Tensor],
+    initial: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Give a module on the meta device its memory and its values, one parameter at a time.
 
@@ -142,8 +143,7 @@ def materialise(
     Args:
         module: all of whose parameters and buffers are on the meta device; sharded or not.
         device: where it will live; "cpu" with ``cpu_offload``.
-        initial: (name, meta tensor of the full shape and dtype) -> its full value on the CPU; called
-            on every rank for every parameter and buffer, in the same order.
+        initial: as of `fill`. None: zeros, for values that are loaded into it.
 
     Raises:
         ValueError: a tensor is not on the meta device; a value has another shape than its
@@ -157,20 +157,39 @@ def materialise(
         if not tensor.is_meta:
             raise ValueError(f"{name} is on {tensor.device}; allowed: every tensor on meta")
     module.to_empty(device=device)
+    if initial is not None:
+        fill(module, initial)
+        return
     with torch.no_grad():
-        for name, tensor in _tensors(module):
-            full = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            value = initial(name, full)
-            if value.shape != tensor.shape:
-                raise ValueError(
-                    f"initial gave {name} the shape {tuple(value.shape)};"
-                    f" allowed: {tuple(tensor.shape)}"
-                )
-            if isinstance(tensor, DTensor):
-                tensor.to_local().copy_(_local_part(value, tensor))
-            else:
-                tensor.copy_(value)
-            del value  # before the next one is made
+        for _, tensor in _tensors(module):
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
+
+
+@torch.no_grad()
+def fill(module: nn.Module, initial: Callable[[str, Tensor], Tensor]) -> None:
+    """Give a module that has its memory other values, one parameter at a time, as `materialise` does.
+
+    Args:
+        module: sharded or not.
+        initial: (name, meta tensor of the full shape and dtype) -> its full value on the CPU; called
+            on every rank for every parameter and buffer, in the same order.
+
+    Raises:
+        ValueError: a value has another shape than its parameter.
+    """
+    for name, tensor in _tensors(module):
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        value = initial(name, full)
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"initial gave {name} the shape {tuple(value.shape)};"
+                f" allowed: {tuple(tensor.shape)}"
+            )
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(_local_part(value, tensor))
+        else:
+            tensor.copy_(value)
+        del value  # before the next one is made
 
 
 def microbatch(module: nn.Module, *, last: bool, keep_unsharded: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -114,6 +115,25 @@ def a_row_of_every_process(rank: int, world: int, port: int, path: str) -> None:
             torch.manual_seed(each)
             assert torch.equal(rows[each], torch.get_rng_state())
             torch.set_rng_state(rows[each].clone())
+
+
+def neighbours_alone(rank: int, world: int, port: int, other_port: int) -> None:
+    """Many processes are connected to those that they talk to, few to all others."""
+
+    def connected(port: int) -> int:
+        _join(rank, world, port)
+        before = len(os.listdir("/proc/self/fd"))
+        with parallel_context("cpu", 1) as context:
+            assert context.gather(rank) == list(range(world))
+            assert context.all_sum(torch.tensor([float(rank)])) == world * (world - 1) / 2
+            context.barrier()
+            return len(os.listdir("/proc/self/fd")) - before
+
+    assert "TORCH_GLOO_LAZY_INIT" not in os.environ
+    to_all = connected(port)
+    assert "TORCH_GLOO_LAZY_INIT" not in os.environ
+    with patch("goku.parallelize.CONNECT_ALL", world - 1):
+        assert connected(other_port) <= to_all - 2 * (world - 3)  # two groups, two neighbours each
 
 
 def bad_arrangement(rank: int, world: int, port: int) -> None:

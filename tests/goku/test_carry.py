@@ -35,7 +35,7 @@ def _trainer(config: ModelConfig, seed: int) -> Any:
         model=model,
         ema=EMA(EMAConfig(decay=0.9), average),
         optimizer=build_adamw(OptimizerConfig(), model),
-        context=SimpleNamespace(host_group=None, row=lambda x: x[None]),
+        context=SimpleNamespace(world=1, host_group=None, row=lambda x: x[None]),
         device=torch.device("cpu"),
         step=0,
         position=0,

@@ -44,6 +44,11 @@ def test_arrangement_and_failures(run_processes: Any, free_port: Any, tmp_path: 
     )  # fmt: skip
 
 
+def test_many_processes_are_connected_to_their_neighbours(run_processes: Any, free_port: Any):
+    ports = {"port": free_port(), "other_port": free_port()}
+    run_processes(6, SCRIPT, ("neighbours_alone", ports), backend="none")
+
+
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda x: sum(x) >= 5),
     size=st.integers(1, 5),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -181,6 +182,33 @@ def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config:
     assert again.step == 8
     after = _tensors(again.state())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resume_draws_no_weights_and_reads_no_index(
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The checkpoint overwrites what would be drawn; and it says of how many processes it is."""
+    with (
+        patch("goku.parallelize.initial_value", side_effect=AssertionError("drawn")),
+        patch("goku.run_checkpoints.checkpoint.describe", side_effect=AssertionError("read")),
+    ):
+        again = _trainer(write_config(tmp_path / "whole"))
+        assert not torch.equal(again.model.patch_embed.weight, whole.model.patch_embed.weight)
+        assert again.resume(RunLog(None, total_steps=0))
+    _assert_same_state(again, whole)
+
+
+def test_checkpoints_that_are_gone_when_they_are_needed(
+    whole: Trainer, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Weights are drawn after all: the bits are those of any new run."""
+    config = write_config(tmp_path / "gone")
+    found = tmp_path / "gone" / "checkpoints" / "step_0000009"
+    found.mkdir(parents=True)
+    trainer = _trainer(config)
+    found.rmdir()
+    assert trainer.run(threading.Event()) == "finished"
+    _assert_same_state(trainer, whole)
 
 
 def test_killed_by_sigkill_then_resumed_is_bit_identical(

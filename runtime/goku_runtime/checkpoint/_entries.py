@@ -274,4 +274,7 @@ class GlobalPlan:
                 if key not in boxes:
                     boxes[key] = entry._layout.box(row)
                 records.append(entry.record(boxes[key], offset))
+        records.sort(
+            key=lambda record: record.offset
+        )  # small ones lie first, wherever in the state
         return Image(data_file(rank), self.sizes[rank], tuple(records))

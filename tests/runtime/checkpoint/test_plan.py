@@ -7,8 +7,10 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -132,19 +134,25 @@ def check_columns(plan: GlobalPlan) -> None:
 
 def bound(plan: GlobalPlan, tensors: dict[str, Described], members: Sequence[int]) -> None:
     """Greedy choice of the least loaded: no image exceeds the mean over the replicas of one of its
-    boxes (that which came last) by more than the box's record."""
+    boxes (that which came last) by more than the box's record, or those that were placed with it."""
     for rank, size in enumerate(plan.sizes):
         limits = [0.0]
+        small: Counter[tuple[int, ...]] = Counter()
         for record in plan.local(rank).records:
             described = tensors[record.name]
-            replicas = [
+            replicas = tuple(
                 other
                 for other, member in enumerate(members)
                 if torch_box(described, member) == record.box
-                or (0 in described.shape and (not described.mesh or member in described.mesh.ranks))
-            ]
+                # Of nothing torch gives nobody a part.
+                or (0 in described.shape and plan.entries[record.name].box_of(other) == record.box)
+            )
             mean = sum(plan.sizes[other] for other in replicas) / len(replicas)
-            limits.append(mean + record.skeleton.length + 63)
+            length = -(-record.skeleton.length // 64) * 64
+            limits.append(mean + length)
+            if length <= plan_module._SMALL:
+                small[replicas] += length
+                limits.append(mean + min(small[replicas], plan_module._TOGETHER))
         assert size <= max(limits), (rank, plan.sizes)
 
 
@@ -180,9 +188,16 @@ def states(draw: st.DrawFn) -> tuple[int, list[int], dict[str, Described]]:
 SHAPES = [(1,), (2,), (3,), (5,), (2, 2), (2, 3), (3, 2), (4, 1), (2, 2, 2), (2, 2, 3), (12,)]
 
 
-@given(states())
-def test_any_placement(state: tuple[int, list[int], dict[str, Described]]) -> None:
-    world, members, tensors = state
+@given(states(), st.sampled_from([(0, 0), (1152, 2500), (4096, 1 << 20)]))
+def test_any_placement(
+    state: tuple[int, list[int], dict[str, Described]], small: tuple[int, int]
+) -> None:
+    with patch.multiple(plan_module, _SMALL=small[0], _TOGETHER=small[1]):
+        planned(*state)
+
+
+def planned(world: int, members: list[int], tensors: dict[str, Described]) -> None:
+    """Both ways of planning, looked at as a whole."""
     plan = make_plan(tensors, world=world, members=members)
     check(plan, tensors, members)
     bound(plan, tensors, members)
@@ -310,6 +325,31 @@ def test_what_has_a_choice_fills_up_what_has_none() -> None:
     plan = make_plan(tensors, world=4)
     names = [[record.name[:-1] for record in plan.local(rank).records] for rank in range(4)]
     assert names == [["own"] * 8, ["own"] * 8, ["plain"] * 2, ["plain"] * 2]
+
+
+def test_step_counts_lie_together() -> None:
+    """What every rank reads of an optimizer: one run of bytes of one file, not a piece of each."""
+    mesh = mesh_of(2, 4)
+    tensors = {}
+    for i in range(300):
+        tensors[f"{i}.exp_avg"] = Described(torch.float32, (64, 64), mesh, (R, Shard(0)))
+        tensors[f"{i}.step"] = Described(torch.float32, ())
+    for plan in (
+        make_plan(tensors, world=8),
+        make_plan_gathered([held(tensors, rank=rank) for rank in range(8)]),
+    ):
+        parts = [next(plan.entries[f"{i}.step"].parts()) for i in range(300)]
+        assert {part.rank for part in parts} == {0}
+        step = -(-parts[0].length // 64) * 64
+        assert [part.offset for part in parts] == [i * step for i in range(300)]
+
+
+def test_small_ones_are_shared_out_a_mebibyte_at_a_time() -> None:
+    tensors = {f"{i}": Described(torch.float32, ()) for i in range(2620)}
+    plan = make_plan(tensors, world=4)
+    assert plan.sizes == (655 * 1600,) * 4  # the most that a MiB holds
+    large = {f"{i}": Described(torch.float32, (1024,)) for i in range(8)}
+    assert len(set(make_plan(large, world=4).sizes)) == 1
 
 
 def test_a_rank_with_nothing_writes_no_file() -> None:

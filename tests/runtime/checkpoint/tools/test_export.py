@@ -159,7 +159,7 @@ def test_damage_is_named_and_nothing_stays(
     saved: dict[str, Path], tmp_path: Path, ckpt: Callable[..., Any]
 ) -> None:
     path = Path(shutil.copytree(saved["rows"], tmp_path / "in"))
-    file, place = simulated.place_of(path, "model.big")
+    file, place = simulated.place_of(path, "model.big", 0)
     simulated.flip(file, place)
     with pytest.raises(CheckpointError, match=r"model\.big"):
         export(path, tmp_path / "out")
@@ -168,7 +168,7 @@ def test_damage_is_named_and_nothing_stays(
     assert "model.big" in done.err
     assert done.err.count("\n") == 1
     assert [each.name for each in tmp_path.iterdir()] == ["in"]
-    # What is not read may be damaged: this one lies whole in rank 0's file.
+    # What is not read may be damaged: this one lies whole in rank 3's file.
     assert ckpt("export", path, tmp_path / "out", "--prefix", "optimizer.").code == 0
 
 
