@@ -164,6 +164,21 @@ def test_a_run_resumed_on_other_meshes_is_the_run_on_one_process(
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_thirty_two_processes_then_twenty_four(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connected as thousands are, most of them without a pack: the run of one process."""
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+    alone = train("alone", 1)
+    degrees = ("parallel.dp_replicate=4", "parallel.dp_shard=4", "parallel.sp=2")
+    out = train("many", 32, "train.steps=3", *degrees)
+    assert _idle(out) > 0
+    out = train("many", 24, "parallel.dp_replicate=2", "parallel.dp_shard=6", "parallel.sp=2")
+    assert_same_run(out, alone)
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_sampling_while_sharded_and_by_the_command(
     train: Callable[..., Path], goku: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
