@@ -83,6 +83,15 @@ def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) ->
     except FloatingPointError as error:  # the VAE's training diverged
         print(f"goku {args.verb}: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from goku.parallelize import lost_process  # what raises this has imported it
+
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        # At once: `print` writes the end of the line by itself, and other processes write as well.
+        sys.stderr.write(f"goku {args.verb}: {lost}\n")
+        return 1
 
 
 def _in_words(error: Exception) -> str:

@@ -54,6 +54,7 @@ __all__ = [
     "draw_parameters",
     "from_torchrun",
     "local",
+    "lost_process",
     "microbatch",
     "parallel_context",
 ]
@@ -238,6 +239,7 @@ def parallel_context(
         object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
         # Connects neighbours, where it is done when first needed: for one that died before it would be waited a day.
         context.barrier()
+        context.all_sum(torch.zeros(1, device=where))
         yield context
         failed = False
     finally:
@@ -263,6 +265,32 @@ def from_torchrun(name: str, default: int) -> int:
     if not value.isdecimal():
         raise ValueError(f"{name} is {value!r} in the environment; allowed: an integer >= 0")
     return int(value)
+
+
+# What gloo and NCCL say of a process that is there no more. Not of one that is late: where this one waited for it says
+# something, the other's end does not.
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+)
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """In one line, that this process failed as another one was gone; None where `error` is something else.
+
+    Of thousands of processes each would print seventy lines about the one that failed first.
+    """
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "gloo/" in text):
+        return None
+    found = next((words for words in _GONE if words in text), None)
+    if found is None:
+        return None
+    rank = from_torchrun("RANK", 0)
+    return f"rank {rank} lost another process ({found}): what ended first says why"
 
 
 class PackSharding:

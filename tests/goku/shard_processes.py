@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from goku.cli import main
 from goku.flow import per_sample_mse
 from goku.model import GokuTransformer, KernelConfig, ModelConfig
 from goku.parallelize import PackSharding, parallel_context
@@ -134,6 +136,24 @@ def neighbours_alone(rank: int, world: int, port: int, other_port: int) -> None:
     assert "TORCH_GLOO_LAZY_INIT" not in os.environ
     with patch("goku.parallelize.CONNECT_ALL", world - 1):
         assert connected(other_port) <= to_all - 2 * (world - 3)  # two groups, two neighbours each
+
+
+def one_dies(rank: int, world: int, port: int) -> None:
+    """The others fail as it is gone, each with one line."""
+    _join(rank, world, port)
+
+    def train(args: object) -> int:
+        with parallel_context("cpu", 1) as context:
+            if rank == 1:
+                os._exit(9)
+            context.all_sum(torch.ones(3))
+            context.gather(rank)
+        return 0
+
+    with patch("goku.commands.train.run", train):
+        code = main(["train", "run.yaml"])
+    sys.stderr.flush()
+    os._exit(code)  # the launcher tells of SystemExit with a traceback
 
 
 def bad_arrangement(rank: int, world: int, port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import DistError
 
 from goku.cli import main
 from goku.model import PRESETS, GokuTransformer, KernelConfig
@@ -21,6 +23,7 @@ from goku.parallelize import (
     build_model,
     clip,
     copy_parameters,
+    lost_process,
     parallel_context,
 )
 from goku_kernels import Packing
@@ -47,6 +50,31 @@ def test_arrangement_and_failures(run_processes: Any, free_port: Any, tmp_path: 
 def test_many_processes_are_connected_to_their_neighbours(run_processes: Any, free_port: Any):
     ports = {"port": free_port(), "other_port": free_port()}
     run_processes(6, SCRIPT, ("neighbours_alone", ports), backend="none")
+
+
+@pytest.mark.parametrize("lazy", ["0", "1"])
+def test_who_loses_another_process_says_so_in_a_line(
+    run_processes: Any, free_port: Any, monkeypatch: pytest.MonkeyPatch, lazy: str
+):
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", lazy)
+    call = ("one_dies", {"port": free_port()})
+    output = run_processes(4, SCRIPT, call, backend="none", expect=[1, 9, 1, 1])
+    for rank in (0, 2, 3):
+        why = r"\(Connection \w+( by peer)?\)"
+        line = rf"^goku train: rank {rank} lost another process {why}: what ended first says why$"
+        assert len(re.findall(line, output, re.MULTILINE)) == 1, output
+    assert "Traceback" not in output
+
+
+def test_what_is_no_lost_process():
+    for error in (
+        RuntimeError("Connection closed by peer"),  # a file system's, a web server's
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
+        DistError("shapes differ"),
+    ):  # fmt: skip
+        assert lost_process(error) is None
+    gone = "NCCL error: ncclRemoteError: A call failed possibly due to a network error or a remote process exited"
+    assert "remote process exited" in str(lost_process(DistError(gone)))
 
 
 @given(
