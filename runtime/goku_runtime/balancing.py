@@ -57,7 +57,8 @@ def balance_packs(
     """
     _check(lengths, costs, groups, tokens_per_pack, names)
     # Ties fall to the longer sample, then to the lower index: a total order, so one result.
-    order = sorted(range(len(lengths)), key=lambda i: (-costs[i], -lengths[i], i))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    order.sort(key=costs.__getitem__, reverse=True)
     problem = Problem(
         [lengths[i] for i in order], [float(costs[i]) for i in order], groups, tokens_per_pack
     )
@@ -116,7 +117,7 @@ def step_cost_bound(
         ValueError: as `balance_packs`.
     """
     _check(lengths, costs, groups, tokens_per_pack, None)
-    order = sorted(range(len(lengths)), key=lambda i: -costs[i])
+    order = sorted(range(len(lengths)), key=costs.__getitem__, reverse=True)
     return lower_bound(
         Problem(
             [lengths[i] for i in order], [float(costs[i]) for i in order], groups, tokens_per_pack
@@ -173,6 +174,12 @@ def _check(
             f"lengths, costs and names must have one entry per sample, got {len(lengths)}, "
             f"{len(costs)} and {None if names is None else len(names)}"
         )
+    if (
+        set(map(type, lengths)) <= {int}
+        and 1 <= min(lengths, default=1) <= max(lengths, default=1) <= tokens_per_pack
+        and all(0 < cost < math.inf for cost in costs)
+    ):
+        return
     for index, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
         name = f"sample {index}" if names is None else names[index]
         _check_positive(f"length of {name}", length)
