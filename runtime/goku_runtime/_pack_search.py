@@ -122,23 +122,26 @@ def _construct(problem: Problem, micro_steps: int, bound: float) -> Packs | None
         consider(_longest_first(problem, micro_steps, level))
     if time <= _CLOSE_ENOUGH * bound:
         return best
+    in_order = range(len(problem.costs))
+    full: Packs | None = None
+    if best is None:
+        by_length = sorted(in_order, key=lambda k: (-problem.lengths[k], k))
+        full = _best_fit(problem, [math.inf] * micro_steps, by_length)
+        if full is None:
+            return None
 
     # Multifit: the first micro-step takes as long as the dearest sample, no other is shorter than
     # its long sample, and they rise together to fill a time that is tried.
     long = problem.long
     least = [problem.costs[0], *(cost for m in range(1, micro_steps) for cost in long[m : m + 1])]
     least += [0.0] * (micro_steps - len(least))
-    in_order = range(len(problem.costs))
     for factor in _TIMES:
         level = _water_level(least, factor * bound)
         packs = _best_fit(problem, [max(level, base) for base in least], in_order)
         if packs is not None:
             _level(problem, packs)
             consider(packs)
-    if best is None:
-        by_length = sorted(in_order, key=lambda k: (-problem.lengths[k], k))
-        consider(_best_fit(problem, [math.inf] * micro_steps, by_length))
-    return best
+    return best or full
 
 
 def _water_level(ground: Sequence[float], volume: float) -> float:
