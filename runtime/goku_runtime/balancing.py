@@ -55,12 +55,13 @@ def balance_packs(
         ValueError: a sample is longer than the budget or its cost is not positive (it is named), or
             another argument is out of range.
     """
-    _check(lengths, costs, groups, tokens_per_pack, names)
+    check_samples(lengths, costs, groups, tokens_per_pack, names)
+    costs = [float(cost) for cost in costs]
     # Ties fall to the longer sample, then to the lower index: a total order, so one result.
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     order.sort(key=costs.__getitem__, reverse=True)
     problem = Problem(
-        [lengths[i] for i in order], [float(costs[i]) for i in order], groups, tokens_per_pack
+        [lengths[i] for i in order], [costs[i] for i in order], groups, tokens_per_pack
     )
     packs = sorted((-math.fsum(problem.costs[k] for k in pack), pack) for pack in solve(problem))
 
@@ -116,7 +117,7 @@ def step_cost_bound(
     Raises:
         ValueError: as `balance_packs`.
     """
-    _check(lengths, costs, groups, tokens_per_pack, None)
+    check_samples(lengths, costs, groups, tokens_per_pack)
     order = sorted(range(len(lengths)), key=costs.__getitem__, reverse=True)
     return lower_bound(
         Problem(
@@ -160,13 +161,14 @@ def balance(plan: Sequence[Sequence[Sequence[int]]], costs: Sequence[float]) -> 
 # ---- arguments
 
 
-def _check(
+def check_samples(
     lengths: Sequence[int],
     costs: Sequence[float],
     groups: int,
     tokens_per_pack: int,
-    names: Sequence[str] | None,
+    names: Sequence[str] | None = None,
 ) -> None:
+    """Raises ValueError as `balance_packs`."""
     _check_positive("groups", groups)
     _check_positive("tokens_per_pack", tokens_per_pack)
     if len(costs) != len(lengths) or (names is not None and len(names) != len(lengths)):
