@@ -16,7 +16,8 @@ runs of `groups`. What is left is to choose the packs, which is NP-hard; `balanc
 
 Everything is a pure function of its arguments, with ties decided by a total order, so every rank
 computes the same plan alone. The time is that of sorting, of samples x micro-steps, and of the
-search's budget: seconds for 20,000 samples and 512 groups.
+search's budget: half a second for 30,000 samples and 2,048 groups, some five for 120,000 in four
+micro-steps. `goku_runtime.pack_process` takes it off the calling thread.
 """
 
 from __future__ import annotations
