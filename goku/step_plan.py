@@ -96,7 +96,7 @@ class StepPlanner:
         if samples is None:
             samples = self._samples(position)
         if shares is None:
-            # Not the time of day, in which other threads and processes have theirs.
+            # What other threads and processes take meanwhile says nothing of the step.
             started = time.thread_time()
             shares = partition(
                 samples.lengths, samples.costs, self._group[1], self._packing.tokens_per_pack
