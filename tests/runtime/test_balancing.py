@@ -250,6 +250,17 @@ def test_the_plans_are_those_of_all_machines_and_of_before(name: str) -> None:
     assert hashlib.sha256(json.dumps(plans).encode()).hexdigest()[:16] == DIGESTS[name]
 
 
+def test_the_plans_of_costs_without_relation_to_lengths() -> None:
+    plans = []
+    for seed in range(60):
+        generator = random.Random(seed)
+        lengths = [generator.randint(5, 32) for _ in range(40)]
+        costs = [float(generator.randint(1, 1_000)) for _ in lengths]
+        plans.append(balance_packs(lengths, costs, 4, BUDGET))
+    digest = hashlib.sha256(json.dumps(plans).encode()).hexdigest()
+    assert digest[:16] == "d3690d15964672cf"  # as above
+
+
 def test_a_step_that_cannot_fit_is_given_up_by_one_best_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
