@@ -16,6 +16,7 @@ Lengths are in tokens (after patchify), grids are (t, h, w) in tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -106,14 +107,15 @@ def step_positions(
     length_of: tokens of the sample at a stream position (after `cut_grid`).
     """
     _check_positive("tokens_per_step", tokens_per_step)
-    taken = [position]
-    total = _check_positive(f"length at stream position {position}", length_of(position))
-    while True:
-        following = position + len(taken)
-        total += _check_positive(f"length at stream position {following}", length_of(following))
-        if total > tokens_per_step:
-            return taken
-        taken.append(following)
+    total = 0
+    for following in itertools.count(position):
+        length = length_of(following)
+        if type(length) is not int or length < 1:  # the name alone takes longer than the rest
+            _check_positive(f"length at stream position {following}", length)
+        total += length
+        if total > tokens_per_step and following > position:
+            break
+    return list(range(position, following))
 
 
 def sample_cost(

@@ -61,7 +61,7 @@ from goku.run_config import RunConfig
 from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics, sample_groups
-from goku.step_plan import StepPlan, plan_step
+from goku.step_plan import StepPlan, StepPlanner
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.vae import VideoVAE
@@ -178,6 +178,10 @@ class Trainer:
         self.checkpoints = RunCheckpoints(self.out, config.train, context.host_group)
         self.step = self.position = self.skipped = self.known_lost = 0
         self.plans: list[StepPlan] = []  # of the step under way and those that are read ahead
+        self.planner = StepPlanner(
+            self.stream, self.builder.tokens, dataset.items, config.packing, self.costs,
+            (context.pack_rank, context.packs),
+        )  # fmt: skip
         self.stage, self.start = stage, start
         self.start_record = None if start is None else start.record()
         self.limits = _largest(self.builder.grids)
@@ -228,7 +232,10 @@ class Trainer:
         non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
         """
         train = self.config.train
-        with run_log(self.config, self.context) as log, self.checkpoints, closing(self.builder):
+        with (
+            run_log(self.config, self.context) as log, self.checkpoints, closing(self.builder),
+            closing(self.planner),
+        ):  # fmt: skip
             resumed = self.resume(log)
             self.context.on_main(lambda: write_config(self.out / "config.yaml", self.config))
             self.context.on_main(
@@ -303,7 +310,7 @@ class Trainer:
         started, read_before = time.perf_counter(), self.builder.read_seconds
         train = self.config.train
         if not self.plans or self.plans[0].positions[0] != self.position:
-            self.plans = [self._plan(self.position)]  # the first, or after a resume
+            self.plans = [self.planner.plan(self.position)]  # the first, or after a resume
         plan = self.plans[0]
 
         statistics = StepStatistics(self.device)
@@ -346,19 +353,12 @@ class Trainer:
             )
         return statistics.stopping
 
-    def _plan(self, position: int) -> StepPlan:
-        """The step that begins at this position of the stream."""
-        builder, packs = self.builder, (self.context.pack_rank, self.context.packs)
-        return plan_step(
-            position, self.stream, builder.tokens, builder.dataset.items, self.config.packing, self.costs, packs,
-        )  # fmt: skip
-
     def _read_ahead(self, done: int) -> None:
         """Begin to read the packs behind the first `done` of the step under way, whatever steps they are of."""
         end = done + self.config.data.read_ahead
         packs = [pack for plan in self.plans for pack in plan.packs]
         while len(packs) < end and self.step + len(self.plans) < self.config.train.steps:
-            self.plans.append(self._plan(self.plans[-1].positions[-1] + 1))
+            self.plans.append(self.planner.plan(self.plans[-1].positions[-1] + 1))
             packs += self.plans[-1].packs
         self.builder.read_ahead([pack[:2] for pack in packs[done:end]])
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 __all__ = ["Problem", "lower_bound", "solve"]
@@ -46,7 +48,7 @@ class Problem:
         tokens = -(-sum(self.lengths) // (self.groups * self.budget))
         return max(tokens, -(-long // self.groups))
 
-    @property
+    @cached_property
     def long(self) -> list[float]:
         """The cost of every `groups`-th of the samples that cannot share a pack with each other."""
         pairs = zip(self.costs, self.lengths, strict=True)
@@ -114,27 +116,32 @@ def _construct(problem: Problem, micro_steps: int, bound: float) -> Packs | None
         if packs is not None and (found := problem.step_cost(packs.loads)) < time:
             best, time = packs, found
 
-    for level in (0.0, math.fsum(problem.costs) / (micro_steps * problem.groups)):
+    levels = (0.0, math.fsum(problem.costs) / (micro_steps * problem.groups))
+    # Within a single micro-step the target changes nothing.
+    for level in levels[: 1 if micro_steps == 1 else 2]:
         consider(_longest_first(problem, micro_steps, level))
     if time <= _CLOSE_ENOUGH * bound:
         return best
+    in_order = range(len(problem.costs))
+    full: Packs | None = None
+    if best is None:
+        by_length = sorted(in_order, key=lambda k: (-problem.lengths[k], k))
+        full = _best_fit(problem, [math.inf] * micro_steps, by_length)
+        if full is None:
+            return None
 
     # Multifit: the first micro-step takes as long as the dearest sample, no other is shorter than
     # its long sample, and they rise together to fill a time that is tried.
     long = problem.long
     least = [problem.costs[0], *(cost for m in range(1, micro_steps) for cost in long[m : m + 1])]
     least += [0.0] * (micro_steps - len(least))
-    in_order = range(len(problem.costs))
     for factor in _TIMES:
         level = _water_level(least, factor * bound)
         packs = _best_fit(problem, [max(level, base) for base in least], in_order)
         if packs is not None:
             _level(problem, packs)
             consider(packs)
-    if best is None:
-        by_length = sorted(in_order, key=lambda k: (-problem.lengths[k], k))
-        consider(_best_fit(problem, [math.inf] * micro_steps, by_length))
-    return best
+    return best or full
 
 
 def _water_level(ground: Sequence[float], volume: float) -> float:
@@ -148,35 +155,47 @@ def _water_level(ground: Sequence[float], volume: float) -> float:
     return 0.0
 
 
-def _longest_first(problem: Problem, micro_steps: int, level: float) -> Packs | None:
+def _longest_first(
+    problem: Problem, micro_steps: int, level: float, limit: float = math.inf
+) -> Packs | None:
     """Each sample to the pack that is furthest below its micro-step's target; None without room.
 
     A micro-step takes at least as long as its dearest sample, and up to that its other packs cost
     nothing: the m-th target is max(level, c_(m groups)). level=0 fills dear micro-steps first,
-    a level of the mean load makes all packs alike.
+    a level of the mean load makes all packs alike. None, too, once a pack costs `limit`.
     """
-    groups, lengths, costs = problem.groups, problem.lengths, problem.costs
+    groups = problem.groups
     count = groups * micro_steps
     packs = Packs(problem, count)
-    targets = [max([level, *costs[m * groups : m * groups + 1]]) for m in range(micro_steps)]
-    open_packs = [(-targets[pack // groups], pack) for pack in range(count)]
+    contents, loads, rooms = packs.samples, packs.loads, packs.room
+    targets = [
+        target
+        for m in range(micro_steps)
+        for target in [max([level, *problem.costs[m * groups : m * groups + 1]])] * groups
+    ]
+    open_packs = [(-target, pack) for pack, target in enumerate(targets)]
     heapq.heapify(open_packs)
     # Packs without room for a sample wait here, most room first, until a sample fits again. Lengths
     # mostly fall as costs do, so a pack rarely waits twice without having been filled in between.
     waiting: list[tuple[int, int]] = []
-    patience = 16 * (len(lengths) + count)
-    for sample, length in enumerate(lengths):
+    patience = 16 * (len(problem.lengths) + count)
+    for sample, (length, cost) in enumerate(zip(problem.lengths, problem.costs, strict=True)):
         while waiting and -waiting[0][0] >= length:
             pack = heapq.heappop(waiting)[1]
-            heapq.heappush(open_packs, (packs.loads[pack] - targets[pack // groups], pack))
+            heapq.heappush(open_packs, (loads[pack] - targets[pack], pack))
         while open_packs:
             pack = open_packs[0][1]
-            if packs.room[pack] >= length:
-                packs.put(sample, pack)
-                heapq.heapreplace(open_packs, (packs.loads[pack] - targets[pack // groups], pack))
+            room = rooms[pack]
+            if room >= length:
+                contents[pack].append(sample)
+                rooms[pack] = room - length
+                loads[pack] = load = loads[pack] + cost
+                if load >= limit:
+                    return None
+                heapq.heapreplace(open_packs, (load - targets[pack], pack))
                 break
             heapq.heappop(open_packs)
-            heapq.heappush(waiting, (-packs.room[pack], pack))
+            heapq.heappush(waiting, (-room, pack))
             patience -= 1
         else:
             return None
@@ -191,37 +210,53 @@ def _best_fit(problem: Problem, heights: Sequence[float], order: Sequence[int]) 
     heights: the time of each micro-step. None when a sample fits nowhere.
     """
     groups, lengths, costs = problem.groups, problem.lengths, problem.costs
-    packs = Packs(problem, groups * len(heights))
-    # Ascending (room, pack) per micro-step.
+    count = groups * len(heights)
+    packs = Packs(problem, count)
+    contents, loads, rooms = packs.samples, packs.loads, packs.room
+    # Ascending (room, pack) per micro-step, as one number, room * count + pack.
     rows = [
-        [(problem.budget, pack) for pack in range(m * groups, (m + 1) * groups)]
+        [problem.budget * count + pack for pack in range(m * groups, (m + 1) * groups)]
         for m in range(len(heights))
     ]
+    steps = list(zip(rows, heights, strict=True))
     for sample in order:
-        length, cost = lengths[sample], costs[sample]
-        for row, height in zip(rows, heights, strict=True):
-            start = bisect_left(row, (length, -1))
+        cost = costs[sample]
+        least = lengths[sample] * count
+        for row, height in steps:
+            start = bisect_left(row, least)
             # Beyond a few packs without time, the next micro-step is tried.
-            for at in range(start, min(start + _SCANNED, len(row))):
-                pack = row[at][1]
-                if packs.loads[pack] + cost <= height:
+            for at, entry in enumerate(row[start : start + _SCANNED], start):
+                pack = entry % count
+                load = loads[pack] + cost
+                if load <= height:
                     del row[at]
-                    packs.put(sample, pack)
-                    insort(row, (packs.room[pack], pack))
+                    insort(row, entry - least)
+                    contents[pack].append(sample)
+                    loads[pack] = load
                     break
             else:
                 continue
             break
         else:
             return None
+    for row in rows:
+        for entry in row:
+            rooms[entry % count] = entry // count
+    for content in contents:
+        content.sort()
     return packs
 
 
 def _level(problem: Problem, packs: Packs) -> None:
     """Share each micro-step's samples among its packs anew, longest first, where that is faster."""
-    ranked = sorted(range(len(packs.loads)), key=lambda b: (-packs.loads[b], b))
+    if len(packs.loads) == problem.groups:
+        return  # that is how `_construct` begins
+    ranked = sorted(range(len(packs.loads)), key=packs.loads.__getitem__, reverse=True)
     for start in range(0, len(ranked), problem.groups):
         row = ranked[start : start + problem.groups]
+        dearest = packs.loads[row[0]]
+        if len(packs.samples[row[0]]) < 2:
+            continue  # whatever the others do, a sample alone takes as long
         samples = sorted(k for pack in row for k in packs.samples[pack])
         part = Problem(
             [problem.lengths[k] for k in samples],
@@ -229,8 +264,8 @@ def _level(problem: Problem, packs: Packs) -> None:
             problem.groups,
             problem.budget,
         )
-        shared = _longest_first(part, 1, 0.0)
-        if shared is not None and max(shared.loads) < packs.loads[row[0]]:
+        shared = _longest_first(part, 1, 0.0, limit=dearest)
+        if shared is not None:
             for at, pack in enumerate(row):
                 packs.samples[pack] = [samples[k] for k in shared.samples[at]]
                 packs.loads[pack] = shared.loads[at]
@@ -245,7 +280,7 @@ def _relieve(problem: Problem, packs: Packs, enough: float) -> None:
     """
     groups, left = problem.groups, _SEARCH
     while left > 0 and problem.step_cost(packs.loads) > enough:
-        ranked = sorted(range(len(packs.loads)), key=lambda b: (packs.loads[b], b))
+        ranked = sorted(range(len(packs.loads)), key=packs.loads.__getitem__)
         # Ascending (cost, pack) per micro-step; they are dealt out anew in each round.
         rows = [
             [(packs.loads[b], b) for b in ranked[k : k + groups]]
@@ -273,7 +308,7 @@ def _relieve(problem: Problem, packs: Packs, enough: float) -> None:
                 else:
                     break  # the dearest pack cannot be relieved, so neither can the micro-step
                 for pack, k in ((giver, here), (receiver, there)):
-                    rows[k].remove((packs.loads[pack], pack))
+                    del rows[k][bisect_left(rows[k], (packs.loads[pack], pack))]
                 give, back = pair
                 packs.take(give, giver)
                 packs.put(give, receiver)
@@ -302,29 +337,34 @@ def _exchange(
     """
     lengths, costs = problem.lengths, problem.costs
     least = 1e-9 * packs.loads[giver]
+    below = most - least if strict else math.inf
+    most_tokens, least_tokens = packs.room[receiver], -packs.room[giver]
     others = packs.samples[receiver]
+    count = len(others)
+    # The last of them is none.
+    back_costs = [costs[k] for k in others] + [0.0]
+    back_lengths = [lengths[k] for k in others] + [0]
     descending = [-costs[k] for k in others]
-    best: tuple[float, int, int] | None = None
+    best: tuple[int, int] | None = None
+    distance = math.inf
     for give in packs.samples[giver]:
-        near = bisect_left(descending, wanted - costs[give])
-        for position in (near - 2, near - 1, near, near + 1, len(others)):
-            if not 0 <= position <= len(others):
+        cost, length = costs[give], lengths[give]
+        near = bisect_left(descending, wanted - cost)
+        for position in (near - 2, near - 1, near, near + 1, count):
+            if not 0 <= position <= count:
                 continue
-            back = others[position] if position < len(others) else None
-            moved = costs[give] - (0.0 if back is None else costs[back])
-            tokens = lengths[give] - (0 if back is None else lengths[back])
+            moved = cost - back_costs[position]
             if (
                 least < moved <= most
-                and not (strict and moved >= most - least)
-                and tokens <= packs.room[receiver]
-                and -tokens <= packs.room[giver]
+                and moved < below
+                and least_tokens <= length - back_lengths[position] <= most_tokens
+                and abs(moved - wanted) < distance
             ):
-                found = (abs(moved - wanted), give, position)
-                best = found if best is None else min(best, found)
+                best, distance = (give, position), abs(moved - wanted)
     if best is None:
         return None
-    _, give, position = best
-    return give, (others[position] if position < len(others) else None)
+    give, position = best
+    return give, (others[position] if position < count else None)
 
 
 def lower_bound(problem: Problem) -> float:
@@ -337,9 +377,10 @@ def _waste_bound(problem: Problem) -> float:
     budget, groups = problem.budget, problem.groups
     if not problem.costs:
         return 0.0
-    by_length = sorted(zip(problem.lengths, problem.costs, strict=True))
-    lengths = [length for length, _ in by_length]
-    densities = [0.0, *accumulate((cost / length for length, cost in by_length), max)]
+    # Of samples of one length the dearest, which come first, and so overwrite the others.
+    dearest = dict(zip(reversed(problem.lengths), reversed(problem.costs), strict=True))
+    lengths = sorted(dearest)
+    densities = [0.0, *accumulate((dearest[length] / length for length in lengths), max)]
 
     def fill(room: int) -> float:
         return room * densities[bisect_right(lengths, room)]
@@ -352,8 +393,7 @@ def _waste_bound(problem: Problem) -> float:
         ),
         reverse=True,
     )
-    least = problem.long or [0.0]
-    least[0] = problem.costs[0]
+    least = [problem.costs[0], *problem.long[1:]]
     without = budget * densities[bisect_right(lengths, budget // 2)]
     most = sorted([*most, *[without] * (len(least) * groups)], reverse=True)
     waste = math.fsum(
@@ -370,9 +410,10 @@ def _height_bound(problem: Problem) -> float:
     sums = [0.0, *accumulate(costs)]
     long = problem.long
     # min(c_i, h length_i / C) is c_i up to the breakpoint h_i = c_i C / length_i.
+    # Few samples differ: most are images of a few thousand lengths.
     breaks = sorted(
-        (cost * problem.budget / length, cost, length / problem.budget)
-        for cost, length in zip(costs, lengths, strict=True)
+        (cost * problem.budget / length, number * cost, number * length / problem.budget)
+        for (length, cost), number in Counter(zip(lengths, costs, strict=True)).items()
     )
     points = [point for point, _, _ in breaks]
     below = [0.0, *accumulate(cost for _, cost, _ in breaks)]

@@ -16,7 +16,8 @@ runs of `groups`. What is left is to choose the packs, which is NP-hard; `balanc
 
 Everything is a pure function of its arguments, with ties decided by a total order, so every rank
 computes the same plan alone. The time is that of sorting, of samples x micro-steps, and of the
-search's budget: seconds for 20,000 samples and 512 groups.
+search's budget: half a second for 30,000 samples and 2,048 groups, some five for 120,000 in four
+micro-steps. `goku_runtime.pack_process` takes it off the calling thread.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ def balance_packs(
         ValueError: a sample is longer than the budget or its cost is not positive (it is named), or
             another argument is out of range.
     """
-    _check(lengths, costs, groups, tokens_per_pack, names)
+    check_samples(lengths, costs, groups, tokens_per_pack, names)
+    costs = [float(cost) for cost in costs]
     # Ties fall to the longer sample, then to the lower index: a total order, so one result.
-    order = sorted(range(len(lengths)), key=lambda i: (-costs[i], -lengths[i], i))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    order.sort(key=costs.__getitem__, reverse=True)
     problem = Problem(
-        [lengths[i] for i in order], [float(costs[i]) for i in order], groups, tokens_per_pack
+        [lengths[i] for i in order], [costs[i] for i in order], groups, tokens_per_pack
     )
     packs = sorted((-math.fsum(problem.costs[k] for k in pack), pack) for pack in solve(problem))
 
@@ -115,8 +118,8 @@ def step_cost_bound(
     Raises:
         ValueError: as `balance_packs`.
     """
-    _check(lengths, costs, groups, tokens_per_pack, None)
-    order = sorted(range(len(lengths)), key=lambda i: -costs[i])
+    check_samples(lengths, costs, groups, tokens_per_pack)
+    order = sorted(range(len(lengths)), key=costs.__getitem__, reverse=True)
     return lower_bound(
         Problem(
             [lengths[i] for i in order], [float(costs[i]) for i in order], groups, tokens_per_pack
@@ -159,13 +162,14 @@ def balance(plan: Sequence[Sequence[Sequence[int]]], costs: Sequence[float]) -> 
 # ---- arguments
 
 
-def _check(
+def check_samples(
     lengths: Sequence[int],
     costs: Sequence[float],
     groups: int,
     tokens_per_pack: int,
-    names: Sequence[str] | None,
+    names: Sequence[str] | None = None,
 ) -> None:
+    """Raises ValueError as `balance_packs`."""
     _check_positive("groups", groups)
     _check_positive("tokens_per_pack", tokens_per_pack)
     if len(costs) != len(lengths) or (names is not None and len(names) != len(lengths)):
@@ -173,6 +177,12 @@ def _check(
             f"lengths, costs and names must have one entry per sample, got {len(lengths)}, "
             f"{len(costs)} and {None if names is None else len(names)}"
         )
+    if (
+        set(map(type, lengths)) <= {int}
+        and 1 <= min(lengths, default=1) <= max(lengths, default=1) <= tokens_per_pack
+        and all(0 < cost < math.inf for cost in costs)
+    ):
+        return
     for index, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
         name = f"sample {index}" if names is None else names[index]
         _check_positive(f"length of {name}", length)

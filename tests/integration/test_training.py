@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from goku.metrics import RunLog, read_log
 from goku.parallelize import parallel_context
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
+from goku.step_plan import StepPlanner
 from goku.trainer import Trainer, TrainingStopped, stop_signals
 from goku_runtime import checkpoint
 
@@ -174,6 +176,32 @@ def test_samples_are_read_while_the_steps_before_run(
     assert 0 < log[1]["read_seconds"] < log[1]["seconds"]
     late = _run(write_config(tmp_path / "late"), *one_pack, "data.read_ahead=0")
     _assert_same_state(late, trainer)
+
+
+def test_steps_planned_by_a_process_are_the_same_run(
+    whole: Trainer,
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every step takes too long here; the process ends with the run, though it began the step behind the last."""
+    monkeypatch.setattr("goku.trainer.StepPlanner", partial(StepPlanner, patience=-1.0))
+    trainer = _trainer(write_config(tmp_path / "process"))
+    pids: set[int] = set()
+    step = trainer.train_step
+
+    def spied(log: Any, stop: threading.Event) -> bool:
+        stopping = step(log, stop)
+        assert trainer.planner.process is not None
+        pids.add(trainer.planner.process.pid)
+        return stopping
+
+    trainer.train_step = spied  # type: ignore[method-assign]
+    assert trainer.run(threading.Event()) == "finished"
+    (pid,) = pids
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    _assert_same_state(whole, trainer)
 
 
 def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config: Any) -> None:
