@@ -13,7 +13,7 @@ from goku.data import Item, SampleStream
 from goku.packing import PackingConfig, partition, step_positions
 from goku_runtime.pack_process import PackProcess, PackProcessLost
 
-__all__ = ["StepPack", "StepPlan", "StepPlanner", "plan_step", "rounds"]
+__all__ = ["StepPack", "StepPlan", "StepPlanner", "rounds"]
 
 # Seconds of this thread, in which it launches nothing, beyond which sharing a step out is a process's: about 1% of a
 # step of thousands of processes. On one core of an EPYC up to 32 groups take less, and no process.
@@ -167,19 +167,6 @@ class StepPlanner:
         self._lives -= 1
         then = "" if self._lives else ", and all from now on"
         warnings.warn(f"{lost}; the training process plans a step itself{then}", stacklevel=4)
-
-
-def plan_step(
-    position: int,
-    stream: SampleStream,
-    tokens: Sequence[int],
-    items: Sequence[Item],
-    packing: PackingConfig,
-    costs: Costs,
-    group: tuple[int, int],
-) -> StepPlan:
-    """The step that `StepPlanner` of these arguments plans at `position`, alone."""
-    return StepPlanner(stream, tokens, items, packing, costs, group, math.inf).plan(position)
 
 
 def rounds(shares: Shares, lengths: Sequence[int], rank: int) -> list[tuple[Sequence[int], bool]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from goku import step_plan
 from goku.packing import PackingConfig
-from goku.step_plan import LIVES, StepPlan, StepPlanner, plan_step, rounds
+from goku.step_plan import LIVES, StepPlan, StepPlanner, rounds
 
 TOKENS = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
@@ -45,7 +45,7 @@ def test_every_sample_once_and_as_many_rounds_for_all(
         return [float(n * n) for n in lengths]
 
     plans = [
-        plan_step(position, stream, tokens, items, packing, costs, (rank, groups))
+        StepPlanner(stream, tokens, items, packing, costs, (rank, groups), math.inf).plan(position)
         for rank in range(groups)
     ]
     first = plans[0]
@@ -88,7 +88,7 @@ def _arguments() -> tuple[Any, ...]:
 
 
 def _alone(position: int) -> StepPlan:
-    return plan_step(position, *_arguments())
+    return StepPlanner(*_arguments(), math.inf).plan(position)
 
 
 @pytest.fixture

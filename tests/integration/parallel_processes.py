@@ -102,7 +102,7 @@ def train(
         tell = trainer._log_step
 
         def counted(*arguments: Any) -> bool:
-            packs = trainer._plan(trainer.position).packs
+            packs = trainer.planner.plan(trainer.position).packs
             seen.extend(pack.idle for pack in packs)
             print(f"rounds: {len(packs)}")
             return step(*arguments)
