@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from goku.data.errors import DataError, Dropped, Problem
 from goku.data.filler import Found
@@ -50,16 +51,24 @@ def check_here(sources: Sequence[Source], rank: int, world: int) -> None:
             raise DataError(
                 f"{source.path} is {here} here, where rank 0 lists {source.place}; {_ALIKE}"
             )
-        if here.is_dir() and not any(os.scandir(here)):
+        if here.is_dir() and _is_empty(here):
             what = f"is empty here, where rank 0 lists {counted(source.listed, 'item')}"
             raise DataError(f"{here}: {what}; {_ALIKE}")
         own = {record.member.archive for record in source.records[rank::world] if record.member}
         for file, size in source.files.items():
             if is_shard_name(file) and file not in own:
                 continue
-            found = f"has {os.stat(file).st_size} bytes" if os.path.exists(file) else "is missing"
+            try:
+                found = f"has {os.stat(file).st_size} bytes"
+            except OSError as error:
+                found = f"cannot be reached ({error.strerror})"
             if found != f"has {size} bytes":
                 raise DataError(f"{file} {found} here, where rank 0 lists {size} bytes; {_ALIKE}")
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
 
 
 def check_alike(shares: Sequence[Share]) -> None:
