@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from goku.data import DataConfig, DataError, PrepareReport, Problem, prepare
+from goku.data.listings import Listings
 from goku.data.record import counted
 from goku.data.sources import sources_of
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
-from goku.prepare import agreed_unseen, mended_message
+from goku.prepare import mended_message, unseen_data
 from goku.run_config import RunConfig
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
@@ -71,11 +72,12 @@ def cache_text(
     cannot be written; what `read_validation` and the encoder raise.
     """
 
-    datasets = _datasets(config, context)
+    listings = Listings(context.from_main)
+    datasets = _datasets(config, listings)
 
     def work() -> tuple[CacheSummary, list[Problem]]:
         begin = time.monotonic()
-        parts = [(data, source) for data in datasets for source in sources_of(data)]
+        parts = [(data, source) for data in datasets for source in sources_of(data, listings)]
         problems = [
             replace(each, name=part.prefix + each.name, source=_source(config, data, part.name))
             for data, part in parts
@@ -124,7 +126,8 @@ def cache_latents(
     """
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     total, told = CacheSummary(), told or Told(context)
-    for data in _datasets(config, context):
+    listings = Listings(context.from_main)
+    for data in _datasets(config, listings):
         begin = time.monotonic()
         with _Shown(config, context, "latents", stage) as shown:
 
@@ -137,6 +140,7 @@ def cache_latents(
                     rank=context.rank,
                     world=context.world,
                     gather=context.gather,
+                    listings=listings,
                     progress=shown,
                     listed=shown.begin,
                     frames=frames,
@@ -166,9 +170,9 @@ def _all_ranks(mine: CacheSummary, context: ParallelContext) -> CacheSummary:
     return replace(sum(ranks, CacheSummary()), seconds=slowest)
 
 
-def _datasets(config: RunConfig, context: ParallelContext) -> list[DataConfig]:
+def _datasets(config: RunConfig, listings: Listings) -> list[DataConfig]:
     """The training data, and the held-out dataset when there is one, on every rank."""
-    held_out = agreed_unseen(config, context)
+    held_out = unseen_data(config, listings)
     return [config.data] if held_out is None else [config.data, held_out]
 
 
@@ -232,7 +236,7 @@ class _Shown:
             self._label = f"{stage}: {self._label}"
         self._store: dist.Store | None = None
         if context.host_group is not None:
-            name = context.gather(uuid.uuid4().hex)[0]  # of this work alone
+            name = context.from_main(lambda: uuid.uuid4().hex)  # of this work alone
             store = context.host_group.get_group_store()
             self._store = dist.PrefixStore(f"goku/cache/{name}", store)
         self._log: RunLog | None = None

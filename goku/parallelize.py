@@ -183,6 +183,29 @@ class ParallelContext:
                 raise ValueError(f"rank {rank}: {message}")
         return cast(T, result)
 
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do `work` on the main rank and return its picklable result, of any size, on every rank; when it fails, every
+        rank raises as in `together`. The main rank does not wait for the others."""
+        result: T | None = None
+        failure: ValueError | OSError | ImportError | ArithmeticError | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except (ValueError, OSError, ImportError, ArithmeticError) as error:
+                failure = error
+        told = [(result, None if failure is None else str(failure))]
+        if self.host_group is not None:
+            dist.broadcast_object_list(told, src=0, group=self.host_group)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback holds this frame: a cycle
+        result, message = told[0]
+        if message is not None:
+            raise ValueError(f"rank 0: {message}")
+        return cast(T, result)
+
     def on_main(self, work: Callable[[], None]) -> None:
         """Do `work` on the main rank while the others wait; when it fails, every rank raises."""
         self.together(lambda: work() if self.is_main else None)
@@ -237,8 +260,10 @@ def parallel_context(
         # One rank may train a VAE or draw samples for hours; a rank that dies is noticed by its closed connection.
         waiting = timedelta(days=1)
         object.__setattr__(context, "host_group", dist.new_group(backend="gloo", timeout=waiting))
-        # Connects neighbours, where it is done when first needed: for one that died before it would be waited a day.
+        # Connects those that talk to each other, where it is done when first needed: for one that died before it would
+        # be waited a day. A ring, what a message to all takes, and the ring of statistics.
         context.barrier()
+        context.from_main(lambda: None)
         context.all_sum(torch.zeros(1, device=where))
         yield context
         failed = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from goku.data import (
     PrepareReport,
     Problem,
     Quarantine,
-    Record,
     SourceConfig,
     list_records,
     prepare,
@@ -25,9 +24,10 @@ from goku.data import (
 )
 from goku.data.filler import FROM_CACHE, MENDED
 from goku.data.item_list import LEFT_OUT
+from goku.data.listings import Listings, Scans
+from goku.data.manifest import scan
 from goku.data.record import counted, some
-from goku.data.sources import check_listing
-from goku.data.survey import Scans
+from goku.data.sources import Scanner, check_listing
 from goku.media_log import check_places
 from goku.metrics import RunLog, progress_bar
 from goku.parallelize import ParallelContext
@@ -39,7 +39,6 @@ from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
 
 __all__ = [
-    "agreed_unseen",
     "check_sources",
     "check_validation",
     "mended_message",
@@ -132,12 +131,13 @@ def prepare_datasets(
     text: TextEncoder | None = None,
     quarantine: Quarantine | None = None,
     items: ItemList | None = None,
+    listings: Listings | None = None,
 ) -> tuple[Dataset, Dataset | None, TextEncoder]:
     """Encode what is not cached yet, shared over the ranks; returns (training, unseen or None, text encoder).
 
     text: an encoder that was loaded before; None loads that of config.text. quarantine: where items that cannot be used
     are listed, by default config.out/quarantine.jsonl. items: those of the run whose stream of samples this one carries
-    on, which it is to have as well.
+    on, which it is to have as well. listings: what was listed since this start began; the main rank lists the rest.
 
     A run that goes on gets the items that it began with, as far as config.out lists them (`goku.data.ItemList`). Of
     unseen items that the limits leave none of, it is said so. Raises what `goku.data.prepare` raises, on all ranks, and
@@ -151,10 +151,11 @@ def prepare_datasets(
     frames = config.conditioning.frames if config.model.condition == "frames" else ()
     if quarantine is None:
         quarantine = Quarantine(Path(config.out) / "quarantine.jsonl")
-    unseen, held_out = None, agreed_unseen(config, context)
+    listed = listings or Listings(context.from_main)
+    unseen, held_out = None, unseen_data(config, listed)
 
     def prepared(data: DataConfig, source: str, items: ItemList | None) -> Dataset:
-        return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items)
+        return _prepare(data, vae, texts, cache, context, frames, source, quarantine, items, listed)
 
     training = prepared(config.data, "", _items_of_run(config, context) or items)
     if held_out is not None:
@@ -186,28 +187,29 @@ def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> 
 
 
 def check_sources(
-    configs: Sequence[RunConfig], context: ParallelContext, carried: Sequence[RunConfig] = ()
+    configs: Sequence[RunConfig],
+    context: ParallelContext,
+    carried: Sequence[RunConfig] = (),
+    listings: Listings | None = None,
 ) -> None:
     """Lists the datasets of these runs, held-out ones too, before hours of other work; decodes nothing.
 
     carried: those of them that go on in the stream of another run. Theirs and those of runs that have begun are not
     listed, but for held-out ones: the list of items of whoever began the stream decides, whatever has come since.
+    listings: keeps what was found.
 
     Raises what `goku.data.sources.check_listing` raises, on every process.
     """
-    scans = Scans()
-
-    def listed(data: DataConfig) -> list[Record]:
-        return list_records(data, scans)
+    scans = Scans() if listings is None else listings.alone
 
     def look() -> None:
         for config in configs:
             begun = any((Path(config.out) / "checkpoints").glob("step_*"))
             if not begun and config not in carried:
                 check_listing(config.data, scans)
-            held_out = unseen_data(config, listed)
+            held_out = unseen_data(config, scans)
             if held_out is not None:
-                listed(held_out)
+                list_records(held_out, scans)
 
     context.on_main(look)
 
@@ -224,17 +226,15 @@ def prepare_validator(
     return validator
 
 
-def unseen_data(
-    config: RunConfig, listing: Callable[[DataConfig], list[Record]] = list_records
-) -> DataConfig | None:
+def unseen_data(config: RunConfig, scanner: Scanner = scan) -> DataConfig | None:
     """The held-out dataset as the run's mix would take it: without the modalities that no source of it gives weight;
-    None where there is none, or nothing is left of it. Raises what `listing` raises."""
+    None where there is none, or nothing is left of it. Raises what `list_records` raises."""
     if config.unseen is None:
         return None
     alone = replace(config.data, path=config.unseen, sources=None, mix=None)
     if config.data.mix is None:
         return alone
-    held = {record.is_image for record in listing(alone)}
+    held = {record.is_image for record in list_records(alone, scanner)}
     weights = MixConfig(
         image=float(True in held and any(w.image for w in config.data.mix.values())),
         video=float(False in held and any(w.video for w in config.data.mix.values())),
@@ -243,28 +243,6 @@ def unseen_data(
         return None
     sources = {"unseen": SourceConfig(path=config.unseen)}
     return replace(alone, path=None, sources=sources, mix={"unseen": weights})
-
-
-def agreed_unseen(config: RunConfig, context: ParallelContext) -> DataConfig | None:
-    """`unseen_data`, the same on every rank; all ranks call this together. Raises what it raises on all of them, and
-    ValueError with the difference where ranks see other modalities: some would prepare what others have not."""
-    held_out = context.together(lambda: unseen_data(config))
-    found = context.gather("nothing" if held_out is None else _modalities(held_out))
-    others = [f"rank {rank} {each}" for rank, each in enumerate(found) if each != found[0]]
-    if others:
-        raise ValueError(
-            f"unseen is {config.unseen}, of which rank 0 takes {found[0]}, {', '.join(others)}; allowed: one dataset "
-            "that all ranks see alike"
-        )
-    return held_out
-
-
-def _modalities(data: DataConfig) -> str:
-    """In words, what a dataset's only source gives to the mix."""
-    if data.mix is None:
-        return "everything"
-    (weights,) = data.mix.values()
-    return " and ".join(each for each in ("image", "video") if getattr(weights, each))
 
 
 def _check_text(config: RunConfig, text: TextEncoder) -> None:
@@ -289,11 +267,11 @@ def _items_of_run(config: RunConfig, context: ParallelContext) -> ItemList | Non
                 continue  # the trainer says what is wrong with it
         return None
 
-    found = context.together(lambda: look() if context.is_main else None)
-    wanted = context.gather(found)[0]
-    if wanted is None:
-        return None
-    return context.together(lambda: ItemList.of_run(Path(config.out), wanted))
+    def kept() -> ItemList | None:
+        wanted = look()
+        return None if wanted is None else ItemList.of_run(Path(config.out), wanted)
+
+    return context.from_main(kept)
 
 
 @torch.no_grad()
@@ -307,6 +285,7 @@ def _prepare(
     source: str,
     quarantine: Quarantine,
     items: ItemList | None,
+    listings: Listings,
 ) -> Dataset:
     """source: "" for the training data, "unseen", which may be empty."""
     label = f"{source} latents".lstrip()
@@ -330,6 +309,7 @@ def _prepare(
                 rank=context.rank,
                 world=context.world,
                 gather=context.gather,
+                listings=listings,
                 progress=on_item,
                 checking=on_check,
                 frames=frames,

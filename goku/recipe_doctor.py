@@ -17,10 +17,11 @@ from goku.data.dataset import dataset_of, joined, nothing_left
 from goku.data.doctor import item_report
 from goku.data.errors import SKIP_BAD
 from goku.data.layout import Layout, lay_out
+from goku.data.listings import Scans
 from goku.data.mixing import BLOCK
 from goku.data.record import counted
 from goku.data.report import ItemReport, as_trained, durations, findings, octaves, spread
-from goku.data.sources import Source, list_records
+from goku.data.sources import Source
 from goku.data.stage_report import (
     DroppedReport,
     GroupReport,
@@ -29,7 +30,7 @@ from goku.data.stage_report import (
     SourceReport,
     StageReport,
 )
-from goku.data.survey import Scans, Survey
+from goku.data.survey import Survey
 from goku.packing import sample_cost
 from goku.parallelize import ParallelDims
 from goku.predicted_cache import PredictedCache
@@ -132,7 +133,7 @@ class _Held:
     @classmethod
     def of(cls, config: RunConfig, scans: Scans) -> _Held:
         try:
-            return cls(unseen_data(config, lambda data: list_records(data, scans)))
+            return cls(unseen_data(config, scans))
         except DataError as error:
             return cls(None, error)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import torch
 from goku import config as parser
 from goku.carry import Start, absent_parts, checkpoint_id
 from goku.data import ItemList, Quarantine
+from goku.data.listings import Listings
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.prepare import (
@@ -80,18 +82,17 @@ class StageState:
 
 def states(recipe: Recipe) -> list[StageState]:
     """The state of every stage, from OUT/stages/*/checkpoints alone. Raises CheckpointError where all are damaged."""
-    found = []
-    for stage in recipe.stages:
-        path = find_checkpoint(Path(stage.config.out) / "checkpoints")
-        if path is None:
-            found.append(StageState(stage, "fresh"))
-            continue
-        run = read_run(path)
-        finished = run["step"] >= stage.config.train.steps
-        found.append(
-            StageState(stage, "finished" if finished else "partial", run["step"], path, run)
-        )
-    return found
+    return [state_of(stage) for stage in recipe.stages]
+
+
+def state_of(stage: Stage) -> StageState:
+    """That of one stage, as `states`."""
+    path = find_checkpoint(Path(stage.config.out) / "checkpoints")
+    if path is None:
+        return StageState(stage, "fresh")
+    run = read_run(path)
+    finished = run["step"] >= stage.config.train.steps
+    return StageState(stage, "finished" if finished else "partial", run["step"], path, run)
 
 
 def resolved(stage: Stage, state: StageState, start: Start | None) -> RunConfig:
@@ -263,7 +264,8 @@ def run_recipe(
         except ValueError as error:
             raise ValueError(f"stages.{stage.name}.parallel: {error}") from error
     with _recipe_log(recipe, context) as log:
-        found = _read(recipe, context)
+        # By the main rank: looking, at every file of a checkpoint, also removes what a crash left.
+        found = context.from_main(lambda: states(recipe))
         check_order(recipe, found, only)
         first = next((s for s in wanted if found[s.index].status != "finished"), None)
         if first is not None:
@@ -276,11 +278,11 @@ def run_recipe(
             if stage.carry.stream and stage.start in begun:
                 begun.add(stage.name)  # and of those that go on from it
         carried = [s.config for s in wanted if s.carry.stream and s.start in begun]
-        check_sources(left, context, carried)
+        listings = Listings(context.from_main)
+        check_sources(left, context, carried, listings)
         context.on_main(lambda: write_config(recipe.out / "recipe.yaml", recipe.tree))
         parts: tuple[VideoVAE, TextEncoder] | None = None
         for stage in wanted:
-            found = _read(recipe, context)
             state = found[stage.index]
             _start(recipe, stage, found, context)
             if state.status == "finished":
@@ -293,7 +295,7 @@ def run_recipe(
                 runs = [each.config for each in recipe.stages]
                 vae = prepare_vae(recipe.vae, context, runs)
                 parts = vae, prepare_text(recipe.vae, context)
-            outcome = _run_stage(recipe, stage, found, context, stop, parts, log, profile)
+            outcome = _run_stage(recipe, stage, found, context, stop, parts, log, listings, profile)
             # A stage's model must be gone before the next one's is built: cycles would keep it.
             gc.collect()
             if context.device.type == "cuda":
@@ -303,13 +305,8 @@ def run_recipe(
             # A signal during the last step ends the stage as finished; ranks may see it at different times.
             if outcome == "stopped" or any(context.gather(stop.is_set())):
                 return "stopped"
+            found[stage.index] = context.from_main(partial(state_of, stage))
     return "finished"
-
-
-def _read(recipe: Recipe, context: ParallelContext) -> list[StageState]:
-    """`states`, read by the main rank (looking also removes what a crash left), on every rank."""
-    found = context.together(lambda: states(recipe) if context.is_main else None)
-    return list(context.gather(found)[0])
 
 
 def _start(
@@ -321,11 +318,7 @@ def _start(
     items: ItemList | None = None,
 ) -> Start | None:
     """`check_start` by the main rank, its result on every rank."""
-    start = context.together(
-        lambda: check_start(recipe, stage, found, fingerprints, items) if context.is_main else None
-    )
-    found_start: Start | None = context.gather(start)[0]
-    return found_start
+    return context.from_main(lambda: check_start(recipe, stage, found, fingerprints, items))
 
 
 def _run_stage(
@@ -336,6 +329,7 @@ def _run_stage(
     stop: threading.Event,
     parts: tuple[VideoVAE, TextEncoder],
     log: RunLog,
+    listings: Listings,
     profile: bool,
 ) -> str:
     """One stage from where it is to its end or a signal. A frame of its own: what it built goes with it."""
@@ -355,8 +349,9 @@ def _run_stage(
     arranged = context.arranged(config.parallel)
     quarantine = Quarantine(recipe.out / "quarantine.jsonl", stage.name)
     # Positions of a stream mean the items that it was begun with, whatever has come or gone since.
-    items = arranged.together(start.items) if start is not None and start.carry.stream else None
-    training, unseen, _ = prepare_datasets(config, arranged, vae, text, quarantine, items)
+    items = arranged.from_main(start.items) if start is not None and start.carry.stream else None
+    training, unseen, _ = prepare_datasets(config, arranged, vae, text, quarantine, items, listings)
+    listings.forget()  # the next stage begins when this one has been trained
     trainer = Trainer(
         config, arranged, training, vae, text, unseen,
         stage=stage.name, start=start, quarantine=quarantine,
@@ -364,7 +359,8 @@ def _run_stage(
     )  # fmt: skip
     if start is not None:
         # Now with the data's.
-        _start(recipe, stage, found, context, trainer.fingerprints, training.item_list())
+        now = training.item_list() if context.is_main else None
+        _start(recipe, stage, found, context, trainer.fingerprints, now)
     note = Path(config.out) / STAGE_NOTE
     if stage.start is not None:  # a stage that has begun, too: its checkpoints may be moved away
         command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"

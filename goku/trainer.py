@@ -164,8 +164,7 @@ class Trainer:
         self.validator = validator
         self.stream = dataset.stream(config.seed)
         # Where there are checkpoints the weights come from one: those of an 8B would be drawn for half a minute.
-        begun = context.together(lambda: context.is_main and has_checkpoints(self.out))
-        self.drawn = not context.gather(begun)[0]
+        self.drawn = not context.from_main(lambda: has_checkpoints(self.out))
         seed = config.seed if self.drawn else None
         self.model = self._build(config.activation_checkpointing, config.sharding, seed)
         # The average runs forwards without backwards, after which FSDP2 would leave it gathered, and its updates would
@@ -538,10 +537,7 @@ class Trainer:
         """
         root = self.checkpoints.root
         # The main rank looks, since looking also removes what a crash left.
-        found = self.context.together(
-            lambda: find_checkpoint(root) if self.context.is_main else None
-        )
-        path = self.context.gather(found)[0]
+        path = self.context.from_main(lambda: find_checkpoint(root))
         if path is None:
             if not self.drawn:  # what is there is damaged, or was removed meanwhile
                 draw_parameters(self.model, self.config.seed)

@@ -13,10 +13,10 @@ from goku.data.errors import DecodeError
 from goku.data.items import item_of
 from goku.data.latents import Plan
 from goku.data.limits import dropped_by_limits, dropped_by_suffix
+from goku.data.listings import Scans
 from goku.data.media import plan_record
 from goku.data.record import counted
 from goku.data.sources import sources_of
-from goku.data.survey import Scans
 from goku.run_config import RunConfig
 
 __all__ = ["decode_vae_items"]

@@ -1,8 +1,9 @@
 """Datasets: what they list, decoding, the latent cache, and the doctor that says what is wrong."""
 
 from goku.data.cached import CachedDataset, MixedDataset
+from goku.data.clips import decode_all
 from goku.data.config import DataConfig, MixConfig, SourceConfig
-from goku.data.dataset import decode_all, prepare
+from goku.data.dataset import prepare
 from goku.data.decode import decode
 from goku.data.doctor import DoctorReport, doctor
 from goku.data.errors import DataError, DecodeError, Dropped, Problem, Remark

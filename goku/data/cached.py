@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property
 
 from torch import Tensor
 
+from goku.data.collector import collector_paused
 from goku.data.config import DataConfig
 from goku.data.decode import decode
 from goku.data.errors import DataError, DecodeError, Problem
@@ -133,9 +135,14 @@ class CachedDataset:
         """What a run that goes on is held to."""
         return ItemList([SourceItems.of(self.source, self._entries)])
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        with collector_paused():
+            return self.item_list().fingerprint()
+
     def fingerprint(self) -> str:
         """`ItemList.fingerprint`: the same wherever the dataset lies."""
-        return self.item_list().fingerprint()
+        return self._fingerprint
 
     def pixels(self, index: int) -> Tensor:
         """(3, T, H, W) uint8: what the latent was encoded from, decoded anew."""
@@ -247,9 +254,14 @@ class MixedDataset:
         sources = [SourceItems.of(name, part.entries) for name, part in self.parts]
         return ItemList(sources, mixed=True, mix=None if self.config.mix is None else mix)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        with collector_paused():
+            return self.item_list().fingerprint()
+
     def fingerprint(self) -> str:
         """Hash of the sources by name and content, and of the mix."""
-        return self.item_list().fingerprint()
+        return self._fingerprint
 
     def pixels(self, index: int) -> Tensor:
         """As `CachedDataset.pixels`."""

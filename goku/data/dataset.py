@@ -6,27 +6,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from goku.data.cached import CachedDataset, MixedDataset
+from goku.data.collector import collector_paused
 from goku.data.config import DataConfig
-from goku.data.decode import as_tensor, decode_record
-from goku.data.errors import SKIP_BAD, DataError, DecodeError, Dropped, Problem, Remark
-from goku.data.filler import Entry, Filler, Found, Progress, record_name
+from goku.data.errors import SKIP_BAD, DataError, Dropped, Problem, Remark
+from goku.data.filler import Entry, Filler, Found, Progress
 from goku.data.item_list import LEFT_OUT, ItemList, SourceItems, duplicate, hold
 from goku.data.items import Dataset, PrepareReport
-from goku.data.latents import LatentCache, Plan, plan_of
-from goku.data.media import Decoded
+from goku.data.latents import LatentCache
+from goku.data.listings import Listings
+from goku.data.manifest import scan
 from goku.data.record import Record, counted
-from goku.data.shares import Share, Told, check_alike, one_cache
+from goku.data.shares import Share, Told, check_alike, check_here, one_cache
 from goku.data.sources import Source, sources_of
 from goku.data.transform import VAE_STRIDES
-from goku.data.workers import ordered_map
 from goku.text import TextCache, TextEncoder
 from goku.vae import VideoVAE
 
@@ -46,6 +44,7 @@ def prepare(
     rank: int = 0,
     world: int = 1,
     gather: Callable[[Any], list[Any]] | None = None,
+    listings: Listings | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     checking: Progress | None = None,
@@ -58,16 +57,17 @@ def prepare(
 ) -> Dataset:
     """Decode and encode what the cache lacks, and return the whole dataset.
 
-    With `world` > 1 every rank fills its share (items rank, rank + world, ... of each source), tells the others by
-    `gather` what became of it, and takes what they tell for the rest: nothing is tried twice. Where the ranks' caches
-    are not known to be one folder, the sizes of the others' latents are looked at. Every rank returns the same dataset,
-    or every rank raises.
+    With `world` > 1 rank 0 lists the items; every rank fills its share (items rank, rank + world, ... of each source),
+    tells the others by `gather` what became of it, and takes what they tell for the rest: nothing is tried twice. Where
+    the ranks' caches are not known to be one folder, the sizes of the others' latents are looked at. Every rank returns
+    the same dataset, or every rank raises.
 
     Args:
         vae: None only with latents=False.
         text: a TextCache, or an encoder for which one is made under cache_dir/text. Captions and
             the empty prompt are encoded here. None only with texts=False.
         gather: the picklable value of every rank, by rank, on every rank; called once, however long the ranks work.
+        listings: what rank 0 lists, on every rank; asked first of all. None, with `world` 1: this process lists.
         device: where `vae` encodes; default the device of its first parameter, else the CPU.
         progress, checking: called after every item of this rank's share, and of the other ranks' shares.
         listed: called before them with the number of items that all ranks have to look at together.
@@ -84,13 +84,16 @@ def prepare(
     Raises DataError listing every unusable item (config.skip_bad: only when none is left; what was
     left out is in `.skipped`), when the limits or the mix leave a source or a group empty, or when more than
     config.max_lost of `items` cannot be had; ValueError when the VAE's geometry is not (4, 8, 8) or its latents have
-    other shapes than it says, when the ranks list different items, or naming another rank's failure; OSError when the
-    cache cannot be written. Nothing half-written stays behind; finished items stay cached.
+    other shapes than it says, when the ranks have different data sections or not the files that rank 0 lists, or naming
+    another rank's failure; OSError when the cache cannot be written. Nothing half-written stays behind; finished items
+    stay cached.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} must be in 0 .. world - 1 = {world - 1}")
-    if world > 1 and gather is None:
-        raise ValueError(f"world {world}: give `gather`, by which the ranks tell each other")
+    if world > 1 and (gather is None or listings is None):
+        raise ValueError(
+            f"world {world}: give `gather` and `listings`, by which the ranks tell each other"
+        )
     if (latents and vae is None) or (texts and text is None):
         raise ValueError("vae, text: None only where latents=False, texts=False leave it out")
     if latents and vae is not None and tuple(vae.strides) != VAE_STRIDES:
@@ -98,16 +101,22 @@ def prepare(
             f"VAE geometry mismatch: strides (t, h, w) {tuple(vae.strides)}; "
             f"the data is cut for {VAE_STRIDES}"
         )
+    sources: list[Source] = []
     parts: list[_Part] = []
     failure: ValueError | OSError | ImportError | ArithmeticError | None = None
     try:
+        # Before all that may fail on one rank alone: they take part in it together.
+        with collector_paused():
+            sources = sources_of(config, listings or scan)
+        if rank > 0:
+            check_here(sources, rank, world)
         cache = None
         if texts and text is not None:
             own = Path(cache_dir) / "text"
             cache = text if isinstance(text, TextCache) else TextCache(own, text)
         parts = [
             _Part(source, LatentCache(cache_dir), vae if latents else None, cache, device, frames)
-            for source in sources_of(config)
+            for source in sources
         ]
         if listed is not None:
             listed(sum(len(part.source.records) for part in parts))
@@ -116,29 +125,31 @@ def prepare(
             part.fill(rank, world, shown)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         failure = error
-        if world > 1 and parts:  # the others may work for hours before it is raised
+        if world > 1 and sources:  # the others may work for hours before it is raised
             message = f"rank {rank} has failed and waits for the other ranks: {error}"
             print(message, file=sys.stderr, flush=True)
     shares: list[Share] = []
     if world > 1 and gather is not None:
         told = [part.told() for part in parts]
         folder = LatentCache(cache_dir).folder_id() if latents else None
-        mine = Share.of([part.source for part in parts], told, folder)
-        shares = gather(mine if failure is None else Share(str(failure)))
+        mine = Share(None, [len(part.source.records) for part in parts], told, folder)
+        with collector_paused():
+            shares = gather(mine if failure is None else Share(str(failure)))
     if failure is not None:
         try:
             raise failure
         finally:
             del failure  # its traceback holds this frame: a cycle
     check_alike(shares)
-    if shares and latents:
-        whole = sum(len(part.source.records) for part in parts)
-        shown = _Shown(checking, whole - shown.total)
-        for number, part in enumerate(parts):
-            theirs = [share.told[number] for share in shares]
-            part.join(rank, theirs, shown, look=not one_cache(shares))
-    built = [(part.source, part.dataset(items)) for part in parts]
-    return joined(config, built, latents=latents, may_be_empty=may_be_empty)
+    with collector_paused():
+        if shares and latents:
+            whole = sum(len(part.source.records) for part in parts)
+            shown = _Shown(checking, whole - shown.total)
+            for number, part in enumerate(parts):
+                theirs = [share.told[number] for share in shares]
+                part.join(rank, theirs, shown, look=not one_cache(shares))
+        built = [(part.source, part.dataset(items)) for part in parts]
+        return joined(config, built, latents=latents, may_be_empty=may_be_empty)
 
 
 def joined(
@@ -357,40 +368,3 @@ def by_content(
         same.append(entry)
         entries.append(entry)
     return entries, duplicates, remarks
-
-
-def decode_all(
-    records: Sequence[Record],
-    config: DataConfig,
-    left_out: Callable[[Record, Plan], bool] | None = None,
-) -> list[tuple[Record, Tensor]]:
-    """Every record, in order, with its `decode`, uint8 (3, T, H, W), by config.workers processes.
-
-    left_out: asked for every record that can be decoded; those of which it says True are not kept.
-
-    DataError listing every record that cannot be decoded; with skip_bad they are left out, as long as there are others.
-    """
-    clips: list[tuple[Record, Tensor]] = []
-    decoded = 0
-    problems: list[Problem] = []
-    work = partial(_decode_one, config)
-    results = ordered_map(work, records, name=record_name, workers=config.workers)
-    for record, result in zip(records, results, strict=True):
-        if isinstance(result, Decoded):
-            decoded += 1
-            if left_out is None or not left_out(record, plan_of(result.media)):
-                clips.append((record, as_tensor(result)))
-        else:
-            problems.append(Problem(record.name, result.reason))
-    if problems and not (config.skip_bad and decoded):
-        raise DataError(
-            f"{len(problems)} of {counted(len(records), 'item')} cannot be used", problems
-        )
-    return clips
-
-
-def _decode_one(config: DataConfig, record: Record) -> Decoded | DecodeError:
-    try:
-        return decode_record(record, config)
-    except DecodeError as error:
-        return error

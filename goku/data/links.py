@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,28 +15,55 @@ from goku.data.record import not_unicode
 
 @dataclass(frozen=True)
 class Root:
-    """The folder of a dataset. follow_links: links out of it are followed, not refused."""
+    """The folder of a dataset. follow_links: links out of it are followed, not refused.
+
+    Where folders lead is found once each: it is for one listing.
+    """
 
     folder: Path
     follow_links: bool = False
+    _parents: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Where the folders lead that files were asked for in."""
+    _plain: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Files that were seen, by `files`, to be no links."""
 
     def leads_out(self, file: Path) -> str | None:
         """The refusal of a file that lies in the folder by name and, by a link, outside of it; else None."""
-        if self.follow_links or not _within(os.path.normpath(file), os.path.normpath(self.folder)):
+        if self.follow_links or not _within(os.path.normpath(file), self._named):
             return None
-        real = os.path.realpath(file)
+        real = self._leads_to(file)
         if _within(real, self._real):
             return None
         return f"link to {real} outside the dataset's folder; follow_links: true allows it"
 
     def is_outside(self, file: Path) -> bool:
         """True when the path is not in the folder, neither by its name nor by where it leads."""
-        named = _within(os.path.normpath(file), os.path.normpath(self.folder))
-        return not named and not _within(os.path.realpath(file), self._real)
+        named = _within(os.path.normpath(file), self._named)
+        return not named and not _within(self._leads_to(file), self._real)
+
+    def is_plain(self, file: Path) -> bool:
+        """True of what `files` gave that is no link."""
+        return str(file) in self._plain
+
+    @cached_property
+    def _named(self) -> str:
+        return os.path.normpath(self.folder)
 
     @cached_property
     def _real(self) -> str:
         return os.path.realpath(self.folder)
+
+    def _leads_to(self, file: Path) -> str:
+        """`os.path.realpath`, which asks of every folder above, with a call a file at most."""
+        path = str(file)
+        if not os.path.isabs(path) or (path not in self._plain and os.path.islink(path)):
+            return os.path.realpath(path)
+        parent, name = os.path.split(path)
+        if name in ("", os.curdir, os.pardir):
+            return os.path.realpath(path)
+        if parent not in self._parents:
+            self._parents[parent] = os.path.realpath(parent)
+        return os.path.join(self._parents[parent], name)
 
     def files(self) -> list[tuple[Path, Path]]:
         """(relative, absolute) path of every file that is not hidden, sorted. Linked folders are gone into only with
@@ -70,9 +97,18 @@ class Root:
                 continue
             if entry.is_dir(follow_symlinks=self.follow_links):
                 yield from self._walk(Path(entry.path), seen)
-            # A link that leads nowhere too: it is a file that is missing, not one that nobody listed.
-            elif entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
+            elif _is_listed(entry):
+                if not entry.is_symlink():
+                    self._plain.add(entry.path)
                 yield Path(entry.path)
+
+
+def _is_listed(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link that leads nowhere: a file that is missing, not one that nobody listed."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    except OSError:  # a link to itself
+        return entry.is_symlink()
 
 
 def no_file_name(path: str) -> str | None:

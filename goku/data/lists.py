@@ -36,7 +36,8 @@ def find_lists(folder: Path) -> tuple[Path, Path] | None:
 def scan_lists(media: Path, captions: Path, root: Root) -> Scan:
     """Every line that is not blank in both lists; paths are relative to root.folder, or absolute. DataError when the
     counts of lines differ (blank lines at the end aside) or there is no line."""
-    paths, texts = _lines(media), _lines(captions)
+    contents = {file: file.read_bytes() for file in (media, captions)}
+    paths, texts = _lines(contents[media]), _lines(contents[captions])
     for longer, shorter in ((paths, texts), (texts, paths)):
         while len(longer) > len(shorter) and not longer[-1].strip():
             longer.pop()
@@ -57,7 +58,8 @@ def scan_lists(media: Path, captions: Path, root: Root) -> Scan:
             problems.append(found)
     if not records and not problems:
         raise DataError(f"{media}: lists no items")
-    return Scan(tuple(records), tuple(problems))
+    files = {str(file): len(content) for file, content in contents.items()}
+    return Scan(tuple(records), tuple(problems), files=files)
 
 
 def _record(
@@ -92,7 +94,6 @@ def _record(
     return Record(path=str(file), text=caption, name=name, remarks=remarks)
 
 
-def _lines(path: Path) -> list[bytes]:
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = content.split(b"\n")
+def _lines(content: bytes) -> list[bytes]:
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return lines[:-1] if not lines[-1] else lines

@@ -8,6 +8,7 @@ webdataset   a .tar, a folder of them, or name-{0000..0099}.tar               go
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -68,18 +69,26 @@ def scan(path: str | Path, form: Form = "auto", *, follow_links: bool = False) -
     """
     if form not in get_args(Form):
         raise ValueError(f"form is {form!r}; allowed: {', '.join(get_args(Form))}")
-    return unique(with_sound_captions(_scan(path, form, follow_links)))
+    source = find_dataset(path)
+    found = unique(with_sound_captions(_scan(source, form, follow_links)))
+    return replace(found, place=str(source))
 
 
-def _scan(path: str | Path, form: Form, follow_links: bool) -> Scan:
-    """What the listing says, as it says it."""
+def find_dataset(path: str | Path) -> Path:
+    """The absolute path of a dataset, as it is where it names a range of archives. DataError when nothing is there."""
     source = Path(path).expanduser().absolute()
+    archives = expand(str(source)) if is_shard_name(source.name) else []
+    if not any(file.exists() for file in archives or [source]):
+        raise DataError(f"{source}: no such file or folder; allowed: {_ALLOWED}")
+    return source
+
+
+def _scan(source: Path, form: Form, follow_links: bool) -> Scan:
+    """What the listing says, as it says it."""
     if source.is_dir():
         return _scan_folder(Root(source, follow_links), form)
     root = Root(source.parent, follow_links)
     archives = expand(str(source)) if is_shard_name(source.name) else []
-    if not any(file.exists() for file in archives or [source]):
-        raise DataError(f"{source}: no such file or folder; allowed: {_ALLOWED}")
     if archives and form in ("auto", "webdataset"):
         return scan_shards(archives, root)
     if source.suffix.lower() in (".jsonl", ".json", ".csv") and form in ("auto", "table"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -94,12 +95,12 @@ def check_file(record: Record) -> None:
     path = Path(record.path)
     if path.suffix.lower() not in MEDIA_SUFFIXES:
         raise DecodeError(record.path, f"{path.suffix or 'no suffix'} is not a media file")
-    where = Path(stored_in(record))
     try:
-        stored = where.stat().st_size
+        found = os.stat(stored_in(record))
     except OSError as error:
         raise DecodeError(record.path, f"media file missing: {error.strerror}") from error
-    if not where.is_file():
+    stored = found.st_size
+    if not stat.S_ISREG(found.st_mode):
         raise DecodeError(record.path, "media file missing: not a regular file")
     if (record.member.size if record.member else stored) == 0:
         raise DecodeError(record.path, "the file is empty (0 bytes)")

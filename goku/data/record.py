@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from goku.data.errors import Problem
@@ -69,11 +69,14 @@ class Record:
 class Scan:
     """`records` that can be tried, `problems` of those that cannot, `notes` on what was passed by
     (files that are neither media nor caption, media that a folder's manifest does not list), in
-    dataset order."""
+    dataset order. place: the dataset's absolute path; files: the tables, lists and archives that
+    were read, by absolute path, and their bytes."""
 
     records: tuple[Record, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    place: str = ""
+    files: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def listed(self) -> int:
@@ -157,7 +160,7 @@ def with_sound_captions(found: Scan) -> Scan:
             problems.append(Problem(record.name, f"its caption {faults[0]}", "caption"))
         else:
             records.append(record)
-    return Scan(tuple(records), tuple(problems), found.notes)
+    return replace(found, records=tuple(records), problems=tuple(problems))
 
 
 def unique(found: Scan) -> Scan:
@@ -180,8 +183,8 @@ def unique(found: Scan) -> Scan:
         else:
             same.append(record)
             suffix = f" #{len(same)}" if len(same) > 1 else ""
-            records.append(replace(record, name=record.name + suffix))
-    return Scan(tuple(records), tuple(problems), found.notes)
+            records.append(replace(record, name=record.name + suffix) if suffix else record)
+    return replace(found, records=tuple(records), problems=tuple(problems))
 
 
 def with_motion(record: Record, template: str | None) -> Record:

@@ -8,11 +8,13 @@ the archive: nothing is unpacked.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from goku.data.errors import DataError, Problem
 from goku.data.links import Root
@@ -58,6 +60,7 @@ def scan_shards(archives: Sequence[Path], root: Root) -> Scan:
     records: list[Record] = []
     problems: list[Problem] = []
     notes: list[str] = []
+    files: dict[str, int] = {}
     for archive in archives:
         if archive.name.lower().endswith(_COMPRESSED):
             raise DataError(
@@ -76,9 +79,14 @@ def scan_shards(archives: Sequence[Path], root: Root) -> Scan:
             records += found.records
             problems += found.problems
             notes += found.notes
+            files |= found.files
     if not records and not problems:
         raise DataError(f"{root.folder}: no samples in {some([str(path) for path in archives])}")
-    return Scan(tuple(records), tuple(problems), tuple(notes))
+    return Scan(tuple(records), tuple(problems), tuple(notes), files=files)
+
+
+_Text = str | dict[str, object] | ValueError
+"""A caption file's text, a .json's columns that are read, or what is wrong with it."""
 
 
 @dataclass
@@ -86,16 +94,24 @@ class _Sample:
     """The files of one sample by suffix, and the first thing that is wrong with one of them."""
 
     media: list[Member] = field(default_factory=list)
-    texts: dict[str, Member] = field(default_factory=dict)
+    texts: dict[str, _Text] = field(default_factory=dict)
     problem: Problem | None = None
 
 
 def _scan_archive(archive: Path, name: str) -> Scan:
+    try:
+        with archive.open("rb") as file:  # once: a shared file system is asked at every opening
+            return _scan_open(file, archive, name)
+    except OSError as error:
+        return Scan((), (Problem(name, f"cannot be read: {error.strerror or error}"),))
+
+
+def _scan_open(file: BinaryIO, archive: Path, name: str) -> Scan:
     samples: dict[str, _Sample] = {}
     others: list[str] = []
-    size = archive.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     end: Problem | None = None
-    for member in _members(archive, name):
+    for member in _members(file, name):
         if isinstance(member, Problem):
             end = member
             break
@@ -118,9 +134,8 @@ def _scan_archive(archive: Path, name: str) -> Scan:
             where = Member(str(archive), member.name, member.offset_data, member.size)
             sample.media.append(where)
         else:
-            sample.texts[suffix] = Member(
-                str(archive), member.name, member.offset_data, member.size
-            )
+            # Now, where the file stands: behind the header that was read.
+            sample.texts[suffix] = _read(file, member)
     truncated = False
     records: list[Record] = []
     problems: list[Problem] = []
@@ -134,14 +149,15 @@ def _scan_archive(archive: Path, name: str) -> Scan:
     if end is not None and not truncated:
         problems.append(end)
     notes = (f"passed by, {len(others)} of other kinds: {some(others)}",) if others else ()
-    return Scan(tuple(records), tuple(problems), notes)
+    return Scan(tuple(records), tuple(problems), notes, files={str(archive): size})
 
 
-def _members(archive: Path, name: str) -> Iterator[tarfile.TarInfo | Problem]:
-    """The archive's members; at last a Problem when it does not end as a tar does."""
+def _members(file: BinaryIO, name: str) -> Iterator[tarfile.TarInfo | Problem]:
+    """The archive's members, each when the file stands behind its header; at last a Problem when it does not end as a
+    tar does."""
     try:
-        with tarfile.open(archive, "r:") as tar:
-            last = 0
+        last = 0
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             while True:
                 member = tar.next()
                 if member is None:
@@ -154,11 +170,10 @@ def _members(archive: Path, name: str) -> Iterator[tarfile.TarInfo | Problem]:
     except OSError as error:
         yield Problem(name, f"cannot be read: {error.strerror or error}")
         return
-    with archive.open("rb") as file:
-        file.seek(last)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            # tarfile takes a header that is cut off, or not there at all, for the end.
-            yield Problem(name, "truncated tar: the mark of its end is missing, samples may be too")
+    file.seek(last)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        # tarfile takes a header that is cut off, or not there at all, for the end.
+        yield Problem(name, "truncated tar: the mark of its end is missing, samples may be too")
 
 
 def _record(archive: Path, name: str, key: str, sample: _Sample) -> Record | Problem:
@@ -173,11 +188,13 @@ def _record(archive: Path, name: str, key: str, sample: _Sample) -> Record | Pro
     row: dict[str, object] = {}
     try:
         if ".json" in sample.texts:
-            row = _json(sample.texts[".json"])
+            found = _sound(sample.texts[".json"])
+            assert isinstance(found, dict)
+            row = found
         values = row_fields(row)
         plain = next((sample.texts[s] for s in _CAPTION_SUFFIXES if s in sample.texts), None)
         if plain is not None:
-            captions = captions_of(_text(plain))
+            captions = captions_of(_sound(plain))
         elif ".json" in sample.texts:
             captions = row_captions(values)
         else:
@@ -203,23 +220,34 @@ def _record(archive: Path, name: str, key: str, sample: _Sample) -> Record | Pro
     )
 
 
-def _text(member: Member) -> str:
+def _read(file: BinaryIO, member: tarfile.TarInfo) -> _Text:
     what = PurePosixPath(member.name).name
-    if member.size > _LARGEST_TEXT:
-        raise ValueError(f"caption {what} has {member.size:,} bytes, over {_LARGEST_TEXT:,}")
-    with open(member.archive, "rb") as file:
-        file.seek(member.offset)
+    try:
+        if member.size > _LARGEST_TEXT:
+            raise ValueError(f"caption {what} has {member.size:,} bytes, over {_LARGEST_TEXT:,}")
+        file.seek(member.offset_data)
         content = file.read(member.size)
+        return _json(content, what) if what.lower().endswith(".json") else _text(content, what)
+    except ValueError as error:
+        return error.with_traceback(None)  # which would hold the content
+
+
+def _sound(text: _Text) -> str | dict[str, object]:
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def _text(content: bytes, what: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"caption {_printable(what)} is not UTF-8: {error}") from error
 
 
-def _json(member: Member) -> dict[str, object]:
-    what = PurePosixPath(member.name).name
+def _json(content: bytes, what: str) -> dict[str, object]:
     try:
-        row = json.loads(_text(member))
+        row = json.loads(_text(content, what))
     except RecursionError as error:
         raise ValueError(f"{what}: not JSON: nested too deeply") from error
     except json.JSONDecodeError as error:

@@ -66,7 +66,7 @@ def scan_sidecars(root: Root, otherwise: str) -> Scan:
 
 def _caption(sidecar: Path, root: Root) -> str | Problem:
     name = sidecar.name
-    if not sidecar.is_file():
+    if not root.is_plain(sidecar) and not sidecar.is_file():
         return Problem(name, f"missing caption: no {name} beside it", "caption")
     link = root.leads_out(sidecar)
     if link is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from goku.data.config import DataConfig, SourceConfig
@@ -18,7 +18,7 @@ Scanner = Callable[..., Scan]
 @dataclass(frozen=True)
 class Source:
     """One dataset as its listing says. prefix: what its items' names get; config: the data section; records: those that
-    the mix wants, their captions final; dropped: the others; notes: on what the listing passed by."""
+    the mix wants, their captions final; dropped: the others; notes, place, files: as in `Scan`."""
 
     name: str
     prefix: str
@@ -28,6 +28,8 @@ class Source:
     problems: Sequence[Problem]
     dropped: Sequence[Dropped]
     notes: Sequence[str]
+    place: str
+    files: Mapping[str, int]
 
     @property
     def listed(self) -> int:
@@ -53,7 +55,7 @@ def list_records(config: DataConfig, scanner: Scanner = scan) -> list[Record]:
     them out and there are others."""
     sources = sources_of(config, scanner)
     records = [
-        replace(record, name=source.prefix + record.name)
+        replace(record, name=source.prefix + record.name) if source.prefix else record
         for source in sources
         for record in source.records
     ]
@@ -110,4 +112,7 @@ def _source(
         else:
             dropped.append(Dropped(record.name, reason))
     prefix = f"{name}:" if several else ""
-    return Source(name, prefix, own.path, config, records, found.problems, dropped, found.notes)
+    return Source(
+        name, prefix, own.path, config, records, found.problems, dropped,
+        found.notes, found.place, found.files,
+    )  # fmt: skip

@@ -18,10 +18,10 @@ from goku.data.errors import DataError, DecodeError, Dropped, Problem
 from goku.data.filler import Entry
 from goku.data.latents import FileIdentity, plan_of
 from goku.data.limits import dropped_by_limits
-from goku.data.manifest import scan
+from goku.data.listings import Scans
 from goku.data.media import Media, plan_record, size_remarks
 from goku.data.media_source import check_file, media_size, open_media, stored_in
-from goku.data.record import Record, Scan
+from goku.data.record import Record
 from goku.data.sources import Source, sources_of
 from goku.data.transform import SNAP, Geometry
 from goku.data.workers import Lost, ordered_map
@@ -177,25 +177,6 @@ class Survey:
         return FileIdentity(self._sizes[place], self._sha256.get(place, alone))
 
 
-class Scans:
-    """`goku.data.manifest.scan` that keeps what it found, its DataError too."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, str, bool], Scan | DataError] = {}
-
-    def __call__(self, path: str, form: str, *, follow_links: bool) -> Scan:
-        key = (path, form, follow_links)
-        if key not in self._kept:
-            try:
-                self._kept[key] = scan(path, form, follow_links=follow_links)  # type: ignore[arg-type]
-            except DataError as error:
-                self._kept[key] = error
-        kept = self._kept[key]
-        if isinstance(kept, DataError):
-            raise DataError(kept.summary, kept.problems)
-        return kept
-
-
 def _place(record: Record) -> Place:
     return stored_in(record), record.member.offset if record.member else -1
 
@@ -256,4 +237,4 @@ def _resized(media: Media, geometry: Geometry) -> Media:
     return replace(media, geometry=geometry, remarks=remarks)
 
 
-__all__ = ["Scans", "Setting", "Survey"]
+__all__ = ["Setting", "Survey"]

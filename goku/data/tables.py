@@ -18,7 +18,9 @@ import difflib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from goku.data.errors import DataError, Kind, Problem
@@ -65,7 +67,10 @@ def scan_table(table: Path, root: Root, *, whole_folder: bool) -> Scan:
     """Every row of the table, whose paths are relative to root.folder. whole_folder: note the media of the folder that
     no row names. DataError when it lists nothing or is no table."""
     read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}[table.suffix.lower()]
-    listed = list(read(table))
+    content = table.read_bytes()
+    # Before the rows, which then need not ask of each file whether it is a link.
+    files = root.files() if whole_folder else []
+    listed = list(read(table, content))
     records: list[Record] = []
     problems: list[Problem] = []
     for where, row in listed:
@@ -79,19 +84,27 @@ def scan_table(table: Path, root: Root, *, whole_folder: bool) -> Scan:
             problems.append(Problem(where, str(error), "listing"))
     if not listed:
         raise DataError(f"{table}: the manifest lists no items")
-    notes = _unlisted(table, root, listed) if whole_folder else ()
-    return Scan(tuple(records), tuple(problems), notes)
+    notes = _unlisted(table, root, listed, files) if whole_folder else ()
+    return Scan(tuple(records), tuple(problems), notes, files={str(table): len(content)})
 
 
 def row_fields(row: Mapping[str, object]) -> dict[str, object]:
     """The row's value of every field of ALIASES, None where it gives none. ValueError when two columns differ or one
     is misspelt."""
-    known = {name for names in ALIASES.values() for name in names} | set(_MEASURED)
     for column in row:
-        near = difflib.get_close_matches(column, ("start_frame", "num_frames", "weight"), 1, 0.8)
-        if column not in known and near:
-            raise ValueError(f"unknown column {column!r}; did you mean {near[0]!r}?")
+        meant = _misspelt(column)
+        if meant is not None:
+            raise ValueError(f"unknown column {column!r}; did you mean {meant!r}?")
     return {field: _alias(row, field) for field in ALIASES}
+
+
+@lru_cache(1024)  # a table's rows have the same columns
+def _misspelt(column: str) -> str | None:
+    """The column that an unknown one seems to mean."""
+    if any(column in names for names in (*ALIASES.values(), _MEASURED)):
+        return None
+    near = difflib.get_close_matches(column, ("start_frame", "num_frames", "weight"), 1, 0.8)
+    return near[0] if near else None
 
 
 def row_captions(values: Mapping[str, object]) -> tuple[tuple[str, float], ...]:
@@ -179,8 +192,10 @@ def _record(row: Mapping[str, object], root: Root) -> Record:
     )
 
 
-def _unlisted(table: Path, root: Root, rows: Sequence[_Row]) -> tuple[str, ...]:
-    """A note on the media in the table's folder that no row names, a bad row included."""
+def _unlisted(
+    table: Path, root: Root, rows: Sequence[_Row], files: Sequence[tuple[Path, Path]]
+) -> tuple[str, ...]:
+    """A note on the media in the table's folder, which holds `files`, that no row names, a bad row included."""
     listed = set()
     for _, row in rows:
         given = [] if isinstance(row, _Bad) else [row.get(name) for name in ALIASES["path"]]
@@ -192,7 +207,7 @@ def _unlisted(table: Path, root: Root, rows: Sequence[_Row]) -> tuple[str, ...]:
                     continue  # a home folder that nobody has: no file of this folder
     others = [
         relative.as_posix()
-        for relative, file in root.files()
+        for relative, file in files
         if file.suffix.lower() in MEDIA_SUFFIXES and os.path.normpath(file) not in listed
     ]
     if not others:
@@ -213,12 +228,15 @@ def _located(path: str, folder: Path) -> Path:
 # Bytes that are not UTF-8 come as lone surrogates, so that they spoil their own row alone.
 
 
-def _text(path: Path) -> str:
-    return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+def _text(content: bytes) -> str:
+    return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+
+_NO_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def _is_utf8(text: str) -> bool:
-    return not any("\udc80" <= character <= "\udcff" for character in text)
+    return _NO_UTF8.search(text) is None
 
 
 def _row(value: object) -> Mapping[str, object] | _Bad:
@@ -228,8 +246,8 @@ def _row(value: object) -> Mapping[str, object] | _Bad:
     return {k: v for k, v in value.items() if v != "" or k in ALIASES["path"] + ALIASES["text"]}
 
 
-def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+def _jsonl_rows(path: Path, content: bytes) -> Iterator[_Row]:
+    for number, line in enumerate(_text(content).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
@@ -244,27 +262,27 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
         yield where, _row(row)
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
-    text = _text(path)
+def _json_rows(path: Path, content: bytes) -> Iterator[_Row]:
+    text = _text(content)
     whole = _is_utf8(text)
     try:
-        content = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
-    if isinstance(content, dict):
-        content = content.get("data")
-    if not isinstance(content, list):
+    if isinstance(values, dict):
+        values = values.get("data")
+    if not isinstance(values, list):
         raise DataError(f'{path}: a list of items is needed, or {{"data": [...]}}')
-    for number, value in enumerate(content):
+    for number, value in enumerate(values):
         # Where the file is UTF-8, such a character was written as an escape, as in a .jsonl.
         spoilt = not whole and not _is_utf8(json.dumps(value, ensure_ascii=False))
         bad = _Bad("the item is not UTF-8 text", "caption")
         yield f"{path.name}[{number}]", bad if spoilt else _row(value)
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _csv_rows(path: Path, content: bytes) -> Iterator[_Row]:
     # Not splitlines: it also splits at U+2028, U+0085, VT and FF, which a caption may hold.
-    lines = list(io.StringIO(_text(path), newline=""))
+    lines = list(io.StringIO(_text(content), newline=""))
     rows = _csv_fields(lines)
     columns = next((fields for _, fields in rows if isinstance(fields, list)), [])
     for field in ("path", "text"):

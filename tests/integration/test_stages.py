@@ -23,6 +23,8 @@ import pytest
 import torch
 import yaml
 
+import goku.data.listings
+import goku.stages
 from goku.carry import checkpoint_id
 from goku.cli import main
 from goku.data import DataError
@@ -255,6 +257,31 @@ def test_a_finished_recipe_started_again_does_nothing(copied: tuple[Path, Path])
     assert _events(out)[-len(NAMES) :] == [("stage_skip", name) for name in NAMES]
     after = {p: p.stat().st_mtime_ns for p in (out / "stages").rglob("*") if p.is_file()}
     assert before == after
+
+
+def test_datasets_are_listed_once_and_checkpoints_looked_at_once_a_stage(
+    copied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = copied
+    shutil.rmtree(out / "stages" / NAMES[-1])
+    listed: list[str] = []
+    looked: list[str] = []
+    scan, state = goku.data.listings.scan, goku.stages.state_of
+
+    def counted(dataset: str, form: Any, **how: Any) -> Any:
+        listed.append(dataset)
+        return scan(dataset, form, **how)
+
+    def seen(stage: Any) -> Any:
+        looked.append(stage.name)
+        return state(stage)
+
+    monkeypatch.setattr(goku.data.listings, "scan", counted)
+    monkeypatch.setattr(goku.stages, "state_of", seen)
+    recipe = _run(path)
+    # All sources and the held-out data are one folder, looked through before anything else.
+    assert listed == [str(recipe.vae.unseen)]
+    assert looked == [*NAMES, NAMES[-1]]  # and what the stage that was trained has come to
 
 
 @pytest.mark.long

@@ -8,7 +8,6 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,12 +18,13 @@ import torch.distributed as dist
 
 import goku.caching
 import goku.data.filler
-from goku.caching import cache_latents, cache_text
-from goku.data import DataConfig, Dataset, DecodeError, MixConfig, SourceConfig, prepare
+from goku.caching import cache_latents
+from goku.data import DataConfig, Dataset, DecodeError, prepare
 from goku.data.latents import LatentCache
+from goku.data.listings import Listings
 from goku.metrics import RunLog, read_log
 from goku.parallelize import ParallelContext
-from goku.prepare import _check_equal, agreed_unseen
+from goku.prepare import _check_equal
 
 
 def _fixtures() -> ModuleType:
@@ -52,7 +52,8 @@ def _prepare(context: ParallelContext, config: DataConfig, cache: Path, **how: A
     fixtures = _fixtures()
     return prepare(
         config, fixtures.FakeVAE(), fixtures.FakeText(),
-        cache_dir=cache, rank=context.rank, world=context.world, gather=context.gather, **how,
+        cache_dir=cache, rank=context.rank, world=context.world, gather=context.gather,
+        listings=Listings(context.from_main), **how,
     )  # fmt: skip
 
 
@@ -176,55 +177,6 @@ def disk_full(rank: int, world: int, folder: str, cache: str) -> None:
     with pytest.raises(kind, match=message if rank == 1 else f"rank 1: .*{message}"):
         context.together(lambda: _prepare(context, _config(folder), Path(cache)))
     LatentCache.write = real  # type: ignore[method-assign]
-
-
-def other_listings(rank: int, world: int, folder: str, cache: str) -> None:
-    """A rank that sees fewer files would share out other items: all are told which ranks."""
-    context = _context(rank, world)
-    if rank == 1:
-        shutil.copytree(folder, f"{cache}-{rank}")
-        folder = f"{cache}-{rank}"
-        for file in Path(folder).glob("b.*"):
-            file.unlink()
-    with pytest.raises(ValueError, match="list different items: rank 0 lists 4, rank 1 3"):
-        _prepare(context, _config(folder), Path(cache))
-
-
-def other_unseen(rank: int, world: int, folder: str, cache: str) -> None:
-    """A rank that sees no clip among the held-out items would leave them out alone, and the others wait for it."""
-    context = _context(rank, world)
-    fixtures = _fixtures()
-    own = Path(f"{cache}-{rank}")
-    shutil.copytree(folder, own)
-
-    def run(image: float, video: float) -> Any:
-        mix = {"one": MixConfig(image=image, video=video)}
-        sources = {"one": SourceConfig(path=folder)}
-        return SimpleNamespace(
-            data=replace(_config(folder), path=None, sources=sources, mix=mix), unseen=str(own)
-        )
-
-    taken = agreed_unseen(run(1, 1), context)
-    assert taken is not None
-    assert taken.mix == {"unseen": MixConfig(image=1, video=1)}
-    if rank == 1:
-        for file in own.glob("[cd].*"):
-            file.unlink()
-    told = r"unseen is .*, of which rank 0 takes {}, rank 1 {}; allowed: one dataset that all ranks"
-    for how, words in (((1, 1), ("image and video", "image")), ((0, 1), ("video", "nothing"))):
-        for work in (
-            lambda config: agreed_unseen(config, context),
-            lambda config: cache_text(config, context, fixtures.FakeText()),
-            lambda config: cache_latents(config, context, fixtures.FakeVAE()),
-        ):
-            config = run(*how)
-            config.model = SimpleNamespace(condition="none")
-            with pytest.raises(ValueError, match=told.format(*words)):
-                work(config)
-    # What the mix takes none of may differ.
-    taken = agreed_unseen(run(1, 0), context)
-    assert taken is not None
-    assert taken.mix == {"unseen": MixConfig(image=1, video=0)}
 
 
 def progress_of_all(rank: int, world: int, folder: str, cache: str) -> None:

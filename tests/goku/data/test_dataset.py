@@ -25,6 +25,7 @@ from goku.data import (
 )
 from goku.data.decode import decode_record
 from goku.data.filler import MENDED, Filler
+from goku.data.listings import Listings
 from goku.text import TextCache
 
 
@@ -253,11 +254,23 @@ def run_ranks(
         def gather(value: Any) -> list[Any]:
             told[rank] = value
             barrier.wait()
-            return [told[r] for r in range(world)]
+            values = [told[r] for r in range(world)]
+            barrier.wait()  # before one of them tells something else
+            return values
+
+        def from_main(work: Callable[[], Any]) -> Any:
+            return gather(work() if rank == 0 else None)[0]
 
         try:
             dataset = prepare(
-                config, vae, text, cache_dir=cache, rank=rank, world=world, gather=gather
+                config,
+                vae,
+                text,
+                cache_dir=cache,
+                rank=rank,
+                world=world,
+                gather=gather,
+                listings=Listings(from_main),
             )
             results[rank] = (vae, dataset)
         except (ValueError, OSError) as error:
@@ -301,6 +314,10 @@ def test_ranks_need_a_way_to_tell_each_other(
 ) -> None:
     with pytest.raises(ValueError, match="world 2: give `gather`"):
         prepare(config, vae, text, cache_dir=tmp_path, rank=1, world=2)
+    with pytest.raises(ValueError, match="world 2: give `gather` and `listings`"):
+        prepare(
+            config, vae, text, cache_dir=tmp_path, rank=1, world=2, gather=lambda value: [value]
+        )
     with pytest.raises(ValueError, match="rank 2 must be in 0"):
         prepare(config, vae, text, cache_dir=tmp_path, rank=2, world=2)
 

@@ -6,7 +6,8 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from goku.data import DataConfig, Geometry, Record, plan
 from goku.data.latents import FileIdentity, LatentCache, Plan, latent_key, request_key
+from goku.data.media import DECODE_VERSION, RESAMPLE_VERSION
 
 IDENTITY = FileIdentity(size=10, sha256="ab")
 RECORD = Record(path="/x/a.mp4", text="t", name="a", num_frames=9)
@@ -167,6 +169,33 @@ def test_latent_key_covers_everything_it_must() -> None:
     # What does not change the pixels does not change the key: not even where the file lies.
     assert key(record=replace(RECORD, text="u", name="n", weight=2.0, path="/y/b.mp4")) == key()
     assert key(config=replace(CONFIG, path="/y", workers=7, skip_bad=True, cache="/z")) == key()
+
+
+def test_keys_are_those_of_caches_that_are_there() -> None:
+    """Written down: of another key nothing that is cached would be found."""
+    versions = {"pillow": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("goku.data.latents.decoder_version", lambda record: versions)
+        found = latent_key("v", IDENTITY, RECORD, CONFIG, GEOMETRY)
+        asked = request_key(IDENTITY, RECORD, CONFIG)
+    shared = {
+        "decode": DECODE_VERSION,
+        "decoder": versions,
+        "file": asdict(IDENTITY),
+        "fps": CONFIG.fps,
+        "start_frame": RECORD.start_frame,
+    }
+    if CONFIG.fps is not None:
+        shared["resample"] = RESAMPLE_VERSION
+    own = {"format": "goku-latent-1", "vae": "v", "geometry": asdict(GEOMETRY)}
+    assert found == sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest()
+    own = {
+        "num_frames": RECORD.num_frames,
+        "pixels": CONFIG.video_pixels,
+        "max_frames": CONFIG.max_frames,
+        "upscale": CONFIG.upscale,
+    }
+    assert asked == sha256(json.dumps(shared | own, sort_keys=True).encode()).hexdigest()
 
 
 def test_request_key_covers_what_a_geometry_depends_on() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from goku.data import (
     DataError,
     Problem,
     Remark,
+    SourceConfig,
     prepare,
 )
 from goku.data.filler import Filler
+from goku.data.item_list import SourceItems
 from goku.data.items import Item
 from goku.data.latents import LatentCache
 
@@ -236,3 +238,29 @@ def test_what_is_checked_counts_while_it_is(
     )
     # b.jpg is made when all have been looked at; the others are counted as they are.
     assert seen == [(1, 1), (2, 3), (3, 4), (4, 4)]
+
+
+def test_the_items_are_hashed_once_and_listed_with_their_geometries(
+    tmp_path: Path, plain: DataConfig, vae: Any, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = SourceItems.fingerprint
+
+    def counted(items: SourceItems) -> str:
+        hashed.append(items.name)
+        return real(items)
+
+    monkeypatch.setattr(SourceItems, "fingerprint", counted)
+    two = replace(
+        plain, path=None, sources={name: SourceConfig(path=str(plain.path)) for name in ("x", "y")}
+    )
+    for config, names_ in ((plain, [""]), (two, ["x", "y"])):
+        hashed.clear()
+        dataset = prepare(config, vae, text, cache_dir=tmp_path / "cache")
+        assert dataset.fingerprint() == dataset.fingerprint()
+        assert hashed == names_
+        items = dataset.item_list()
+        assert items.fingerprint() == dataset.fingerprint()
+    (source, _) = items.sources
+    entries = dataset.parts[0][1].entries  # type: ignore[attr-defined]
+    assert source.geometries == [astuple(entry.geometry) for entry in entries]

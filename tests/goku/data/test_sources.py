@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from goku.data import (
     prepare,
     quarantine_message,
 )
+from goku.data.listings import Listings
 from goku.data.quarantine import read_quarantine
 from goku.text import LazyTextEncoder, TextCache, TextConfig
 
@@ -214,7 +216,12 @@ def test_ranks_share_several_sources(
         def gather(value: Any) -> list[Any]:
             told[rank] = value
             barrier.wait()
-            return [told[r] for r in range(world)]
+            values = [told[r] for r in range(world)]
+            barrier.wait()  # before one of them tells something else
+            return values
+
+        def from_main(work: Callable[[], Any]) -> Any:
+            return gather(work() if rank == 0 else None)[0]
 
         own = type(vae)(), type(text)()
         found[rank] = prepare(
@@ -224,6 +231,7 @@ def test_ranks_share_several_sources(
             rank=rank,
             world=world,
             gather=gather,
+            listings=Listings(from_main),
             frames=(-1,),
         )
 
