@@ -49,7 +49,7 @@ def test_arrangement_and_failures(run_processes: Any, free_port: Any, tmp_path: 
 
 def test_many_processes_are_connected_to_their_neighbours(run_processes: Any, free_port: Any):
     ports = {"port": free_port(), "other_port": free_port()}
-    run_processes(6, SCRIPT, ("neighbours_alone", ports), backend="none")
+    run_processes(12, SCRIPT, ("neighbours_alone", ports), backend="none")
 
 
 @pytest.mark.parametrize("lazy", ["0", "1"])
