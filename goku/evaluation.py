@@ -97,6 +97,7 @@ def sample(trainer: Trainer, log: RunLog) -> None:
     ]
     if not requests:
         return
+    log.message(f"drawing {len(requests)} samples of step {trainer.step}")
     flow = trainer.config.flow
     settings = SampleConfig(
         steps=train.sample_steps,

@@ -20,11 +20,13 @@ from goku.data.item_list import FILE_NAME
 from goku.metrics import RunLog
 from goku.parallelize import local
 from goku.run_config import RunConfig, TrainConfig, resume_differences
+from goku.trained import read_run
 from goku_runtime import checkpoint
 from goku_runtime.checkpoint import Checkpointer, Retention, SaveHandle
 
 __all__ = [
     "RunCheckpoints",
+    "check_resumable",
     "check_same_run",
     "has_checkpoints",
     "random_states",
@@ -139,6 +141,18 @@ def has_checkpoints(out: Path) -> bool:
     return any((out / "checkpoints").glob("step_*"))
 
 
+def check_resumable(config: RunConfig) -> None:
+    """ValueError with the differences where `config.out` holds checkpoints of another config: before a VAE is trained
+    or a latent encoded. What a checkpoint shares beside it is compared when it is loaded (`check_same_run`)."""
+    for path in sorted((Path(config.out) / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            run = read_run(path)
+        except (ValueError, OSError):
+            continue  # what is damaged is found, and told of, when it is loaded
+        _refuse(path, resume_differences(run["config"], config))
+        return
+
+
 def check_same_run(
     path: Path,
     run: Mapping[str, Any],
@@ -156,6 +170,10 @@ def check_same_run(
             before = ItemList.read(Path(config.out) / FILE_NAME) if name == "data" else None
             if before is not None:
                 lines += [f"  {line}" for line in before.differences(dataset.item_list())]
+    _refuse(path, lines)
+
+
+def _refuse(path: Path, lines: list[str]) -> None:
     if lines:
         raise ValueError(
             f"{path} was written by an incompatible run; choose another `out`, or undo:\n  "

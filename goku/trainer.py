@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -47,6 +48,7 @@ from goku.parallelize import (
     clip,
     copy_parameters,
     draw_parameters,
+    from_torchrun,
     microbatch,
 )
 from goku.precision import autocast, autocast_dtype
@@ -93,6 +95,12 @@ SAME_STOP = 5.0
 passes on to its workers what it gets. Each worker hears of one stop twice, and must not leave in its step."""
 
 
+_STOPPING = (
+    b"\ngoku train: stopping: what is under way is finished and a checkpoint written; another signal, five seconds "
+    b"later or more, leaves without\n"
+)
+
+
 class StopRequest(threading.Event):
     """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process."""
 
@@ -119,6 +127,8 @@ def stop_signals() -> Iterator[StopRequest]:
         if request.is_set() or not request.graceful:
             raise SystemExit(128 + number)
         request.set()
+        if from_torchrun("RANK", 0) == 0:
+            os.write(2, _STOPPING)  # not `print`, which the signal may have interrupted
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -46,7 +46,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--dry-run",
         action="store_true",
         help="print the resolved run or the stages, size and memory, and stop, with 2 where the VAE or the text "
-        "encoder is missing; does not look at the data",
+        "encoder is missing, or `out` holds another run; does not look at the data",
     )
     train.add_argument(
         "--profile", action="store_true", help="write a torch.profiler trace of steps 3-5"
@@ -72,8 +72,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_run_config(args.config, args.overrides)
     if args.dry_run:
         from goku.dry_run import describe
+        from goku.run_checkpoints import check_resumable
 
-        return _shown(describe(config), config)
+        code = _shown(describe(config), config)
+        check_resumable(config)
+        return code
     return _train_run(config, args.profile)
 
 
@@ -91,11 +94,14 @@ def _shown(report: str, config: RunConfig) -> int:
 def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.parallelize import check_policies, parallel_context
     from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
+    from goku.run_checkpoints import check_resumable
     from goku.trainer import Trainer, stop_signals
 
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
-        check_validation([config], context)  # before the hours that latents may take
+        # Before the hours that latents may take.
+        context.on_main(lambda: check_resumable(config))
+        check_validation([config], context)
         vae = prepare_vae(config, context)
         training, unseen, text = prepare_datasets(config, context, vae)
         validator = prepare_validator(config, context, vae, text)

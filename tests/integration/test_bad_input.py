@@ -340,7 +340,7 @@ def test_a_disk_full_while_saving_leaves_the_previous_checkpoint(
         ("seed=6", ["seed: 5 -> 6"]),
         ("optimizer.lr=1e-3", ["optimizer.lr: 0.003 -> 0.001"]),
         ("train.precision=bfloat16", ["train.precision: float32 -> bfloat16"]),
-        ("data.max_frames=5", ["data.max_frames: 9 -> 5", "items"]),
+        ("data.max_frames=5", ["data.max_frames: 9 -> 5"]),
     ],
 )
 def test_an_incompatible_config_is_refused_with_the_difference(
@@ -355,6 +355,19 @@ def test_an_incompatible_config_is_refused_with_the_difference(
     assert "train.steps" not in error
     assert error.count(" -> ") == 1
     assert _hashes(run_copy) == before
+
+
+def test_another_run_is_refused_before_any_work(
+    run_copy: Path, write_config: WriteConfig, refused: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before a VAE is looked for, which may have to be trained; a dry run says it below its report."""
+    other = ["train", str(write_config(run_copy)), "model.depth=3", "vae.path=/nowhere"]
+    words = ["step_0000004", "incompatible", "model.depth: 2 -> 3"]
+    assert "holds no VAE" not in refused(words, *other)
+    assert main([*other, "--dry-run"]) == 2
+    printed, error = capfd.readouterr()
+    _assert_clear(error, [*words, "holds no VAE"])
+    assert "tokens per step" in printed
 
 
 def test_other_media_under_the_same_config_are_refused(
