@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -142,6 +143,8 @@ def _compiled(options: argparse.Namespace) -> bool:
     """The commands that compile configurations."""
     ops = list(options.operators or running.OPERATORS)
     _known(ops, running.OPERATORS)
+    if find_spec("triton") is None:
+        raise ValueError(f"{options.command} needs triton: pip install triton")
     if options.command == "warm":
         return warm.main(ops, options.chip)
     asked = (options.only, options.sizes, options.dtypes)
@@ -175,7 +178,8 @@ def _run(options: argparse.Namespace) -> int:
     for name in names:
         left = limit - (time.monotonic() - began)
         good = running.run(name, dataclasses.replace(chosen, limit=left)) and good
-    print(f"rows are in {options.out}; python -m bench report shows them")
+    shown = "" if options.out == harness.RESULTS else f" --results {options.out}"
+    print(f"rows are in {options.out}; python -m bench report{shown} shows them")
     return 0 if good else 1
 
 

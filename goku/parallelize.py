@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from goku.model import GokuTransformer, KernelConfig, ModelConfig, TokenShard, initial_value
-from goku_kernels import Packing
+from goku_kernels import Packing, adaln_modulate
 from goku_runtime.activation_checkpoint import (
     ActivationCheckpointing,
     apply_activation_checkpointing,
@@ -48,6 +48,7 @@ __all__ = [
     "ParallelDims",
     "ShardingConfig",
     "build_model",
+    "check_kernels",
     "check_policies",
     "clip",
     "copy_parameters",
@@ -483,6 +484,23 @@ def check_policies(
             check()
         except ValueError as error:
             raise ValueError(f"{section}: {error}") from error
+
+
+def check_kernels(kernels: KernelConfig, context: ParallelContext) -> None:
+    """Refuse, before any work is done, kernels that are not to be had where the model will be.
+
+    All processes call this together. Raises ValueError that begins with the field's name.
+    """
+
+    def one_row() -> None:
+        if kernels.backend != "triton":
+            return
+        try:
+            adaln_modulate(torch.zeros(1, 8, device=context.device), None, None, backend="triton")
+        except RuntimeError as error:
+            raise ValueError(f"kernels.backend is 'triton', but {error}") from error
+
+    context.together(one_row)
 
 
 def local(tensor: Tensor) -> Tensor:

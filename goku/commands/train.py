@@ -92,7 +92,7 @@ def _shown(report: str, config: RunConfig) -> int:
 
 
 def _train_run(config: RunConfig, profile: bool) -> int:
-    from goku.parallelize import check_policies, parallel_context
+    from goku.parallelize import check_kernels, check_policies, parallel_context
     from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
     from goku.run_checkpoints import check_resumable
     from goku.trainer import Trainer, stop_signals
@@ -100,6 +100,7 @@ def _train_run(config: RunConfig, profile: bool) -> int:
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
         # Before the hours that latents may take.
+        check_kernels(config.kernels, context)
         context.on_main(lambda: check_resumable(config))
         check_validation([config], context)
         vae = prepare_vae(config, context)
@@ -115,7 +116,7 @@ def _train_run(config: RunConfig, profile: bool) -> int:
 
 
 def _train_recipe(recipe: Recipe, only: str | None, profile: bool) -> int:
-    from goku.parallelize import check_policies, parallel_context
+    from goku.parallelize import check_kernels, check_policies, parallel_context
     from goku.stages import run_recipe
     from goku.trainer import stop_signals
 
@@ -129,6 +130,8 @@ def _train_recipe(recipe: Recipe, only: str | None, profile: bool) -> int:
             raise ValueError(f"stages.{stage.name}.{error}") from error
     joined = parallel_context(recipe.vae.train.device)
     with joined as context, stop_signals() as stop:
+        for stage in recipe.stages:
+            check_kernels(stage.config.kernels, context)
         return _exit_code(lambda: run_recipe(recipe, context, stop, only=only, profile=profile))
 
 

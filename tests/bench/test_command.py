@@ -122,6 +122,13 @@ def test_bad_input_is_exit_code_2_and_named(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tune", "screen", "warm"])
+def test_what_compiles_says_that_it_needs_triton(name, capsys, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda package: None)
+    assert command.main([name]) == 2
+    assert capsys.readouterr().err == f"python -m bench: {name} needs triton: pip install triton\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("words", [["run", "--device", "cuda"], ["tune", "adaln_modulate"]])
 def test_a_gpu_that_is_not_there_is_exit_code_2(words, capsys):

@@ -370,6 +370,15 @@ def test_another_run_is_refused_before_any_work(
     assert "tokens per step" in printed
 
 
+def test_kernels_that_cannot_run_here_are_refused(
+    write_config: WriteConfig, tmp_path: Path, refused: Any
+) -> None:
+    config = write_config(tmp_path / "fused")
+    words = ["kernels.backend is 'triton', but", "not available", "always is"]
+    refused(words, "train", config, "kernels.backend=triton")
+    assert not (tmp_path / "fused").exists()
+
+
 def test_other_media_under_the_same_config_are_refused(
     run_copy: Path, copied_media: Path, write_config: WriteConfig, refused: Any
 ) -> None:

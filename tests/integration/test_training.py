@@ -287,13 +287,16 @@ def test_a_stop_signal_finishes_the_step_and_exits_0(
     assert checkpoint.verify(out / "checkpoints" / f"step_{last:07d}").total_bytes > 0
 
 
-def test_a_second_signal_counts_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_counts_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_signals() as stop:
         stop.graceful = True
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
+        assert capfd.readouterr().err.count("stopping: what is under way is finished") == 1
         monkeypatch.setattr("goku.trainer.SAME_STOP", 0.0)
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGINT)
