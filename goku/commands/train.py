@@ -95,12 +95,14 @@ def _train_run(config: RunConfig, profile: bool) -> int:
     from goku.parallelize import check_kernels, check_policies, parallel_context
     from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
     from goku.run_checkpoints import check_resumable
+    from goku.run_folder import check_writable
     from goku.trainer import Trainer, stop_signals
 
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
         # Before the hours that latents may take.
         check_kernels(config.kernels, context)
+        context.on_main(lambda: check_writable(Path(config.out)))
         context.on_main(lambda: check_resumable(config))
         check_validation([config], context)
         vae = prepare_vae(config, context)

@@ -370,6 +370,15 @@ def test_another_run_is_refused_before_any_work(
     assert "tokens per step" in printed
 
 
+def test_out_is_a_folder(write_config: WriteConfig, tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "file.png").touch()
+    config = write_config(tmp_path / "any")
+    place = tmp_path / "file.png"
+    for out in (place, place / "run"):
+        words = [f"out is {out}: {place} is no folder; allowed"]
+        refused(words, "train", config, f"out={out}", "vae.path=/nowhere")
+
+
 def test_kernels_that_cannot_run_here_are_refused(
     write_config: WriteConfig, tmp_path: Path, refused: Any
 ) -> None:
