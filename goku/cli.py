@@ -1,6 +1,7 @@
 """The command `goku`: demo, train, sample, doctor, cache, export, ckpt.
 
-Exit codes: 0 done (also after a stop by signal, with its checkpoint written), 1 the work failed, 2 bad input.
+Exit codes: 0 done (also after a stop by signal, with its checkpoint written), 1 the work failed, 2 bad input, or a
+machine that says no (in training: before its first step).
 Those of ckpt are in `goku_runtime.cli`, which it is forwarded to.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from goku.commands import cache, demo, doctor, export, sample, train
+from goku.stopping import in_words
 from goku_runtime.cli import add_ckpt, run_ckpt
 
 __all__ = ["VERBS", "main", "parser"]
@@ -78,7 +80,7 @@ def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) ->
     except (ValueError, OSError, ImportError) as error:
         # Bad input, a missing part, or a machine that says no (disk full): nothing half-written stays, and what was
         # complete before is still there.
-        print(f"goku {args.verb}: {_in_words(error)}", file=sys.stderr)
+        print(f"goku {args.verb}: {in_words(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:  # the VAE's training diverged
         print(f"goku {args.verb}: {error}", file=sys.stderr)
@@ -92,13 +94,6 @@ def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) ->
         # At once: `print` writes the end of the line by itself, and other processes write as well.
         sys.stderr.write(f"goku {args.verb}: {lost}\n")
         return 1
-
-
-def _in_words(error: Exception) -> str:
-    """What Python says of a file, without its number of the error."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ over dp_shard x sp. Gradients are summed over all processes: the loss is already
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -312,11 +313,12 @@ def lost_process(error: RuntimeError) -> str | None:
     text = str(error)
     if not (isinstance(error, dist.DistError) or "gloo/" in text):
         return None
-    found = next((words for words in _GONE if words in text), None)
-    if found is None:
+    if not any(words in text for words in _GONE):
         return None
+    # NCCL's says in its last line which link it was, gloo's in its first which address.
+    said = textwrap.shorten(text, 400, placeholder=" ...")
     rank = from_torchrun("RANK", 0)
-    return f"rank {rank} lost another process ({found}): what ended first says why"
+    return f"rank {rank} lost another process, or the network to it: what ended first says why ({said})"
 
 
 class PackSharding:

@@ -37,9 +37,10 @@ from goku.recipe import Recipe, Stage
 from goku.run_config import RunConfig, model_differences, resume_differences
 from goku.run_folder import locked, write_config, write_whole
 from goku.sampler import find_checkpoint
+from goku.stopping import StopRequest
 from goku.text import TextEncoder
 from goku.trained import read_run
-from goku.trainer import STAGE_NOTE, StopRequest, Trainer
+from goku.trainer import STAGE_NOTE, Trainer
 from goku.vae import VideoVAE
 from goku_runtime import checkpoint
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,6 @@ from goku.parallelize import (
     clip,
     copy_parameters,
     draw_parameters,
-    from_torchrun,
     microbatch,
 )
 from goku.precision import autocast, autocast_dtype
@@ -64,20 +61,17 @@ from goku.run_folder import profiler, run_log, write_config
 from goku.sampler import find_checkpoint
 from goku.statistics import StepStatistics, sample_groups
 from goku.step_plan import StepPlan, StepPlanner
+from goku.stopping import StopRequest, TrainingStopped, failures_stop
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.vae import VideoVAE
 from goku.validation import Validator
 from goku_runtime import checkpoint
 
-__all__ = ["STAGE_NOTE", "StopRequest", "Trainer", "TrainingStopped", "stop_signals"]
+__all__ = ["STAGE_NOTE", "Trainer"]
 
 STAGE_NOTE = "stage.json"
 """Beside a stage's config.yaml, for stages that begin from something: by which command they do."""
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on (non-finite steps in a row, too many lost items); the last checkpoint is intact."""
 
 
 @dataclass(frozen=True)
@@ -88,54 +82,6 @@ class _Notice:
     fields: dict[str, Any]
     problem: Problem | None = None
     source: str = ""
-
-
-SAME_STOP = 5.0
-"""Seconds in which further signals say the same: Slurm and a terminal signal every process of a job, and torchrun
-passes on to its workers what it gets. Each worker hears of one stop twice, and must not leave in its step."""
-
-
-_STOPPING = (
-    b"\ngoku train: stopping: what is under way is finished and a checkpoint written; another signal, five seconds "
-    b"later or more, leaves without\n"
-)
-
-
-class StopRequest(threading.Event):
-    """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process."""
-
-    graceful = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """What SIGTERM and SIGINT do inside: while training, finish the step, write a checkpoint and return.
-
-    Before the loop (a VAE in training, latents being encoded), or at a second signal, the process leaves at once by
-    SystemExit(128 + signal), which cleans up half-written files on its way. Signals within `SAME_STOP` seconds of one
-    that counted are that one again.
-    """
-    request = StopRequest()
-    counted = -math.inf
-
-    def handle(number: int, _frame: object) -> None:
-        nonlocal counted
-        now = time.monotonic()
-        if now - counted < SAME_STOP:
-            return
-        counted = now
-        if request.is_set() or not request.graceful:
-            raise SystemExit(128 + number)
-        request.set()
-        if from_torchrun("RANK", 0) == 0:
-            os.write(2, _STOPPING)  # not `print`, which the signal may have interrupted
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -238,7 +184,8 @@ class Trainer:
         """Train until `train.steps` or a stop signal; returns "finished" or "stopped". Resumes by itself.
 
         Raises ValueError when `out` belongs to an incompatible run or is in use, TrainingStopped when the loss stays
-        non-finite. A checkpoint is written at the end, at a stop and every `train.checkpoint_every` steps.
+        non-finite or, once steps are taken, the machine refuses something. A checkpoint is written at the end, at a
+        stop and every `train.checkpoint_every` steps.
         """
         train = self.config.train
         with (
@@ -266,7 +213,8 @@ class Trainer:
                 self.sample(log)
                 self.validate(log)
             first = self.step
-            with profiler(self.out / "profile", profile and self.context.is_main) as profile_steps:
+            profiled = profile and self.context.is_main
+            with failures_stop(), profiler(self.out / "profile", profiled) as profile_steps:
                 while self.step < train.steps:
                     stopping = self.train_step(log, stop)
                     if self.step == first + 1:  # now the optimizer has its state
@@ -549,7 +497,7 @@ class Trainer:
         # The main rank looks, since looking also removes what a crash left.
         path = self.context.from_main(lambda: find_checkpoint(root))
         if path is None:
-            if not self.drawn:  # what is there is damaged, or was removed meanwhile
+            if not self.drawn:  # what was there has been removed meanwhile
                 draw_parameters(self.model, self.config.seed)
                 copy_parameters(self.model, self.ema.module)
             return False

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from goku.parallelize import parallel_context
     from goku.recipe import is_recipe, load_recipe
     from goku.run_config import load_run_config
-    from goku.trainer import stop_signals
+    from goku.stopping import stop_signals
 
     if is_recipe(args.config):
         recipe = load_recipe(args.config, args.overrides)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from goku.parallelize import ParallelContext
     from goku.recipe import Recipe
     from goku.run_config import RunConfig
-    from goku.trainer import StopRequest
+    from goku.stopping import StopRequest
 
 __all__ = ["HELP", "add", "run"]
 
@@ -49,6 +49,14 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "encoder is missing, or `out` holds another run; does not look at the data",
     )
     train.add_argument(
+        "--stopped-exit-code",
+        type=int,
+        default=0,
+        choices=range(256),
+        metavar="N",
+        help="exit code after a stop by signal that was obeyed, default 0: for a scheduler that is to begin it again",
+    )
+    train.add_argument(
         "--profile", action="store_true", help="write a torch.profiler trace of steps 3-5"
     )
 
@@ -64,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             from goku.dry_run import describe_recipe
 
             return _shown(describe_recipe(recipe, args.stage), recipe.vae)
-        return _train_recipe(recipe, args.stage, args.profile)
+        return _train_recipe(recipe, args.stage, args.profile, args.stopped_exit_code)
     if args.stage is not None:
         raise ValueError(
             f"--stage is {args.stage!r}, but {args.config} is one run; allowed: with a recipe, which has `stages`"
@@ -77,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         code = _shown(describe(config), config)
         check_resumable(config)
         return code
-    return _train_run(config, args.profile)
+    return _train_run(config, args.profile, args.stopped_exit_code)
 
 
 def _shown(report: str, config: RunConfig) -> int:
@@ -91,12 +99,13 @@ def _shown(report: str, config: RunConfig) -> int:
     return 2 if lacks else 0
 
 
-def _train_run(config: RunConfig, profile: bool) -> int:
+def _train_run(config: RunConfig, profile: bool, stopped: int) -> int:
     from goku.parallelize import check_kernels, check_policies, parallel_context
     from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
     from goku.run_checkpoints import check_resumable
     from goku.run_folder import check_writable
-    from goku.trainer import Trainer, stop_signals
+    from goku.stopping import stop_signals
+    from goku.trainer import Trainer
 
     def trained(context: ParallelContext, stop: StopRequest) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
@@ -109,7 +118,7 @@ def _train_run(config: RunConfig, profile: bool) -> int:
         training, unseen, text = prepare_datasets(config, context, vae)
         validator = prepare_validator(config, context, vae, text)
         trainer = Trainer(config, context, training, vae, text, unseen, validator=validator)
-        return _exit_code(lambda: trainer.run(stop, profile))
+        return _exit_code(lambda: trainer.run(stop, profile), stopped)
 
     check_policies(config.model, config.sharding, config.activation_checkpointing)
     joined = parallel_context(config.train.device, dims=config.parallel)
@@ -117,10 +126,10 @@ def _train_run(config: RunConfig, profile: bool) -> int:
         return trained(context, stop)
 
 
-def _train_recipe(recipe: Recipe, only: str | None, profile: bool) -> int:
+def _train_recipe(recipe: Recipe, only: str | None, profile: bool, stopped: int) -> int:
     from goku.parallelize import check_kernels, check_policies, parallel_context
     from goku.stages import run_recipe
-    from goku.trainer import stop_signals
+    from goku.stopping import stop_signals
 
     if only is not None:
         recipe.stage(only)  # refuses a name that is none
@@ -134,15 +143,16 @@ def _train_recipe(recipe: Recipe, only: str | None, profile: bool) -> int:
     with joined as context, stop_signals() as stop:
         for stage in recipe.stages:
             check_kernels(stage.config.kernels, context)
-        return _exit_code(lambda: run_recipe(recipe, context, stop, only=only, profile=profile))
+        return _exit_code(
+            lambda: run_recipe(recipe, context, stop, only=only, profile=profile), stopped
+        )
 
 
-def _exit_code(train: Callable[[], str]) -> int:
-    from goku.trainer import TrainingStopped
+def _exit_code(train: Callable[[], str], stopped: int) -> int:
+    from goku.stopping import TrainingStopped
 
     try:
-        train()
+        return stopped if train() == "stopped" else 0
     except TrainingStopped as error:
         print(f"goku train: {error}", file=sys.stderr)
         return 1
-    return 0

@@ -50,7 +50,8 @@ for task in $(cat step); do kill -TERM -- -"$task"; done
 """
 
 GOKU = """#!/bin/bash
-echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT $# $1 $2 $3" >> calls
+line=$(printf '%s|' $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT "$@")
+echo "$line" >> calls.$RANK
 {body}
 """
 
@@ -77,13 +78,15 @@ def job(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 def _calls(folder: Path) -> list[list[str]]:
-    return sorted(line.split() for line in (folder / "calls").read_text().splitlines())
+    lines = [line for file in folder.glob("calls.*") for line in file.read_text().splitlines()]
+    return sorted(line.split("|")[:-1] for line in lines)
 
 
 def test_tasks_are_ranks(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     script = job("exit 0")
     assert script.wait(60) == 0
-    wanted = ["3", "train", "run.yaml", "text=two", "words"]
+    wanted = ["train", "--stopped-exit-code", "75", "run.yaml", "text=two words"]
+    assert not list(tmp_path.glob("goku-*"))
     assert _calls(tmp_path) == [
         [str(rank), "4", str(rank % 2), "first", "20070", *wanted] for rank in range(4)
     ]
@@ -92,18 +95,21 @@ def test_tasks_are_ranks(job: Callable[..., subprocess.Popen[str]], tmp_path: Pa
 def test_bad_input_is_not_tried_again(
     job: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    """Not all notice it at the same moment."""
-    script = job("sleep 0.$RANK; exit 2")
+    """The first to notice it ends, and so all others are killed."""
+    script = job("if [ $RANK = 0 ]; then exit 2; fi\nsleep 600")
     assert script.wait(60) == 2
-    assert len(_calls(tmp_path)) == 4
-    assert not list(tmp_path.glob("*.refused"))
+    assert {call[4] for call in _calls(tmp_path)} == {"20070"}  # once
+    assert not list(tmp_path.glob("goku-*"))
 
 
 def test_what_dies_goes_on(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All others wait for it, and would for ever."""
     script = job(
         "if [ -e again ]; then exit 0; fi\n"
-        "if [ $RANK = 1 ]; then sleep 0.5; touch again; kill -9 $$; fi\n"
+        "if [ $RANK = 1 ]; then\n"
+        "  while [ $(cat calls.* | wc -l) -lt 4 ]; do sleep 0.02; done\n"
+        "  touch again; kill -9 $$\n"
+        "fi\n"
         "sleep 600"
     )
     assert script.wait(60) == 0
@@ -116,29 +122,66 @@ def test_what_dies_goes_on(job: Callable[..., subprocess.Popen[str]], tmp_path: 
 def test_what_fails_again_and_again_is_given_up(
     job: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    script = job("exit 1", GOKU_RESTARTS="2")
-    assert script.wait(60) == 1
+    script = job("if [ $RANK = 0 ]; then exit 1; fi\nsleep 600", GOKU_RESTARTS="2")
+    assert script.wait(60) == 137  # of those that it takes along
     assert script.stderr is not None
-    assert script.stderr.read().endswith("goku: exit code 1 after 2 restarts: given up\n")
+    assert script.stderr.read().endswith("goku: exit code 137 after 2 restarts: given up\n")
     assert {call[4] for call in _calls(tmp_path)} == {"20070", "20071", "20072"}
 
 
-def test_the_time_is_up(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    """A checkpoint is written to its end, and the job begins again."""
-    script = job(
-        "trap 'sleep 1; touch written.$RANK; exit 0' TERM\n"
-        "touch ready.$RANK\n"
-        "while true; do sleep 0.05; done"
-    )
+def _wait_for_tasks(folder: Path) -> None:
     end = time.monotonic() + 30
-    while len(list(tmp_path.glob("ready.*"))) < 4 or not (tmp_path / "step").exists():
+    while len(list(folder.glob("ready.*"))) < 4 or not (folder / "step").exists():
         assert time.monotonic() < end
         time.sleep(0.05)
-    script.send_signal(signal.SIGUSR1)
+
+
+OBEDIENT = (
+    "trap 'sleep 1; touch written.$RANK; exit 75' TERM\n"
+    "touch ready.$RANK\n"
+    "while true; do sleep 0.05; done"
+)
+
+
+@pytest.mark.parametrize("by_script", [True, False])
+def test_a_stop_is_obeyed_and_the_job_begins_again(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, by_script: bool
+) -> None:
+    """Nearly out of time, or told by somebody: a checkpoint is written to its end."""
+    script = job(OBEDIENT)
+    _wait_for_tasks(tmp_path)
+    if by_script:
+        script.send_signal(signal.SIGUSR1)
+    else:
+        subprocess.run(["bash", tmp_path / "bin" / "scancel", "--signal=TERM", "7"], cwd=tmp_path)
     assert script.wait(60) == 0
     assert len(list(tmp_path.glob("written.*"))) == 4
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert len(_calls(tmp_path)) == 4
+    assert not list(tmp_path.glob("goku-*"))
+
+
+def test_what_is_left_of_another_time_says_nothing(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """A job that is queued again keeps its number and its folder."""
+    for name in ("refused", "stopped"):
+        (tmp_path / f"goku-7.{name}").touch()
+    assert job("exit 0").wait(60) == 0
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_time_that_is_too_short_is_no_loop(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Its end is near from the beginning: nothing would ever be trained."""
+    script = job(
+        "touch ready.$RANK\nexec sleep 600"
+    )  # as before the first step: the signal ends it
+    _wait_for_tasks(tmp_path)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == 1
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_the_batch_script_is_clean() -> None:
@@ -154,7 +197,9 @@ def test_the_numbers_of_the_job_agree() -> None:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     options = dict(
-        word.removeprefix("--").split("=") for word in container["command"] if word.startswith("--")
+        word.removeprefix("--").split("=")
+        for word in container["command"]
+        if "=" in word and word.startswith("--")
     )
     assert int(options["nnodes"]) == spec["completions"] == spec["parallelism"]
     assert int(options["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
@@ -167,4 +212,9 @@ def test_the_numbers_of_the_job_agree() -> None:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     ]
     assert int(grace) < pod["terminationGracePeriodSeconds"]
+    # A stop is no success: the others would be done, and the pod that comes anew alone.
+    words = container["command"]
+    assert int(words[words.index("--stopped-exit-code") + 1]) != 0
+    # With the first pod's store all others end.
+    assert spec["backoffLimit"] >= 4 * spec["completions"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it

@@ -28,7 +28,7 @@ from goku.recipe import Recipe, load_recipe
 from goku.requests import RequestDefaults, read_requests
 from goku.sampler import SampleConfig, decode, generate_share, load_for_sampling
 from goku.stages import run_recipe, states
-from goku.trainer import StopRequest
+from goku.stopping import StopRequest
 
 # What pip says when it reaches no index, and not when an index lacks the package.
 NO_INDEX = re.compile(

@@ -20,12 +20,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from goku.cli import main
 from goku.metrics import RunLog, read_log
 from goku.parallelize import parallel_context
 from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
 from goku.step_plan import StepPlanner
-from goku.trainer import Trainer, TrainingStopped, stop_signals
+from goku.stopping import TrainingStopped, stop_signals
+from goku.trainer import Trainer
 from goku_runtime import checkpoint
 
 
@@ -67,12 +69,12 @@ def _assert_same_state(ours: Trainer, theirs: Trainer) -> None:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """start(config): training as a process that does not outlive the test."""
     processes: list[subprocess.Popen[bytes]] = []
 
-    def run(config: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "goku.cli", "train", str(config)]
+    def run(config: Path, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "goku.cli", "train", str(config), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
         return processes[-1]
@@ -274,12 +276,14 @@ def test_a_stop_signal_finishes_the_step_and_exits_0(
 ) -> None:
     out = tmp_path / "signalled"
     config = write_config(out, train={"steps": 100000, "checkpoint_every": 0})
-    process = start(config)
+    # What a scheduler wants to hear.
+    code = 75 if number == signal.SIGINT else 0
+    process = start(config, *(("--stopped-exit-code", "75") if code else ()))
     _wait_for(out / "train.jsonl", lambda e: e["event"] == "step" and e["step"] >= 3, process)
     process.send_signal(number)
     # As torchrun passes on what was sent to all: heard twice, it is one stop. (Twice the same at once is once.)
     process.send_signal(signal.SIGINT if number == signal.SIGTERM else signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == code
     log = read_log(out / "train.jsonl")
     last = max(e["step"] for e in log if e["event"] == "step")
     assert log[-1]["event"] == "stop"
@@ -297,12 +301,12 @@ def test_a_second_signal_counts_after_a_while(
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         assert capfd.readouterr().err.count("stopping: what is under way is finished") == 1
-        monkeypatch.setattr("goku.trainer.SAME_STOP", 0.0)
+        monkeypatch.setattr("goku.stopping.SAME_STOP", 0.0)
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGINT)
         assert left.value.code == 128 + signal.SIGINT
     with stop_signals():  # what cleans up before the loop is not interrupted by the same signal
-        monkeypatch.setattr("goku.trainer.SAME_STOP", 60.0)
+        monkeypatch.setattr("goku.stopping.SAME_STOP", 60.0)
         with pytest.raises(SystemExit):
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -435,6 +439,27 @@ def test_failed_samples_do_not_stop_training(
     bad = _run(write_config(tmp_path / "t", train={"steps": 2, "sample_every": 1}))
     assert "sample_failed" in {e["event"] for e in read_log(bad.out / "train.jsonl")}
     _assert_same_state(good, bad)
+
+
+def test_a_disk_that_is_full_while_training_is_no_bad_input(
+    whole: Trainer,
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Exit code 1: begun again it goes on, which of bad input nobody should try."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "step_0000004")
+
+    config = write_config(tmp_path / "full")
+    with monkeypatch.context() as patched:
+        patched.setattr("goku.trainer.RunCheckpoints.save", full)
+        assert main(["train", str(config)]) == 1
+    assert capfd.readouterr().err.endswith("goku train: step_0000004: No space left on device\n")
+    assert main(["train", str(config)]) == 0
+    assert _steps(whole.out)[8]["loss"] == _steps(tmp_path / "full")[8]["loss"]
 
 
 def test_profile_writes_a_trace(write_config: Callable[..., Path], tmp_path: Path) -> None:
