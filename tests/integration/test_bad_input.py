@@ -224,7 +224,7 @@ def _flip_a_bit(path: Path) -> None:
     place = len(data) // 2
     if path.suffix == ".distcp":
         tensors = json.loads(path.with_name("index.json").read_bytes())["tensors"]
-        place = next(t["parts"][0][1] for name, t in tensors.items() if name.startswith("ema."))
+        place = next(t["places"][0][2] for name, t in tensors.items() if name.startswith("ema."))
     data[place] ^= 1
     path.write_bytes(bytes(data))
 

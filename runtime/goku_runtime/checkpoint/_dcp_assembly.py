@@ -84,19 +84,22 @@ def files(metadata: Metadata, collected: Collected) -> dict[str, bytes]:
 
 def _plan(metadata: Metadata, collected: Collected) -> GlobalPlan:
     entries: dict[str, TensorEntry] = {}
+    layouts: dict[tuple[Box, ...], Layout] = {}  # what is made of one serves all tensors cut alike
     for name, described in metadata.state_dict_metadata.items():
         if not isinstance(described, TensorStorageMetadata):
             continue
         parts = sorted(collected.parts.get(name, []))
         shape = tuple(described.size)
-        boxes = [box for box, _, _ in parts]
+        boxes = tuple(box for box, _, _ in parts)
         wrong = fault(shape, boxes)
         if wrong is not None:
             raise ValueError(f"{name} of shape {shape}: {wrong}")
         owners = torch.tensor([rank for _, rank, _ in parts], dtype=torch.int64, device="cpu")
         offsets = torch.tensor([at for _, _, at in parts], dtype=torch.int64, device="cpu")
+        if boxes not in layouts:
+            layouts[boxes] = Layout(boxes)
         entries[name] = TensorEntry(
-            name, described.properties.dtype, shape, owners, offsets, Layout(boxes),
+            name, described.properties.dtype, shape, owners, offsets, layouts[boxes],
             Replicas(owners[:, None]),
         )  # fmt: skip
     none = FileSum(0, 0)

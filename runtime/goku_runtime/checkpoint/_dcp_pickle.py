@@ -206,7 +206,7 @@ def pickled_metadata(
     counts = [len(kind.boxes) for kind in kinds]
     names = _column(name_numbers).repeat_interleave(_column(counts))
     within = list(chain.from_iterable(map(range, counts)))
-    records = list(chain.from_iterable(kind.lengths for kind in kinds))
+    records = torch.cat([kind.lengths for kind in kinds]) if kinds else _column([])
 
     chunk = _filled(chunk, {"offsets": _memo(starts), "sizes": _memo(lengths)})
     chunks, step = _rows(chunk, len(ranks))
@@ -217,9 +217,9 @@ def pickled_metadata(
     info = _filled(
         info,
         {
-            "relative_path": _memo(file_numbers[_column(ranks)]),
-            "offset": _number(_column(offsets)),
-            "length": _number(_column(records)),
+            "relative_path": _memo(file_numbers[ranks]),
+            "offset": _number(offsets),
+            "length": _number(records),
         },
     )
     storage, _ = _rows(index + info, len(ranks))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -153,15 +153,15 @@ class Kind:
 
     Attributes:
         boxes: those that are written, in the order of `TensorEntry.parts`.
-        lengths: bytes of each one's record.
-        heads: bytes of it before its payload.
-        written: whether each box of the layout is among `boxes`.
+        lengths: (boxes,) int64, bytes of each one's record.
+        heads: (boxes,) int64, bytes of it before its payload.
+        written: bool, whether each box of the layout is among `boxes`.
     """
 
     boxes: list[Box]
-    lengths: list[int]
-    heads: list[int]
-    written: list[bool]
+    lengths: Tensor
+    heads: Tensor
+    written: Tensor
 
     @classmethod
     def of(cls, dtype: torch.dtype, layout: Layout) -> Kind:
@@ -174,8 +174,9 @@ class Kind:
         written = [filled[box.size] for box in boxes]
         boxes = list(compress(boxes, written))
         found = [records[box.size] for box in boxes]
-        heads = [len(record.before) for record in found]
-        return cls(boxes, [record.length for record in found], heads, written)
+        lengths = _column([record.length for record in found])
+        heads = _column([len(record.before) for record in found])
+        return cls(boxes, lengths, heads, torch.tensor(written, dtype=torch.bool, device="cpu"))
 
 
 class Columns(NamedTuple):
@@ -184,13 +185,17 @@ class Columns(NamedTuple):
 
     Attributes:
         kinds: of each tensor; it says how many of the parts are the tensor's.
-        ranks: of each part.
-        offsets: where its record begins in that rank's file.
+        ranks: (parts,) int64.
+        offsets: (parts,) int64, where its record begins in that rank's file.
     """
 
     kinds: list[Kind]
-    ranks: list[int]
-    offsets: list[int]
+    ranks: Tensor
+    offsets: Tensor
+
+
+def _column(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 class GlobalPlan:
@@ -234,22 +239,21 @@ class GlobalPlan:
     def columns(self) -> Columns:
         """What `parts` of all entries say, in their order."""
         if not self.entries:
-            return Columns([], [], [])
+            return Columns([], _column([]), _column([]))
         entries = self.entries.values()
-        known: dict[tuple[int, torch.dtype], Kind] = {}
+        known: dict[tuple[Any, torch.dtype], Kind] = {}
         kinds = []
         for entry in entries:
-            key = (id(entry._layout), entry.dtype)
-            if key not in known:
-                known[key] = Kind.of(entry.dtype, entry._layout)
-            kinds.append(known[key])
-        owners = torch.cat([entry.owners for entry in entries]).tolist()
-        offsets = torch.cat([entry.offsets for entry in entries]).tolist()
-        written = list(chain.from_iterable(kind.written for kind in kinds))
-        ranks = list(compress(owners, written))
-        assert len(ranks) == len(owners) - owners.count(-1)
-        assert min(ranks, default=0) >= 0
-        return Columns(kinds, ranks, list(compress(offsets, written)))
+            # A tensor in one box: those of one shape are alike, whatever they were laid out by.
+            layout = entry.shape if len(entry._layout) == 1 else id(entry._layout)
+            if (layout, entry.dtype) not in known:
+                known[layout, entry.dtype] = Kind.of(entry.dtype, entry._layout)
+            kinds.append(known[layout, entry.dtype])
+        owners = torch.cat([entry.owners for entry in entries])
+        offsets = torch.cat([entry.offsets for entry in entries])
+        written = torch.cat([kind.written for kind in kinds])
+        assert torch.equal(written, owners >= 0)
+        return Columns(kinds, owners[written], offsets[written])
 
     def local(self, rank: int) -> Image:
         """The image of one rank of the group."""

@@ -256,7 +256,9 @@ class Checkpointer:
         """The same ranks with a Gloo group of their own."""
         group = self._ranks.new_gloo_group(self._options.timeout_s)
         self._groups.append(group)
-        return Ranks(group)
+        ranks = Ranks(group)
+        ranks.connect()
+        return ranks
 
     def _prepare(
         self,

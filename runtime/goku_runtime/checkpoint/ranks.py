@@ -111,6 +111,16 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def connect(self) -> None:
+        """Exchanges a first message of each kind, all ranks together.
+
+        With TORCH_GLOO_LAZY_INIT, without which thousands of ranks cannot make a group, the ranks of one connect
+        as they need to. One that ended before would be waited for as long as the group's timeout, two hours; of
+        one that is connected the end is seen at once.
+        """
+        self.gather(0)
+        self._largest(0)
+
     def together(self, step: Callable[[], T]) -> T:
         """Runs a step without collectives on every rank; either it succeeds on all or all raise.
 

@@ -96,11 +96,10 @@ class Stored:
         by_file: defaultdict[int, array.array[int]] = defaultdict(lambda: array.array("q"))
         for name, box, target in wanted:
             address, stored = target.data_ptr(), self.index.tensors[name]
-            first = stored.parts[0] if stored.parts else None
-            if first is not None and first.box == box and target.nbytes:
-                # As it was saved, which most loads are: one run, without a look at the others.
-                row = (first.offset, target.nbytes, 1, target.nbytes, address, target.nbytes)
-                by_file[first.file].extend(row)
+            same = stored.stored_as(box) if target.nbytes else None
+            if same is not None:  # which most loads are: one run, without a look at the others
+                row = (same.offset, target.nbytes, 1, target.nbytes, address, target.nbytes)
+                by_file[same.file].extend(row)
                 continue
             for run in stored.runs(box):
                 by_file[run.file].extend(

@@ -2,8 +2,8 @@
 
     golden_writer.py RANK STORE DIRECTORY
 
-With a new version of the format, or of torch: run it for both ranks and add the folder, named after both. Folders
-that are there are never written again.
+With a new version of the manifest, the index or torch: run it for both ranks and add the folder, named after
+them. Folders that are there are never written again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -73,6 +75,23 @@ def no_memory_to_warm(rank: int, world: int, root: str) -> None:
             saving.warm(state(1))
         staging.Memory.__init__ = real  # type: ignore[method-assign]
         saving.async_save(state(2), Path(root) / "c").result()
+
+
+def gone_before_the_first_message(rank: int, world: int, root: str) -> None:
+    """A process ends before its thread says anything in the group of the background, whose ranks connect
+    with the first message, as those of large groups do."""
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # of groups made from now on
+    saving = Checkpointer()
+    saving.warm(state(1))
+    if rank == 2:
+        Checkpointer._run = lambda *_: os._exit(9)  # type: ignore[method-assign, assignment]
+    began = time.monotonic()
+    try:
+        saving.async_save(state(1), Path(root) / "c").result()
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(3 if time.monotonic() - began < SECONDS else 4)
+    raise AssertionError("not missed")
 
 
 def a_placement_on_one_rank(rank: int, world: int, root: str) -> None:

@@ -18,17 +18,17 @@ from mutations import mutated_text
 from sealing import manifest_text
 
 from goku_runtime.checkpoint import CheckpointError, index, tree
+from goku_runtime.checkpoint._tilings import Tiling
 from goku_runtime.checkpoint.index import Index
 from goku_runtime.checkpoint.manifest import Manifest
 from goku_runtime.checkpoint.records import dtype_name
 
 GOLDEN = Path(__file__).with_name("golden")
-SIZES = {
-    name: entry["size"]
-    for name, entry in json.loads(
-        (GOLDEN / "version2-torch2.13" / "manifest.json").read_bytes()
-    )["files"].items()
-}  # fmt: skip
+SIZES: dict[str, int] = {}
+"""Bytes of the golden folders' files, the largest of each name."""
+for manifest in GOLDEN.glob("version2-*/manifest.json"):
+    for name, entry in json.loads(manifest.read_bytes())["files"].items():
+        SIZES[name] = max(SIZES.get(name, 0), entry["size"])
 
 # Memory that a parser may take for a file: `[{},{},...]` are 48 bytes for each byte, a traceback of a
 # thousand calls half a MiB.
@@ -85,21 +85,36 @@ class Parser:
 
 def content_of(found: Index) -> dict[str, Any]:
     """An index as JSON would have it: parsing must neither lose nor change anything."""
+    numbers = {id(tiling): number for number, tiling in enumerate(found.layouts)}
+    layouts = {} if found.version == 1 else {"layouts": list(map(_layout, found.layouts))}
+    tensors: dict[str, Any] = {}
+    for name, tensor in found.tensors.items():
+        if found.version == 1:
+            parts = [[f, at, list(box.start), list(box.size)] for f, at, box in tensor.parts]
+            where = {"shape": list(tensor.shape), "parts": parts}
+        else:
+            ends = [*tensor.firsts[1:], tensor.tiling.count]
+            counts = [end - first for first, end in zip(tensor.firsts, ends, strict=True)]
+            places = zip(counts, tensor.files, tensor.offsets, strict=True)
+            where = {"layout": numbers[id(tensor.tiling)], "places": list(map(list, places))}
+        tensors[name] = {"dtype": dtype_name(tensor.dtype), **where}
     return {
         "format": "goku-checkpoint-index",
-        "version": 1,
+        "version": found.version,
         "chunk": found.chunk,
         "writer": found.writer,
         "files": list(found.files),
-        "tensors": {
-            name: {
-                "dtype": dtype_name(tensor.dtype),
-                "shape": list(tensor.shape),
-                "parts": [[f, offset, list(box.start), list(box.size)] for f, offset, box in tensor.parts],
-            }
-            for name, tensor in found.tensors.items()
-        },
-    }  # fmt: skip
+        **layouts,
+        "tensors": tensors,
+    }
+
+
+def _layout(tiling: Tiling) -> dict[str, Any]:
+    if tiling.cuts is None:
+        boxes = [[list(box.start), list(box.size)] for box in tiling.boxes]
+        return {"shape": list(tiling.shape), "boxes": boxes}
+    cuts = [cut if isinstance(cut, int) else list(cut) for cut in tiling.cuts]
+    return {"shape": list(tiling.shape), "cuts": cuts}
 
 
 def same_json(data: bytes, content: Any) -> bool:
@@ -148,9 +163,11 @@ def resealed(data: bytes) -> bytes:
         return data
 
 
-def odd_index() -> bytes:
-    """Parts that are no grid, around one in the middle, and a tensor that is most of a file."""
+def odd_indices() -> list[bytes]:
+    """Of both versions: parts that are no grid, around one in the middle, and a tensor that is most of a file;
+    in the second also grids, cut evenly or not, and a scalar."""
     content = json.loads((GOLDEN / "version2-torch2.13" / "index.json").read_bytes())
+    assert content["version"] == 1
     wheel = [
         ([0, 0], [1, 2]),
         ([0, 2], [2, 1]),
@@ -160,16 +177,32 @@ def odd_index() -> bytes:
     ]
     parts = [[i % 2, 64 * i, start, size] for i, (start, size) in enumerate(wheel)]
     most = SIZES["__0_0.distcp"] - 64
-    content["tensors"] = {
+    tensors = {
         "wheel": {"dtype": "int8", "shape": [3, 3], "parts": parts},
         "most": {"dtype": "int8", "shape": [most], "parts": [[0, 64, [0], [most]]]},
     }
-    return json.dumps(content).encode()
+    first = content | {"tensors": tensors}
+    layouts = [
+        {"shape": [3, 3], "boxes": wheel},
+        {"shape": [most // 2], "cuts": [most // 2]},
+        {"shape": [7, 3], "cuts": [4, 3]},
+        {"shape": [5, 3], "cuts": [[0, 1], 3]},
+        {"shape": [], "cuts": []},
+    ]
+    spread = [[2, 0, 0], [1, 1, 64], [1, 0, 128], [1, 1, 192]]
+    places = {"wheel": spread, "half": [[1, 0, 64]], "rows": [[2, 0, 0]],
+              "uneven": [[1, 1, 64], [1, 0, 64]], "scalar": [[1, 1, 0]]}  # fmt: skip
+    tensors = {
+        name: {"dtype": "int8", "layout": number, "places": each}
+        for number, (name, each) in enumerate(places.items())
+    }
+    second = content | {"version": 2, "layouts": layouts, "tensors": tensors}
+    return [json.dumps(first).encode(), json.dumps(second).encode()]
 
 
 PARSERS = {
     "index": Parser(
-        "index.json", lambda data: index.parse(data, SIZES), faithful_index, more=(odd_index(),)
+        "index.json", lambda data: index.parse(data, SIZES), faithful_index, more=(*odd_indices(),)
     ),
     "manifest": Parser(
         "manifest.json", lambda data: Manifest.from_bytes(data, "c"), faithful_manifest, resealed

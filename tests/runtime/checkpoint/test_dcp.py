@@ -462,7 +462,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c" / "__0_0.distcp"
     manifest = Manifest.read(tmp_path / "c")
     sizes = {name: each.size for name, each in manifest.files.items()}
-    stored = parse((tmp_path / "c" / "index.json").read_bytes(), sizes).boxes("w")[0]
+    stored = parse((tmp_path / "c" / "index.json").read_bytes(), sizes).tensors["w"].parts[0]
     content = bytearray(path.read_bytes())
     content[stored.offset + 70000] ^= 4
     path.write_bytes(content)

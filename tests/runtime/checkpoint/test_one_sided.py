@@ -29,6 +29,12 @@ def test_all_ranks_learn_of_it(run_processes: Run, tmp_path: Path, case: str) ->
     run_processes(2, SCRIPT, (case, {"root": str(tmp_path)}))
 
 
+def test_a_process_that_ended_is_missed_at_once(run_processes: Run, tmp_path: Path) -> None:
+    """Not after the two hours of the group, nor after the time for connecting."""
+    case = ("gone_before_the_first_message", {"root": str(tmp_path)})
+    run_processes(4, SCRIPT, case, expect=[3, 3, 9, 3])
+
+
 def test_old_ones_that_cannot_be_removed_do_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

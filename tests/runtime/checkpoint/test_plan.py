@@ -119,11 +119,15 @@ def check_columns(plan: GlobalPlan) -> None:
     rows = [
         (box, length, head)
         for kind in kinds
-        for box, length, head in zip(kind.boxes, kind.lengths, kind.heads, strict=True)
+        for box, length, head in zip(
+            kind.boxes, kind.lengths.tolist(), kind.heads.tolist(), strict=True
+        )
     ]
     found = [
         (rank, box, offset, length, offset + head)
-        for (box, length, head), rank, offset in zip(rows, ranks, offsets, strict=True)
+        for (box, length, head), rank, offset in zip(
+            rows, ranks.tolist(), offsets.tolist(), strict=True
+        )
     ]
     parts = [part for entry in plan.entries.values() for part in entry.parts()]
     assert found == [(p.rank, p.box, p.offset, p.length, p.payload) for p in parts]

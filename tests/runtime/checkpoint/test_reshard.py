@@ -414,7 +414,7 @@ def test_other_splits_read_the_chunks_that_they_touch(large: tuple[Path, Tensor]
     found = read_box(path, box, whole)
     chunk = found.index.chunk
     touched: set[tuple[int, int]] = set()
-    for part in found.index.boxes("w"):
+    for part in found.index.tensors["w"].parts:
         for row in range(box.start[0], box.start[0] + box.size[0]):
             if part.box.start[0] <= row < part.box.start[0] + part.box.size[0]:
                 first = part.offset + ((row - part.box.start[0]) * 3072 + box.start[1]) * 4
