@@ -33,12 +33,19 @@ _LONGEST = 100
 
 @dataclass(frozen=True)
 class InspectedTensor:
-    """A tensor: dtype without `torch.`, shape, bytes, and where its parts lie."""
+    """A tensor: dtype without `torch.`, shape, bytes, and how many parts it has."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    places: list[Place]
+    parts: int
+    _name: str
+    _source: Source
+
+    @property
+    def places(self) -> list[Place]:
+        """Where its parts lie."""
+        return self._source.places(self._name)
 
 
 @dataclass
@@ -108,7 +115,7 @@ class Inspection:
                     "bytes": each.nbytes,
                     "parts": [[p.file, p.offset, p.box.start, p.box.size] for p in each.places]
                     if parts
-                    else len(each.places),
+                    else each.parts,
                 }
                 for name, each in self.tensors.items()
             },
@@ -153,7 +160,7 @@ class Inspection:
         for name, each in self.tensors.items():
             lines.append(
                 f"    {name:{width}}  {each.dtype:8} {shape_text(each.shape):20} "
-                f"{size_text(each.nbytes):>10}  {count_text(len(each.places), 'part')}"
+                f"{size_text(each.nbytes):>10}  {count_text(each.parts, 'part')}"
             )
             if parts:
                 lines += [f"      {_place_text(place)}" for place in each.places]
@@ -210,7 +217,7 @@ def inspect(path: str | os.PathLike[str], *, tensors: str | None = None) -> Insp
         if tensors is None or fnmatchcase(name, tensors):
             dtype = str(tensor.dtype).removeprefix("torch.")
             result.tensors[name] = InspectedTensor(
-                dtype, tensor.shape, tensor_bytes(tensor), source.places(name)
+                dtype, tensor.shape, tensor_bytes(tensor), source.parts(name), name, source
             )
     result.values = leaves(Flat(source.tree))
     return result

@@ -84,6 +84,10 @@ class Source(ABC):
         """The parts of a tensor: together all of it, each element once."""
 
     @abstractmethod
+    def parts(self, name: str) -> int:
+        """How many parts a tensor has: of thousands of ranks' `places` makes millions of objects."""
+
+    @abstractmethod
     def read(self, engine: Engine, wanted: Sequence[Wanted]) -> None:
         """Reads boxes, row-major, into uint8 tensors of as many bytes, aligned for their dtypes.
 
@@ -151,6 +155,9 @@ class _Version2(Source):
             for part in index.tensors[name].parts
         ]
 
+    def parts(self, name: str) -> int:
+        return self._stored.index.tensors[name].tiling.count
+
     def read(self, engine: Engine, wanted: Sequence[Wanted]) -> None:
         self._stored.read(engine, wanted)
 
@@ -182,6 +189,9 @@ class _Version1(Source):
             box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
             found.append(Place(where.relative_path, None, box))
         return found
+
+    def parts(self, name: str) -> int:
+        return len(self._chunks[name])
 
     def read(self, engine: Engine, wanted: Sequence[Wanted]) -> None:
         for name, box, target in wanted:

@@ -97,7 +97,8 @@ def test_small_tensors_can_stay_whole(saved: dict[str, Path], tmp_path: Path) ->
     reshard(saved["rows"], tmp_path / "c", ranks=4, whole_below=70001)
     check_contents(tmp_path / "c")
     source = Source.open(tmp_path / "c")
-    parts = {name: len(source.places(name)) for name in source.tensors}
+    parts = {name: source.parts(name) for name in source.tensors}
+    assert parts == {name: len(source.places(name)) for name in source.tensors}
     assert {name for name, count in parts.items() if count > 1} == {
         "model.big", "model.bytes", "ema.big",
     }  # fmt: skip
