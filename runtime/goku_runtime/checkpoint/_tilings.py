@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 
 import torch
 from torch import Tensor
@@ -178,6 +178,13 @@ class IndexTensor:
         at = bisect_right(self.firsts, number) - 1
         file = self.files[at] + number - self.firsts[at]
         return StoredPart(file, self.offsets[at], self.tiling.boxes[number])
+
+    def in_file(self, number: int) -> Iterator[StoredPart]:
+        """The parts that lie in a file."""
+        ends = chain(self.firsts[1:], (self.tiling.count,))
+        for first, end, file in zip(self.firsts, ends, self.files, strict=True):
+            if file <= number < file + end - first:
+                yield self.part(first + number - file)
 
     def stored_as(self, box: Box) -> StoredPart | None:
         """The part that holds a box and nothing else; None if there is none."""

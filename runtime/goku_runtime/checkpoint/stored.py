@@ -142,10 +142,9 @@ class Stored:
         """The tensors whose payloads lie at least partly in a piece of a data file."""
         number = self.index.files.index(name)
         for tensor, stored in self.index.tensors.items():
-            for part in stored.parts:
+            for part in stored.in_file(number):
                 size = part.box.volume * stored.dtype.itemsize
-                meets = part.offset < offset + length and offset < part.offset + size
-                if size and part.file == number and meets:
+                if size and part.offset < offset + length and offset < part.offset + size:
                     yield tensor
                     break
 

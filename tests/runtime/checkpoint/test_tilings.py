@@ -166,6 +166,8 @@ def test_boxes_of_a_row_of_files() -> None:
     assert [part.box for part in tensor.parts] == tiling.boxes
     assert tensor.stored_as(Box((4, 0), (2, 4))) == tensor.parts[2]
     assert tensor.stored_as(Box((4, 0), (2, 3))) is None
+    for file in range(11):
+        assert list(tensor.in_file(file)) == [part for part in tensor.parts if part.file == file]
     assert [part.file for part, _ in tensor.touching(Box((3, 1), (4, 2)))] == [8, 9, 2]
 
 
