@@ -33,7 +33,7 @@ from goku.metrics import RunLog, progress_bar
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 from goku.text import LazyTextEncoder, TextCache, TextEncoder, load_text_encoder
-from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae, vae_folder
+from goku.vae import GokuVAE, VideoVAE, has_vae, load_vae, train_vae
 from goku.vae_items import decode_vae_items
 from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
@@ -63,8 +63,7 @@ def prepare_vae(
     existing VAE nothing else matters to the run); FloatingPointError when the training diverges.
     """
     path = Path(config.vae.path)
-    # Its config.json is written last: a folder without one is a training that was cut off while it wrote.
-    absent = not (vae_folder(path) / "config.json").is_file()
+    absent = not has_vae(path)
     if absent and config.vae.train is None:
         raise ValueError(
             f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"

@@ -74,7 +74,13 @@ def _fill(
 
     from goku.caching import CacheSummary, Told, cache_latents, cache_text
     from goku.prepare import prepare_text, prepare_vae
+    from goku.run_folder import check_own_folders
+    from goku.vae import has_vae
 
+    # With all that it makes elsewhere, `out` is not written to.
+    inside = shared.cache_folder.is_relative_to(shared.out)
+    if inside or (what == "latents" and not has_vae(shared.vae.path)):
+        context.on_main(lambda: check_own_folders(shared))
     told = Told(context)
     if what == "text":
         text = prepare_text(shared, context)

@@ -139,6 +139,29 @@ def test_bad_config_keys_and_values(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command", [["train"], ["train", "--dry-run"], ["cache", "latents"], ["cache", "text"]]
+)
+def test_a_folder_of_other_things_is_refused_before_any_work(
+    command: list[str], write_config: WriteConfig, tmp_path: Path, capfd: Any
+) -> None:
+    """Of a run and of a recipe; nothing is put into it."""
+    home = tmp_path / "home"
+    (home / "Videos").mkdir(parents=True)
+    run = write_config(home, data={"cache": None})
+    tree = yaml.safe_load(run.read_text())
+    tree["sources"] = {"all": {"path": tree["data"].pop("path")}}
+    del tree["data"]["cache"]  # then in `out`
+    tree["stages"] = {"first": {"mix": {"all": {"image": 1}}}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    for config in (run, recipe):
+        assert main([*command, str(config)]) == 2
+        words = f"out is {home}, which holds other things (Videos) and nothing of goku; allowed: "
+        _assert_clear(capfd.readouterr().err, [f"goku {command[0]}: {words}"])
+        assert [path.name for path in home.rglob("*")] == ["Videos"]
+
+
 def test_operators_that_do_not_exist_are_named_before_any_work(
     write_config: WriteConfig, refused: Any, tmp_path: Path
 ) -> None:
