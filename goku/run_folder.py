@@ -21,6 +21,7 @@ from goku.run_config import RunConfig
 from goku.vae import has_vae
 
 __all__ = [
+    "check_cache",
     "check_not_foreign",
     "check_own_folders",
     "check_writable",
@@ -52,32 +53,50 @@ def check_writable(folder: Path, field: str = "out") -> None:
 
     field: what sets it, for the message.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise ValueError(
-            f"{field} is {folder}: {there} is no folder; allowed: a folder, there or not"
-        )
+    there = _nearest(folder, field)
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
             f"{field} is {folder}: {there} cannot be written to; allowed: a folder that can"
         )
 
 
+def _nearest(folder: Path, field: str) -> Path:
+    """What of `folder` and those above it is there. Raises ValueError where that is none."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(
+            f"{field} is {folder}: {there} is no folder; allowed: a folder, there or not"
+        )
+    return there
+
+
+def check_cache(config: RunConfig) -> None:
+    """Raises ValueError where the cache is no folder and could not be made. A full one may only be readable."""
+    if not config.cache_folder.is_dir():
+        check_writable(config.cache_folder, _cache_field(config))
+
+
+def _cache_field(config: RunConfig) -> str:
+    return "data.cache" if config.data.cache else "out"
+
+
 def check_own_folders(config: RunConfig) -> None:
-    """Before any work: raises what `check_writable` and `check_not_foreign` raise."""
+    """Before any work: raises what `check_writable`, `check_cache` and `check_not_foreign` raise."""
     for field, folder in _written(config):
         check_writable(folder, field)
+    check_cache(config)
     check_not_foreign(config)
 
 
 def check_not_foreign(config: RunConfig) -> None:
     """Raises ValueError where a run would put its files among others': where `out`, or the folder that a VAE is to be
-    trained into, holds something and nothing of this program.
+    trained into, holds something and nothing of this program. And where these or the cache are no folders.
 
     Hidden files, notes such as the run's YAML, and what the config itself names (data, a cache) do not count.
     """
+    _nearest(config.cache_folder, _cache_field(config))
     for field, folder in _written(config):
-        if not folder.is_dir() or any((folder / mark).exists() for mark in _MARKS):
+        if _nearest(folder, field) != folder or any((folder / mark).exists() for mark in _MARKS):
             continue
         known = _NAMES | _named_within(config, folder)
         others = sorted(
