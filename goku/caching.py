@@ -296,7 +296,7 @@ class _Shown:
         self._drawn = now
         done, nbytes = now
         seconds = time.monotonic() - self._begin
-        self._log.progress(done, _rate(done, self._total, nbytes if self._sized else None, seconds))
+        self._log.progress(done, _rate(done, nbytes if self._sized else None, seconds))
 
     def _add(self, items: int, nbytes: int) -> tuple[int, int]:
         """Add to the counters of the ranks but the main one; what they are then."""
@@ -310,9 +310,8 @@ class _Shown:
             return self._others
 
 
-def _rate(done: int, total: int, nbytes: int | None, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
-    text = f"{rate:.1f} items/s"
+def _rate(done: int, nbytes: int | None, seconds: float) -> str:
+    text = f"{done / max(seconds, 1e-9):.1f} items/s"
     if nbytes is not None:
         text += f", {nbytes / 1e6 / max(seconds, 1e-9):.2f} MB/s"
-    return text + (f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else "")
+    return text

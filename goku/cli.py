@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from goku.commands import cache, demo, doctor, export, sample, train
 from goku.stopping import in_words
-from goku_runtime.cli import add_ckpt, run_ckpt
+from goku_runtime.cli import add_ckpt, add_version, run_ckpt
 
 __all__ = ["VERBS", "main", "parser"]
 
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="goku", description="Joint image-video generation by rectified flow."
     )
+    add_version(root)
     verbs = root.add_subparsers(
         dest="verb", required=True, metavar="{" + ",".join([*VERBS, "ckpt"]) + "}"
     )

@@ -27,7 +27,7 @@ from goku.parallelize import (
 from goku.recipe import Recipe, Stage, draws
 from goku.run_config import RunConfig
 from goku.step_memory import StepMemory
-from goku.vae import is_causal, vae_folder
+from goku.vae import has_vae, is_causal, vae_folder
 from goku_runtime.sharding import memory_estimate
 
 __all__ = ["describe", "describe_recipe", "missing"]
@@ -250,7 +250,7 @@ def missing(config: RunConfig) -> list[str]:
     """What a run cannot begin without and does not have, a sentence each: a VAE that can be used, where none is to be
     trained, and the text encoder's folder."""
     lacks = []
-    if _has_vae(config):
+    if has_vae(config.vae.path):
         try:
             is_causal(config.vae.path)
         except ValueError as error:
@@ -268,10 +268,6 @@ def missing(config: RunConfig) -> list[str]:
     return lacks
 
 
-def _has_vae(config: RunConfig) -> bool:
-    return (vae_folder(config.vae.path) / "config.json").is_file()
-
-
 def _has_text(config: RunConfig) -> bool:
     return config.text.path is None or (Path(config.text.path) / "config.json").is_file()
 
@@ -283,7 +279,7 @@ def _data(config: RunConfig) -> str:
 
 
 def _vae(config: RunConfig) -> str:
-    if _has_vae(config):
+    if has_vae(config.vae.path):
         return str(vae_folder(config.vae.path))
     if config.vae.train is None:
         return f"{config.vae.path} holds none, and there is no vae.train to train one"

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,8 @@ __all__ = ["RunLog", "progress_bar", "read_log"]
 
 # Without a terminal (CI, a batch job) a line this often, in seconds, is enough to see that the run lives.
 _PLAIN_INTERVAL = 20.0
+# Seconds whose steps a bar's time left is reckoned from. rich's own half a minute knows none where a step takes longer.
+_RATE_SECONDS = 3600.0
 _BLOCK = 1 << 16
 
 
@@ -40,6 +43,7 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
         refresh_per_second=4,
+        speed_estimate_period=_RATE_SECONDS,
         disable=not console.is_terminal,
     )
 
@@ -80,6 +84,7 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         self._total, self._what = total_steps, what
         self._last_plain = 0.0
+        self._first: tuple[float, int] | None = None  # when which step was shown first
 
     def event(self, event: str, step: int, **fields: Any) -> None:
         """Append one event; numbers also go to TensorBoard when it is on."""
@@ -102,9 +107,11 @@ class RunLog:
                     self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def progress(self, step: int, info: str) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done, and the time left."""
         if self._file is None:
             return
+        now = time.monotonic()
+        self._first = self._first or (now, step)
         if self.console.is_terminal:
             if self._bar is None:
                 self._bar = progress_bar(self.console)
@@ -113,9 +120,17 @@ class RunLog:
                 )
                 self._bar.start()
             self._bar.update(self._task, completed=step, info=info)
-        elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL or step == self._total:
-            self._last_plain = time.monotonic()
-            self.message(f"{self._what} {step}/{self._total}  {info}")
+        elif now - self._last_plain >= _PLAIN_INTERVAL or step == self._total:
+            self._last_plain = now
+            self.message(f"{self._what} {step}/{self._total}{self._left(now, step)}  {info}")
+
+    def _left(self, now: float, step: int) -> str:
+        """The time left in words, by the steps since the first that was shown; nothing before there is a second one."""
+        began, first = self._first or (now, step)
+        if not first < step < self._total:
+            return ""
+        seconds = (now - began) / (step - first) * (self._total - step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def message(self, text: str) -> None:
         """A line for people, above the progress bar."""

@@ -132,6 +132,14 @@ class ParallelContext:
             return None
         return PackSharding(SequenceParallel(self.mesh.get_group("sp"), heads))
 
+    def pack_max(self, value: int) -> int:
+        """The largest `value` among the sp processes of this group, which call it together."""
+        if self.mesh is None or self.dims.sp == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.get_group("sp"))
+        return int(largest)
+
     def row(self, mine: Tensor) -> Tensor:
         """A tensor with a row of every process, of which each holds its own: (world, *mine.shape)."""
         if self.mesh is None:

@@ -11,7 +11,7 @@ from goku.data.sources import Source
 from goku.data.stage_report import CacheReport
 from goku.run_config import RunConfig
 from goku.text import load_tokenizer
-from goku.vae import is_causal, vae_folder
+from goku.vae import has_vae, is_causal
 
 __all__ = ["PredictedCache"]
 
@@ -32,7 +32,7 @@ class PredictedCache:
         """Why the caches cannot be filled: no VAE, no text encoder."""
         self.causal = True
         folder = Path(config.vae.path)
-        if (vae_folder(folder) / "config.json").is_file():
+        if has_vae(folder):
             try:
                 self.causal = is_causal(folder)
             except ValueError as error:

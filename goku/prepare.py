@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from goku.data import (
     DataConfig,
+    DataError,
     Dataset,
     ItemList,
     MixConfig,
@@ -27,20 +29,23 @@ from goku.data.item_list import LEFT_OUT
 from goku.data.listings import Listings, Scans
 from goku.data.manifest import scan
 from goku.data.record import counted, some
-from goku.data.sources import Scanner, check_listing
+from goku.data.sources import Scanner, check_listing, sources_of
 from goku.media_log import check_places
 from goku.metrics import RunLog, progress_bar
 from goku.parallelize import ParallelContext
+from goku.run_checkpoints import has_checkpoints
 from goku.run_config import RunConfig
 from goku.text import LazyTextEncoder, TextCache, TextEncoder, load_text_encoder
-from goku.vae import GokuVAE, VideoVAE, load_vae, train_vae, vae_folder
+from goku.vae import GokuVAE, VideoVAE, has_vae, load_vae, train_vae
 from goku.vae_items import decode_vae_items
 from goku.validation import Validator, read_validation
 from goku_runtime import checkpoint
 
 __all__ = [
+    "check_listed",
     "check_sources",
     "check_validation",
+    "dataset_fields",
     "mended_message",
     "prepare_datasets",
     "prepare_text",
@@ -63,15 +68,17 @@ def prepare_vae(
     existing VAE nothing else matters to the run); FloatingPointError when the training diverges.
     """
     path = Path(config.vae.path)
-    # Its config.json is written last: a folder without one is a training that was cut off while it wrote.
-    absent = not (vae_folder(path) / "config.json").is_file()
+    absent = not has_vae(path)
     if absent and config.vae.train is None:
         raise ValueError(
             f"vae.path is {path}, which holds no VAE; allowed: a VAE's folder, or give vae.train to train one"
         )
     if absent:
         context.on_main(lambda: _train(config, runs or (config,), context, path))
-    vae = load_vae(path, dtype=config.vae.dtype)
+    try:
+        vae = load_vae(path, dtype=config.vae.dtype)
+    except ValueError as error:
+        raise ValueError(f"vae.path: {error}") from error
     if vae.channels != config.vae.model.channels:
         raise ValueError(
             f"vae.path {path} holds a VAE with {vae.channels} latent channels, but vae.model.channels is "
@@ -186,6 +193,41 @@ def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> 
     context.on_main(lambda: check_places(tuple(places)))
 
 
+@contextmanager
+def dataset_fields(config: RunConfig) -> Iterator[None]:
+    """Within it a DataError of one of the run's datasets says in front which field names that: the data section itself
+    may be another one's, or a command's own."""
+    try:
+        yield
+    except DataError as error:
+        paths = {"data.path": config.data.path, "unseen": config.unseen}
+        sources = config.data.sources or {}
+        paths |= {f"sources.{name}.path": source.path for name, source in sources.items()}
+        for field, path in paths.items():
+            if path is not None and error.summary.startswith(
+                (f"{path}: ", f"{Path(path).expanduser().absolute()}: ")
+            ):
+                raise DataError(f"{field}: {error.summary}", error.problems) from error
+        raise
+
+
+def check_listed(config: RunConfig, context: ParallelContext, listings: Listings) -> None:
+    """Lists the datasets of a run, before minutes of work on a VAE, and of one that has begun what is held out alone.
+
+    listings: keeps what was found. Raises DataError, on every process, where one is not there or cannot be listed.
+    """
+
+    def look() -> None:
+        with dataset_fields(config):
+            if not has_checkpoints(Path(config.out)):
+                sources_of(config.data, listings.alone)
+            held_out = unseen_data(config, listings.alone)
+            if held_out is not None:
+                sources_of(held_out, listings.alone)
+
+    context.on_main(look)
+
+
 def check_sources(
     configs: Sequence[RunConfig],
     context: ParallelContext,
@@ -204,12 +246,12 @@ def check_sources(
 
     def look() -> None:
         for config in configs:
-            begun = any((Path(config.out) / "checkpoints").glob("step_*"))
-            if not begun and config not in carried:
-                check_listing(config.data, scans)
-            held_out = unseen_data(config, scans)
-            if held_out is not None:
-                list_records(held_out, scans)
+            with dataset_fields(config):
+                if not has_checkpoints(Path(config.out)) and config not in carried:
+                    check_listing(config.data, scans)
+                held_out = unseen_data(config, scans)
+                if held_out is not None:
+                    list_records(held_out, scans)
 
     context.on_main(look)
 

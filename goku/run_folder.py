@@ -14,22 +14,119 @@ from typing import Any
 import torch
 
 from goku import config as parser
+from goku.data.record import some
 from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
+from goku.vae import has_vae
 
-__all__ = ["check_writable", "locked", "profiler", "run_log", "write_config", "write_whole"]
+__all__ = [
+    "check_cache",
+    "check_not_foreign",
+    "check_own_folders",
+    "check_writable",
+    "locked",
+    "profiler",
+    "run_log",
+    "write_config",
+    "write_whole",
+]
+
+# What a run, a recipe and a VAE's training leave in their folders, but for what counts as notes.
+_NAMES = frozenset(
+    (
+        "cache", "checkpoints", "items.json.gz", "model.safetensors", "profile", "quarantine.jsonl", "recipe.jsonl",
+        "samples", "stages", "tensorboard", "train.jsonl", "vae", "vae.jsonl", "validation", "wandb", "wandb_id",
+    )
+)  # fmt: skip
+# Of these, what no other program would leave.
+_MARKS = (
+    ".lock", "cache/latents", "cache/text", "checkpoints/latest", "items.json.gz", "recipe.jsonl", "train.jsonl",
+    "vae.jsonl",
+)  # fmt: skip
+# What lies beside a run before it begins: its config and cases, and what a shell or a scheduler writes.
+_NOTES = frozenset((".err", ".json", ".log", ".md", ".out", ".sh", ".txt", ".yaml", ".yml"))
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ValueError where `folder` is none and could not be made, or not written to; makes and changes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise ValueError(f"out is {folder}: {there} is no folder; allowed: a folder, there or not")
+def check_writable(folder: Path, field: str = "out") -> None:
+    """Raises ValueError where `folder` is none and could not be made, or not written to; makes and changes nothing.
+
+    field: what sets it, for the message.
+    """
+    there = _nearest(folder, field)
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
-            f"out is {folder}: {there} cannot be written to; allowed: a folder that can"
+            f"{field} is {folder}: {there} cannot be written to; allowed: a folder that can"
         )
+
+
+def _nearest(folder: Path, field: str) -> Path:
+    """What of `folder` and those above it is there. Raises ValueError where that is none."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(
+            f"{field} is {folder}: {there} is no folder; allowed: a folder, there or not"
+        )
+    return there
+
+
+def check_cache(config: RunConfig) -> None:
+    """Raises ValueError where the cache is no folder and could not be made. A full one may only be readable."""
+    if not config.cache_folder.is_dir():
+        check_writable(config.cache_folder, _cache_field(config))
+
+
+def _cache_field(config: RunConfig) -> str:
+    return "data.cache" if config.data.cache else "out"
+
+
+def check_own_folders(config: RunConfig) -> None:
+    """Before any work: raises what `check_writable`, `check_cache` and `check_not_foreign` raise."""
+    for field, folder in _written(config):
+        check_writable(folder, field)
+    check_cache(config)
+    check_not_foreign(config)
+
+
+def check_not_foreign(config: RunConfig) -> None:
+    """Raises ValueError where a run would put its files among others': where `out`, or the folder that a VAE is to be
+    trained into, holds something and nothing of this program. And where these or the cache are no folders.
+
+    Hidden files, notes such as the run's YAML, and what the config itself names (data, a cache) do not count.
+    """
+    _nearest(config.cache_folder, _cache_field(config))
+    for field, folder in _written(config):
+        if _nearest(folder, field) != folder or any((folder / mark).exists() for mark in _MARKS):
+            continue
+        known = _NAMES | _named_within(config, folder)
+        others = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.name[0] != "." and path.name not in known
+            if path.suffix.lower() not in _NOTES or path.is_dir()
+        )
+        if others:
+            raise ValueError(
+                f"{field} is {folder}, which holds other things ({some(others)}) and nothing of goku; allowed: a new "
+                "or an empty folder, or that of an earlier run"
+            )
+
+
+def _written(config: RunConfig) -> list[tuple[str, Path]]:
+    """The folders that a run writes to, each with the field that names it."""
+    folders = [("out", Path(config.out))]
+    if config.vae.train is not None and not has_vae(config.vae.path):
+        folders.append(("vae.path", Path(config.vae.path)))
+    return folders
+
+
+def _named_within(config: RunConfig, folder: Path) -> set[str]:
+    """What lies in `folder` and is named in the config, or holds something that is."""
+    data, top = config.data, folder.resolve()
+    sources = [source.path for source in (data.sources or {}).values()]
+    paths = [data.path, data.cache, config.unseen, config.vae.path, config.text.path, *sources]
+    inner = [Path(path).resolve() for path in paths if path is not None]
+    return {path.relative_to(top).parts[0] for path in inner if top in path.parents}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How training ends before its last step: by a signal, or because it cannot go on."""
+"""How long work ends before its end: by a signal, or, in training, because it cannot go on."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ passes on to its workers what it gets. Each worker hears of one stop twice, and 
 
 
 _STOPPING = (
-    b"\ngoku train: stopping: what is under way is finished and a checkpoint written; another signal, five seconds "
-    b"later or more, leaves without\n"
+    "goku train: stopping: what is under way is finished and a checkpoint written; another signal, five seconds later "
+    "or more, leaves without"
 )
 
 
 class StopRequest(threading.Event):
-    """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process."""
+    """Set by SIGTERM or SIGINT. graceful: the loop looks at it between steps; otherwise a signal ends the process.
+    number: of the signal that set it, or 0."""
 
     graceful = False
+    number = 0
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(acknowledged: str = _STOPPING) -> Iterator[StopRequest]:
     """What SIGTERM and SIGINT do inside: while training, finish the step, write a checkpoint and return.
+
+    acknowledged: the line on standard error that a signal is answered with while the loop looks at the request.
 
     Before the loop (a VAE in training, latents being encoded), or at a second signal, the process leaves at once by
     SystemExit(128 + signal), which cleans up half-written files on its way. Signals within `SAME_STOP` seconds of one
@@ -54,11 +58,12 @@ def stop_signals() -> Iterator[StopRequest]:
         counted = now
         if request.is_set() or not request.graceful:
             raise SystemExit(128 + number)
+        request.number = number
         request.set()
         if os.environ.get("RANK", "0") == "0":
             # Not `print`, which the signal may have interrupted; and who reads it may be gone (`| tee`, a terminal).
             with suppress(OSError):
-                os.write(2, _STOPPING)
+                os.write(2, f"\n{acknowledged}\n".encode())
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

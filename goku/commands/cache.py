@@ -73,19 +73,27 @@ def _fill(
     from dataclasses import asdict
 
     from goku.caching import CacheSummary, Told, cache_latents, cache_text
-    from goku.prepare import prepare_text, prepare_vae
+    from goku.prepare import dataset_fields, prepare_text, prepare_vae
+    from goku.run_folder import check_cache, check_own_folders
+    from goku.vae import has_vae
 
+    # With all that it makes elsewhere, `out` is not written to.
+    inside = shared.cache_folder.is_relative_to(shared.out)
+    if inside or (what == "latents" and not has_vae(shared.vae.path)):
+        context.on_main(lambda: check_own_folders(shared))
+    context.on_main(lambda: check_cache(shared))
     told = Told(context)
+    parts = []
     if what == "text":
         text = prepare_text(shared, context)
-        parts = [
-            cache_text(config, context, text, told, stage=name) for name, config in configs.items()
-        ]
+        for name, config in configs.items():
+            with dataset_fields(config):
+                parts.append(cache_text(config, context, text, told, stage=name))
     else:
-        vae = prepare_vae(shared, context, runs)
-        parts = [
-            cache_latents(config, context, vae, told, stage=name)
-            for name, config in configs.items()
-        ]
+        with dataset_fields(shared):
+            vae = prepare_vae(shared, context, runs)
+        for name, config in configs.items():
+            with dataset_fields(config):
+                parts.append(cache_latents(config, context, vae, told, stage=name))
     if context.is_main:
         print(json.dumps({"cache": what} | asdict(sum(parts, CacheSummary()))), flush=True)

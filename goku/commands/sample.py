@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from goku.given import Encoded
+    from goku.parallelize import ParallelContext
     from goku.requests import Request
     from goku.sampler import SampleConfig
     from goku.text import TextEncoder
@@ -28,7 +30,14 @@ HELP = """examples:
   goku sample runs/i2v/stages/i2v --image first.png --prompt "the boat leaves" --frames 49 --guidance 5
   goku sample exported/first --prompts shots.json --method ab2 --guidance 5 --guidance-interval 0.1 0.8
   goku sample --show samples/0000_shot_seed0.mp4    how a file was made
-  torchrun --nproc-per-node 2 -m goku.cli sample runs/first --prompts prompts.txt"""
+  torchrun --nproc-per-node 2 -m goku.cli sample runs/first --prompts prompts.txt
+
+SIGTERM or Ctrl-C ends it at the next sampling step, with exit code 143 or 130; what was written stays."""
+
+_STOPPING = (
+    "goku sample: stopping at the next sampling step; what is being decoded is still written; another signal, five "
+    "seconds later or more, leaves at once"
+)
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -141,7 +150,6 @@ def run(args: argparse.Namespace) -> int:
     if args.run is None:
         args.usage_error("the following arguments are required: run")
     from goku.given import check_given, encode_given
-    from goku.media_files import file_stem
     from goku.metrics import RunLog, progress_bar
     from goku.parallelize import ParallelDims, parallel_context
     from goku.precision import autocast_dtype
@@ -155,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         read_trained,
         save_media,
     )
+    from goku.stopping import stop_signals
 
     if args.fps is not None and args.fps < 1:
         raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
@@ -178,7 +187,11 @@ def run(args: argparse.Namespace) -> int:
             f"--sp is {args.sp}; allowed: 1 to {tokens}, the tokens of a sample of this size"
         )
     # Every process holds the whole model: nothing is sharded but the tokens.
-    with parallel_context(args.device, dims=ParallelDims(sp=args.sp)) as context:
+    joined = parallel_context(args.device, dims=ParallelDims(sp=args.sp))
+    with (
+        joined as context, stop_signals(_STOPPING) as stop,
+        _told_when_stopped([_stem(*case) for case in cases], context) as written,
+    ):  # fmt: skip
         settings = replace(settings, precision=autocast_dtype("auto", context.device))
         if context.is_main and about.path != args.run and about.path.parents[1] != args.run:
             # A recipe's folder: its last stage is meant.
@@ -207,23 +220,61 @@ def run(args: argparse.Namespace) -> int:
 
             def on_step(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
+                # Who shares a sample leaves at the same step; one that left alone would be waited for.
+                if number := context.pack_max(stop.number):
+                    raise SystemExit(128 + number)
+
+            stop.graceful = True
 
             for index, video in generate_share(
                 loaded, requests, settings, context, on_step, given=given,
                 prompts=lambda strings: [prompts[string] for string in strings],
             ):  # fmt: skip
                 row, shown = cases[index]
-                stem = f"{row:04d}_{file_stem(shown.prompt[:40])}_seed{shown.seed}"
                 metadata = describe(
                     requests[index], settings, step=about.step, fps=usual_fps,
                     checkpoint=about.checkpoint_id, weights=about.weights, dtype=about.dtype,
                 )  # fmt: skip
                 fps = shown.fps or usual_fps
+                stem = _stem(row, shown)
                 path = save_media(video, args.out / stem, fps, metadata, overwrite=args.overwrite)
+                written.append(stem)
                 print(f"{path}  {shown.prompt}", flush=True)
                 if 0 in given[index]:
                     print(_first_frame(loaded, requests[index], given[index][0], video), flush=True)
+        if stop.is_set():  # in the last sample, behind its steps
+            raise SystemExit(128 + stop.number)
     return 0
+
+
+@contextmanager
+def _told_when_stopped(stems: Sequence[str], context: ParallelContext) -> Iterator[list[str]]:
+    """Of the files of these stems those that were written are put into the list that it gives. Where a signal ends the
+    block, a line says how many that are, and which are not there."""
+    from goku.data.record import counted, some
+
+    written: list[str] = []
+    try:
+        yield written
+    except SystemExit:
+        mine = stems[context.pack_rank :: context.packs]
+        left = mine[len(written) :]  # they are drawn in their order
+        if context.leads_pack:  # who writes
+            who = f"rank {context.rank}: " if context.packs > 1 else ""
+            rest = f"; not {some(left)}" if left else ""
+            print(
+                f"goku sample: {who}stopped: {len(written)} of {counted(len(mine), 'sample')} written{rest}",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
+def _stem(row: int, request: Request) -> str:
+    """The file's name without its ending."""
+    from goku.media_files import file_stem
+
+    return f"{row:04d}_{file_stem(request.prompt[:40])}_seed{request.seed}"
 
 
 def _asked(

@@ -46,7 +46,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--dry-run",
         action="store_true",
         help="print the resolved run or the stages, size and memory, and stop, with 2 where the VAE or the text "
-        "encoder is missing, or `out` holds another run; does not look at the data",
+        "encoder is missing, `out` holds another run or other things, or the validation's file cannot be used; does "
+        "not look at the data",
     )
     train.add_argument(
         "--stopped-exit-code",
@@ -65,13 +66,19 @@ def run(args: argparse.Namespace) -> int:
     """Does it; returns the exit code."""
     from goku.recipe import is_recipe, load_recipe
     from goku.run_config import load_run_config
+    from goku.run_folder import check_not_foreign
+    from goku.validation import read_validation
 
     if is_recipe(args.config):
         recipe = load_recipe(args.config, args.overrides)
         if args.dry_run:
             from goku.dry_run import describe_recipe
 
-            return _shown(describe_recipe(recipe, args.stage), recipe.vae)
+            code = _shown(describe_recipe(recipe, args.stage), recipe.vae)
+            check_not_foreign(recipe.vae)
+            for stage in recipe.stages:
+                read_validation(stage.config)
+            return code
         return _train_recipe(recipe, args.stage, args.profile, args.stopped_exit_code)
     if args.stage is not None:
         raise ValueError(
@@ -83,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
         from goku.run_checkpoints import check_resumable
 
         code = _shown(describe(config), config)
+        check_not_foreign(config)
         check_resumable(config)
+        read_validation(config)
         return code
     return _train_run(config, args.profile, args.stopped_exit_code)
 
@@ -100,10 +109,17 @@ def _shown(report: str, config: RunConfig) -> int:
 
 
 def _train_run(config: RunConfig, profile: bool, stopped: int) -> int:
+    from goku.data.listings import Listings
     from goku.parallelize import check_kernels, check_policies, parallel_context
-    from goku.prepare import check_validation, prepare_datasets, prepare_vae, prepare_validator
+    from goku.prepare import (
+        check_listed,
+        check_validation,
+        prepare_datasets,
+        prepare_vae,
+        prepare_validator,
+    )
     from goku.run_checkpoints import check_resumable
-    from goku.run_folder import check_writable
+    from goku.run_folder import check_own_folders
     from goku.stopping import stop_signals
     from goku.trainer import Trainer
 
@@ -111,11 +127,14 @@ def _train_run(config: RunConfig, profile: bool, stopped: int) -> int:
         # A frame of its own: what refers to process groups is gone before they are destroyed.
         # Before the hours that latents may take.
         check_kernels(config.kernels, context)
-        context.on_main(lambda: check_writable(Path(config.out)))
+        context.on_main(lambda: check_own_folders(config))
         context.on_main(lambda: check_resumable(config))
         check_validation([config], context)
+        listings = Listings(context.from_main)
+        check_listed(config, context, listings)
         vae = prepare_vae(config, context)
-        training, unseen, text = prepare_datasets(config, context, vae)
+        training, unseen, text = prepare_datasets(config, context, vae, listings=listings)
+        listings.forget()
         validator = prepare_validator(config, context, vae, text)
         trainer = Trainer(config, context, training, vae, text, unseen, validator=validator)
         return _exit_code(lambda: trainer.run(stop, profile), stopped)
@@ -128,6 +147,7 @@ def _train_run(config: RunConfig, profile: bool, stopped: int) -> int:
 
 def _train_recipe(recipe: Recipe, only: str | None, profile: bool, stopped: int) -> int:
     from goku.parallelize import check_kernels, check_policies, parallel_context
+    from goku.run_folder import check_own_folders
     from goku.stages import run_recipe
     from goku.stopping import stop_signals
 
@@ -143,6 +163,7 @@ def _train_recipe(recipe: Recipe, only: str | None, profile: bool, stopped: int)
     with joined as context, stop_signals() as stop:
         for stage in recipe.stages:
             check_kernels(stage.config.kernels, context)
+        context.on_main(lambda: check_own_folders(recipe.vae))
         return _exit_code(
             lambda: run_recipe(recipe, context, stop, only=only, profile=profile), stopped
         )

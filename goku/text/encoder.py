@@ -198,7 +198,12 @@ def load_text_encoder(config: TextConfig, *, device: torch.device | str = "cpu")
         architecture = (config.tiny_dim, config.tiny_layers, config.tiny_heads)
         identity = f"goku tiny T5 v1 over bytes {architecture}"
     else:
-        model, tokenize, identity = _pretrained(Path(config.path), dtype)
+        if not Path(config.path).is_dir():
+            raise ValueError(no_folder(config.path))
+        try:
+            model, tokenize, identity = _pretrained(Path(config.path), dtype)
+        except ValueError as error:
+            raise ValueError(f"text.path: {error}") from error
     model.set_attn_implementation("eager")  # one formula on every machine, no choice of kernels
     torch.nn.Module.to(model, device=device, dtype=dtype)
     return T5TextEncoder(
@@ -210,6 +215,12 @@ def load_text_encoder(config: TextConfig, *, device: torch.device | str = "cpu")
     )
 
 
+def no_folder(path: str) -> str:
+    """What is said of a `text.path` that is none."""
+    allowed = "the folder of a T5 encoder, or none for the built-in one"
+    return f"text.path is {path}, which is not a folder; allowed: {allowed}"
+
+
 def load_tokenizer(config: TextConfig) -> Callable[[str], list[int]]:
     """The token ids that the encoder of `config` makes of a prompt, uncut; its weights are not read.
 
@@ -218,7 +229,7 @@ def load_tokenizer(config: TextConfig) -> Callable[[str], list[int]]:
     if config.path is None:
         return ByteTokenizer()
     if not Path(config.path).is_dir():
-        raise ValueError(f"text encoder path {config.path!r} is not a folder")
+        raise ValueError(no_folder(config.path))
     if not (Path(config.path) / "config.json").is_file():
         raise ValueError(f"text encoder in {config.path!r} cannot be loaded: it has no config.json")
     return partial(_tokenize, _tokenizer(Path(config.path)))
@@ -276,8 +287,6 @@ def _pretrained(
     from safetensors import SafetensorError
     from transformers import T5EncoderModel
 
-    if not folder.is_dir():
-        raise ValueError(f"text encoder path {str(folder)!r} is not a folder")
     architecture = _read_json(folder / "config.json")
     if architecture.get("model_type") != "t5":
         raise ValueError(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from goku.text.encoder import T5TextEncoder, TextConfig, load_text_encoder
+from goku.text.encoder import T5TextEncoder, TextConfig, load_text_encoder, no_folder
 
 # Part of every key: raise it when the stored facts or what a fingerprint covers change.
 _FORMAT = "goku-encoder-1"
@@ -51,7 +51,7 @@ class LazyTextEncoder:
         self._path: Path | None = None
         if config.path is not None:
             if not Path(config.path).is_dir():
-                raise ValueError(f"text encoder path {config.path!r} is not a folder")
+                raise ValueError(no_folder(config.path))
             if directory is not None:
                 self._path = Path(directory) / f"{_key(config)}.json"
                 self._facts = _read(self._path)

@@ -32,6 +32,12 @@ def vae_folder(directory: str | os.PathLike[str]) -> Path:
     return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
 
 
+def has_vae(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is a VAE in `directory` (see `vae_folder`). Its config.json is written last: a folder without one
+    is a training that was cut off while it wrote."""
+    return (vae_folder(directory) / CONFIG).is_file()
+
+
 def load_vae(
     directory: str | os.PathLike[str], *, dtype: VAEDtype = "auto"
 ) -> GokuVAE | DiffusersVAE:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["add_ckpt", "main", "parser", "run_ckpt"]
+__all__ = ["add_ckpt", "add_version", "main", "parser", "run_ckpt"]
 
 _SHARED = """PATH is a checkpoint, or a folder of them or of a run, of which the latest is taken."""
 
@@ -52,8 +52,35 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="goku-runtime", description="Goku's training runtime: tools for its checkpoints."
     )
+    add_version(root)
     add_ckpt(root.add_subparsers(dest="verb", required=True, metavar="{ckpt}"))
     return root
+
+
+def add_version(root: argparse.ArgumentParser) -> None:
+    """Adds `--version` to a command line: its name, and the version of the installed package."""
+    root.add_argument("--version", action=_Version, nargs=0, help="print name and version")
+
+
+class _Version(argparse.Action):
+    """As argparse's own, which wants the text before anybody asks for it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            # None where the package is being installed again at this very moment.
+            found = version("goku") or "unknown version"
+        except PackageNotFoundError:
+            found = "unknown version (used from a source tree, not installed)"
+        print(f"{parser.prog} {found}")
+        parser.exit()
 
 
 def add_ckpt(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,5 +1,6 @@
 """The run log: events survive a kill, a torn line does not spoil what follows."""
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from goku import metrics
 from goku.metrics import RunLog, read_log
@@ -60,6 +62,34 @@ def test_other_ranks_write_nothing(tmp_path):
     log.progress(1, "")
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_without_a_terminal_say_the_time_left(tmp_path, monkeypatch, capsys):
+    """By the steps since the first one shown: a resumed run begins in the middle, and the first step warms up."""
+    now = 1000.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    log = RunLog(tmp_path / "t.jsonl", total_steps=3000)
+    for step, seconds in ((1000, 0.0), (1100, 100.0), (1101, 1.0), (3000, 400.0)):
+        now += seconds
+        log.progress(step, "loss 1")
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "train 1000/3000  loss 1",
+        "train 1100/3000  0:31:40 left  loss 1",
+        "train 3000/3000  loss 1",
+    ]
+
+
+def test_a_bar_knows_the_time_left_of_steps_that_take_minutes():
+    now = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True)
+    bar = metrics.progress_bar(console)
+    bar.get_time = lambda: now
+    task = bar.add_task("train", total=10, info="")
+    for step in (1, 2, 3):
+        now += 90.0
+        bar.update(task, completed=step)
+    assert bar.tasks[0].time_remaining == 7 * 90
 
 
 def test_tensorboard_gets_the_numbers(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from goku import trained
+from goku import sampler, trained
 from goku.cli import main
 from goku.media_files import file_stem, read_metadata
+from goku.model import GokuTransformer
 from goku.sampler import load_for_sampling
 from goku.text import LazyTextEncoder
 from goku.vae import GokuVAE
@@ -295,6 +298,82 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(
     assert _sample(run, out, *size, "--steps", 3, "--overwrite") == 0
     assert sorted(path.name for path in out.iterdir()) == ["0000_p_seed0.png", "0000_p_seed0_2.png"]
     assert read_metadata(out / "0000_p_seed0.png")["steps"] == 3
+
+
+def _signal_at(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, at: int
+) -> list[int]:
+    """This process gets the signal in the call `at` (from 1) of owner.name; the list has an entry for every call."""
+    calls: list[int] = []
+    wrapped = getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if calls[-1] == at:
+            os.kill(os.getpid(), number)
+        return wrapped(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_a_signal_ends_it_at_the_next_step(
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In the first step of the second of three: the first stays, nothing of the others is there."""
+    run, out = trained_run(), tmp_path / "out"
+    steps = _signal_at(monkeypatch, GokuTransformer, "forward", signal.SIGINT, at=3)
+    with pytest.raises(SystemExit) as left:
+        _sample(run, out, "--count", 3, "--steps", 2)
+    assert left.value.code == 130
+    assert len(steps) == 3
+    assert [path.name for path in out.iterdir()] == ["0000_p_seed0.png"]
+    assert read_metadata(out / "0000_p_seed0.png")["steps"] == 2
+    acknowledged, said = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert acknowledged.startswith("goku sample: stopping at the next sampling step; ")
+    assert said == ("goku sample: stopped: 1 of 3 samples written; not 0000_p_seed1, 0000_p_seed2")
+
+
+def test_a_signal_before_the_steps_and_behind_the_last(
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run, out = trained_run(), tmp_path / "out"
+    for owner, name, said in (
+        (trained.checkpoint, "load", "0 of 1 sample written; not 0000_p_seed0"),
+        (sampler, "decode", "1 of 1 sample written"),
+    ):
+        assert not out.exists()
+        with monkeypatch.context() as patch:
+            _signal_at(patch, owner, name, signal.SIGTERM, at=1)
+            with pytest.raises(SystemExit) as left:
+                _sample(run, out)
+        assert left.value.code == 143
+        assert capfd.readouterr().err.splitlines()[-1] == f"goku sample: stopped: {said}"
+    assert [path.name for path in out.iterdir()] == ["0000_p_seed0.png"]
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_sample_are_stopped_together(
+    trained_run: Callable[..., Path],
+    tmp_path: Path,
+    run_processes: Callable[..., str],
+    free_port: Callable[[], int],
+) -> None:
+    out = tmp_path / "out"
+    arguments: dict[str, object] = {
+        "run": str(trained_run()), "out": str(out), "port": free_port()
+    }  # fmt: skip
+    script = Path(__file__).with_name("sampler_processes.py")
+    printed = run_processes(2, script, ("stop_one", arguments), backend="none")
+    assert "goku sample: stopped: 1 of 2 samples written; not 0000_p_seed1" in printed
+    assert printed.count("stopped: ") == 1
+    assert [path.name for path in out.iterdir()] == ["0000_p_seed0.png"]
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(

@@ -139,6 +139,82 @@ def test_bad_config_keys_and_values(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command", [["train"], ["train", "--dry-run"], ["cache", "latents"], ["cache", "text"]]
+)
+def test_a_folder_of_other_things_is_refused_before_any_work(
+    command: list[str], write_config: WriteConfig, tmp_path: Path, capfd: Any
+) -> None:
+    """Of a run and of a recipe; nothing is put into it."""
+    home = tmp_path / "home"
+    (home / "Videos").mkdir(parents=True)
+    run = write_config(home, data={"cache": None})
+    tree = yaml.safe_load(run.read_text())
+    tree["sources"] = {"all": {"path": tree["data"].pop("path")}}
+    del tree["data"]["cache"]  # then in `out`
+    tree["stages"] = {"first": {"mix": {"all": {"image": 1}}}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    for config in (run, recipe):
+        assert main([*command, str(config)]) == 2
+        words = f"out is {home}, which holds other things (Videos) and nothing of goku; allowed: "
+        _assert_clear(capfd.readouterr().err, [f"goku {command[0]}: {words}"])
+        assert [path.name for path in home.rglob("*")] == ["Videos"]
+
+
+_NO_DATASET = "no such file or folder; allowed: a folder, or a .jsonl"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.path=DIR/absent"], f"data.path: DIR/absent: {_NO_DATASET}"),
+        (["data.path=DIR/file"], "data.path: DIR/file: is no dataset; allowed: a folder, or a "),
+        (["unseen=DIR/absent"], f"unseen: DIR/absent: {_NO_DATASET}"),
+        (
+            ["data.path=null", "data.sources={a: {path: DIR/absent}}"],
+            f"sources.a.path: DIR/absent: {_NO_DATASET}",
+        ),
+        # Before a VAE is trained.
+        (["data.path=DIR/absent", "vae={path: DIR/new, train: {}}"], "data.path: DIR/absent: no "),
+        (["unseen=DIR/absent", "vae={path: DIR/new, train: {}}"], "unseen: DIR/absent: no such "),
+        (["text.path=DIR/absent"], "text.path is DIR/absent, which is not a folder; allowed: the "),
+        (["text.path=DIR/broken"], "text.path: DIR/broken/config.json cannot be read: "),
+        (["vae.path=DIR/absent"], "vae.path is DIR/absent, which holds no VAE; allowed: a VAE's "),
+        (["vae.path=DIR/broken"], "vae.path: DIR/broken/config.json is damaged or truncated: "),
+        (
+            ["vae={path: DIR/file, train: {}}"],
+            "vae.path is DIR/file: DIR/file is no folder; allowed: a folder, there or not",
+        ),
+        (["data.cache=DIR/file"], "data.cache is DIR/file: DIR/file is no folder; allowed: a "),
+        (["data.cache=DIR/file/in"], "data.cache is DIR/file/in: DIR/file is no folder; allowed: "),
+        (["out=DIR/file"], "out is DIR/file: DIR/file is no folder; allowed: a folder, there or "),
+        (
+            ["validation.file=DIR/absent", "validation.every=1"],
+            "validation.file is DIR/absent, which cannot be read (No such file or directory); allowed: ",
+        ),
+    ],
+)
+def test_a_wrong_path_is_named_with_its_field(
+    overrides: list[str], said: str, write_config: WriteConfig, tmp_path: Path, capfd: Any
+) -> None:
+    """By a dry run as well, but for the data, at which it does not look, and what a text encoder's folder holds."""
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    config = write_config(tmp_path / "out")
+    words = [word.replace("DIR", str(tmp_path)) for word in [said, *overrides]]
+    looked_at = not said.startswith(("data.path", "unseen", "sources", "text.path: "))
+    for dry in [[], ["--dry-run"]][: 1 + looked_at]:
+        assert main(["train", str(config), *words[1:], *dry]) == 2
+        error = capfd.readouterr().err
+        if dry and said.startswith("text.path"):
+            words[0] = f"text.path is {tmp_path}/absent, which holds no text encoder; allowed: "
+        _assert_clear(error, [f"goku train: {words[0]}"])
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "new").exists()
+
+
 def test_operators_that_do_not_exist_are_named_before_any_work(
     write_config: WriteConfig, refused: Any, tmp_path: Path
 ) -> None:

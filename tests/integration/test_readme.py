@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import goku_kernels
 from goku import cli
 from goku.dry_run import describe, describe_recipe
 from goku.recipe import is_recipe, load_recipe
@@ -45,6 +46,16 @@ def test_python_examples_run(code: str, tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_operator_is_named() -> None:
+    """And how its work is counted, by the names of one."""
+    operators = [name for name in goku_kernels.__all__ if name.islower()]
+    assert {str(each).split(".")[1] for each in goku_kernels.OPERATORS} <= set(operators)
+    counts = [name for name in operators if name.endswith(("_flops", "_bytes"))]
+    named = [*set(operators).difference(counts), "adaln_modulate_flops", "adaln_modulate_bytes"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in named if f"`{name}`" not in readme] == []
 
 
 def _commands() -> list[str]:

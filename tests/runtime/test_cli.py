@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -36,6 +37,30 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n    {command} " in printed
+
+
+@pytest.mark.parametrize(("main", "name"), [(cli.main, "goku-runtime"), (goku.cli.main, "goku")])
+def test_the_version_is_that_of_the_installed_package(
+    main: object, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions: dict[str, str | None] = {"goku": "1.2.3"}
+
+    def version(package: str) -> str | None:
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert _exit_code(main, "--version") == 0
+    versions["goku"] = None  # being installed again
+    assert _exit_code(main, "--version") == 0
+    versions.clear()
+    assert _exit_code(main, "--version") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} 1.2.3",
+        f"{name} unknown version",
+        f"{name} unknown version (used from a source tree, not installed)",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

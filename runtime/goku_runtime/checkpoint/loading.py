@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ S = TypeVar("S", version1.Version1, Version2)
 
 # Of what does not fit, how much an error shows: a prefix too many is thousands of keys.
 _SHOWN = 10
+# A line of `_tensor_problems` whose two dtypes differ, whatever the shapes.
+_OTHER_DTYPE = re.compile(r": (torch\.\w+) \([\d, ]*\) was saved, (?!\1 )torch\.")
 
 
 def load(
@@ -211,19 +214,21 @@ def _matched(
     if problems:
         text = "; ".join(problems[:_SHOWN])
         more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
-        raise ValueError(f"{directory} does not fit the state: {text}{more}{_hints(problems)}")
+        raise ValueError(
+            f"{directory} does not fit the state: {text}{more}{_hints(problems, convert)}"
+        )
     return own[0]
 
 
-def _hints(problems: list[str]) -> str:
-    """What helps against some of them."""
+def _hints(problems: list[str], convert: bool) -> str:
+    """What helps against some of them, and was not asked for."""
     found = []
     if any(each.endswith(": unexpected") for each in problems):
         found.append(
             "partial=True leaves out what the state has no key for (an optimizer has its moments only "
             "after a step: torch.distributed.checkpoint.state_dict.get_state_dict makes them)"
         )
-    if any("was saved" in each for each in problems):
+    if not convert and any(_OTHER_DTYPE.search(each) for each in problems):
         found.append("convert=True accepts other dtypes")
     return f" ({'; '.join(found)})" if found else ""
 

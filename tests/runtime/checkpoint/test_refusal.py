@@ -176,6 +176,21 @@ def test_all_misfits_are_named_at_once(saved: Path) -> None:
         assert words in str(caught.value)
 
 
+def test_the_hint_of_other_dtypes_stands_where_one_differs(saved: Path) -> None:
+    """Beside another shape, or another kind, `convert` would change nothing."""
+    half = torch.float16
+    for state, convert, hinted in (
+        (with_tensor("w", torch.zeros(3, 2)), False, False),
+        ({**zeros(), "step": {"x": 1}}, False, False),
+        (with_tensor("w", torch.zeros(2, 3, dtype=half)), False, True),
+        (with_tensor("w", torch.zeros(6, dtype=half)), False, True),
+        (with_tensor("w", torch.zeros(6, dtype=half)), True, False),  # asked for already
+    ):
+        with pytest.raises(ValueError, match="does not fit the state") as caught:
+            load(state, saved, convert=convert)
+        assert ("(convert=True accepts other dtypes)" in str(caught.value)) == hinted
+
+
 def test_what_fits_is_loaded(saved: Path) -> None:
     state = zeros()
     load(state, saved)
