@@ -39,7 +39,9 @@ _NAMES = frozenset(
         "samples", "stages", "tensorboard", "train.jsonl", "vae", "vae.jsonl", "validation", "wandb", "wandb_id",
     )
 )  # fmt: skip
-# Of these, what no other program would leave.
+# What a job's script may have made before: a scheduler wants the folder of its output to be there.
+_LOGS = frozenset(("log", "logs"))
+# Of `_NAMES`, what no other program would leave.
 _MARKS = (
     ".lock", "cache/latents", "cache/text", "checkpoints/latest", "items.json.gz", "recipe.jsonl", "train.jsonl",
     "vae.jsonl",
@@ -98,7 +100,7 @@ def check_not_foreign(config: RunConfig) -> None:
     for field, folder in _written(config):
         if _nearest(folder, field) != folder or any((folder / mark).exists() for mark in _MARKS):
             continue
-        known = _NAMES | _named_within(config, folder)
+        known = _NAMES | _LOGS | _named_within(config, folder)
         others = sorted(
             path.name
             for path in folder.iterdir()

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from goku_runtime._version import own_version
+
 __all__ = ["add_ckpt", "add_version", "main", "parser", "run_ckpt"]
 
 _SHARED = """PATH is a checkpoint, or a folder of them or of a run, of which the latest is taken."""
@@ -72,13 +74,7 @@ class _Version(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            # None where the package is being installed again at this very moment.
-            found = version("goku") or "unknown version"
-        except PackageNotFoundError:
-            found = "unknown version (used from a source tree, not installed)"
+        found = own_version() or "unknown version (used from a source tree, not installed)"
         print(f"{parser.prog} {found}")
         parser.exit()
 

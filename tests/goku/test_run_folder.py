@@ -76,7 +76,7 @@ def _put(folder: Path, *names: str) -> None:
     [
         (),
         (".bashrc", ".cache/"),
-        ("run.yaml", "cases.json", "train.LOG", "slurm-7.out", "caption.txt"),
+        ("run.yaml", "cases.json", "train.LOG", "slurm-7.out", "caption.txt", "logs/7.bin"),
         ("vae/config.json", "samples/"),
         ("checkpoints/latest", "thesis.pdf"),  # begun before such folders were refused
         ("cache/latents/", "holiday.mp4"),

@@ -58,7 +58,7 @@ def test_the_version_is_that_of_the_installed_package(
     assert _exit_code(main, "--version") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{name} 1.2.3",
-        f"{name} unknown version",
+        f"{name} unknown version (used from a source tree, not installed)",
         f"{name} unknown version (used from a source tree, not installed)",
     ]
 

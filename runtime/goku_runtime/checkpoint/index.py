@@ -14,12 +14,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
+from goku_runtime._version import own_version
 from goku_runtime.checkpoint._entries import Kind
 from goku_runtime.checkpoint._index_fields import Bad, fields, integer, listed, short, string
 from goku_runtime.checkpoint._index_layouts import PlaceReader, read_layout
@@ -83,7 +83,7 @@ def to_json(plan: GlobalPlan, *, chunk: int = CHUNK) -> bytes:
     ]  # fmt: skip
     writer = {
         "torch": torch.__version__,
-        "goku_runtime": _own_version(),
+        "goku_runtime": own_version() or "unknown",
         "ranks": plan.world,
         "meshes": meshes,
     }
@@ -147,14 +147,6 @@ def _places(
 
 def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _own_version() -> str:
-    try:
-        # None where the package is being installed again at this very moment.
-        return version("goku") or "unknown"
-    except PackageNotFoundError:  # used from a source tree
-        return "unknown"
 
 
 # --- reading ----------------------------------------------------------------------------------------
