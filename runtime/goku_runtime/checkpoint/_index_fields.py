@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from goku_runtime.checkpoint.records import DTYPES
+
 __all__ = [
     "AXES",
     "MOST",
@@ -15,6 +19,7 @@ __all__ = [
     "listed",
     "short",
     "sides_text",
+    "stored_dtype",
     "string",
 ]
 
@@ -61,6 +66,14 @@ def string(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise Bad(f"{field}: {short(value)}; must be a string")
     return value
+
+
+def stored_dtype(value: Any, field: str) -> torch.dtype:
+    """The dtype of a tensor, by its name."""
+    dtype = DTYPES.get(string(value, field))
+    if dtype is None:
+        raise Bad(f"{field}: {short(value)}; allowed: {', '.join(DTYPES)}")
+    return dtype
 
 
 def check_shape(value: Any, field: str) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from goku_runtime.checkpoint._index_fields import (
     listed,
     short,
     sides_text,
-    string,
+    stored_dtype,
 )
 from goku_runtime.checkpoint._tilings import Cut, IndexTensor, Tiling
 from goku_runtime.checkpoint.records import DTYPES
@@ -133,9 +133,7 @@ class PlaceReader:
             return single
         field = f"tensors[{short(name)}]"
         kind, layout, places = fields(value, field, "dtype", "layout", "places")
-        dtype = DTYPES.get(string(kind, f"{field}.dtype"))
-        if dtype is None:
-            raise Bad(f"{field}.dtype: {short(kind)}; allowed: {', '.join(DTYPES)}")
+        dtype = stored_dtype(kind, f"{field}.dtype")
         tiling = self._tilings[integer(layout, f"{field}.layout", 0, len(self._tilings) - 1)]
         nbytes = math.prod(tiling.shape) * dtype.itemsize
         if nbytes > self._left:

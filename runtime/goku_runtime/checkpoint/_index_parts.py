@@ -19,7 +19,7 @@ from goku_runtime.checkpoint._index_fields import (
     listed,
     short,
     sides_text,
-    string,
+    stored_dtype,
 )
 from goku_runtime.checkpoint._tilings import IndexTensor, Tiling
 from goku_runtime.checkpoint.records import DTYPES
@@ -68,9 +68,7 @@ class PartReader:
             return single
         field = f"tensors[{short(name)}]"
         kind, sides, entries = fields(value, field, "dtype", "shape", "parts")
-        dtype = DTYPES.get(string(kind, f"{field}.dtype"))
-        if dtype is None:
-            raise Bad(f"{field}.dtype: {short(kind)}; allowed: {', '.join(DTYPES)}")
+        dtype = stored_dtype(kind, f"{field}.dtype")
         shape = check_shape(sides, f"{field}.shape")
         rows = listed(entries, f"{field}.parts")
         tiling, files, offsets = self._parts(rows, f"{field}.parts", shape, dtype.itemsize)

@@ -128,6 +128,14 @@ def faithful_index(data: bytes, found: Index) -> None:
         assert sum(box.volume for box in boxes) == math.prod(tensor.shape)
 
 
+def outcome(data: bytes, sizes: Mapping[str, int]) -> Any:
+    """The content of an index, or what is wrong with it."""
+    try:
+        return content_of(index.parse(data, sizes))
+    except CheckpointError as error:
+        return str(error)
+
+
 def refused_or_faithful(data: bytes, sizes: Mapping[str, int]) -> None:
     try:
         found = index.parse(data, sizes)

@@ -32,7 +32,7 @@ from goku_runtime.checkpoint.plan import (
 sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
 from indices import MESH, PLAN, SIZES, delete, set_at, sizes_of, small_plan
 from mutations import mutated
-from parsers import content_of, refused_or_faithful
+from parsers import content_of, outcome, refused_or_faithful
 
 TEXT = to_json(PLAN)
 
@@ -171,6 +171,12 @@ BIG = 1 << 62
         (set_at("more")(1), "index: unknown field 'more'"),
         (set_at("chunk")(0), "chunk: 0"),
         (set_at("chunk")(4097), "chunk: 4097; must be a multiple of 4096"),
+        (set_at("writer")([]), "writer: a list of 0; must be an object"),
+        (set_at("writer", "ranks")(0), "writer.ranks: 0"),
+        (set_at("writer", "torch")(2), "writer.torch: 2; must be a string"),
+        (set_at("writer", "meshes", 0, "dims", 0)(["r"]), r"writer.meshes\[0\].dims: a list of 1"),
+        (set_at("writer", "meshes", 0, "x")(1), r"writer.meshes\[0\]: unknown field 'x'"),
+        (set_at("files")({}), "files: a dict of 0; must be a list"),
         (set_at("files", 1)("../up"), r"files\[1\]: '../up' is no file of the checkpoint"),
         (set_at("files", 1)("__0_0.distcp"), "files: a name is there twice"),
         (set_at("layouts")({}), "layouts: a dict of 0; must be a list"),
@@ -368,18 +374,10 @@ def test_mutations_are_refused_or_taken_as_they_are(draw: random.Random) -> None
 def test_what_is_said_does_not_depend_on_the_way(draw: random.Random) -> None:
     """Tensors in one part are read in a way of their own: the other way gives the same."""
     data = json.dumps(mutated(wheel(), draw)).encode()
-    found = outcome(data)
+    found = outcome(data, SIZES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("goku_runtime.checkpoint._index_layouts.PlaceReader._single", lambda *_: None)
-        assert outcome(data) == found
-
-
-def outcome(data: bytes) -> Any:
-    """The content of an index, or what is wrong with it."""
-    try:
-        return content_of(parse(data, SIZES))
-    except CheckpointError as error:
-        return str(error)
+        assert outcome(data, SIZES) == found
 
 
 @settings(max_examples=400)
