@@ -7,16 +7,14 @@ it leaves in Triton's cache is what a launch of the same operator in any process
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +26,7 @@ from bench.candidates import Row, direction, function, options
 from bench.forecast import Work, streams, work
 from bench.machine_code import Loop, main_loop
 from bench.packs import CPU_PACKS
+from goku.workers import Lost, ordered_map
 from goku_kernels.triton import configs
 
 # In one pool's processes; more than this many would each import torch and wait for memory.
@@ -236,54 +235,23 @@ def everywhere(
 ) -> list[Result]:  # fmt: skip
     """do(task) of every task in processes of their own, in the tasks' order.
 
-    A compiler that aborts takes its process along: what was under way then runs again, each task
-    alone, and a task that ends its process once more is answered by crashed(task).
+    A compiler that aborts takes its process along: the task runs again alone, and one that ends its
+    process once more is answered by crashed(task).
     """
-    found: dict[int, Result] = {}
     began = time.monotonic()
-    waiting = dict(enumerate(tasks))
-    while waiting:
-        begun = _pool(do, waiting, workers(), found)
-        for i in begun:
-            _pool(do, {i: tasks[i]}, 1, found)
-            if i not in found:
-                found[i] = crashed(tasks[i])
-        left = {i: task for i, task in waiting.items() if i not in found}
-        if len(left) == len(waiting):  # no process lives long enough to begin anything
-            found |= {i: crashed(task) for i, task in left.items()}
-            left = {}
-        waiting = left
+    done = ordered_map(
+        functools.partial(_alone, do), tasks, name=lambda task: f"{task!r:.200}", workers=workers(),
+        ahead=len(tasks), preload=["bench.ahead", "bench.absent_gpu"],
+    )  # fmt: skip
+    found = [
+        crashed(task) if isinstance(result, Lost) else result
+        for task, result in zip(tasks, done, strict=True)
+    ]
     say(f"{len(tasks)} {what} in {time.monotonic() - began:.1f} s by {workers()} processes")
-    return [found[i] for i in range(len(tasks))]
+    return found
 
 
-def _pool(
-    do: Callable[[Task], Result], tasks: dict[int, Task], count: int, found: dict[int, Result]
-) -> list[int]:
-    """Fill `found`; the tasks that were under way when a process of the pool died."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.ahead", "bench.absent_gpu"])
-    with tempfile.TemporaryDirectory() as folder:
-        pool = ProcessPoolExecutor(min(count, len(tasks)), mp_context=context, initializer=_alone)
-        futures = {}
-        with pool:
-            with contextlib.suppress(BrokenProcessPool):  # the first may die before the last is in
-                for i, task in tasks.items():
-                    futures[i] = pool.submit(_noted, do, task, i, folder)
-            for i, future in futures.items():
-                try:
-                    found[i] = future.result()
-                except BrokenProcessPool:
-                    continue
-        begun = {int(path.name) for path in Path(folder).iterdir()}
-    return [i for i in tasks if i in begun and i not in found]
-
-
-def _noted(do: Callable[[Task], Result], task: Task, i: int, folder: str) -> Result:
-    (Path(folder) / str(i)).touch()
-    return do(task)
-
-
-def _alone() -> None:
-    """One thread a process: there are as many processes as processors."""
+def _alone(do: Callable[[Task], Result], task: Task) -> Result:
+    """do(task) in one thread: there are as many processes as processors."""
     torch.set_num_threads(1)
+    return do(task)

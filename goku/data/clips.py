@@ -14,7 +14,7 @@ from goku.data.filler import record_name
 from goku.data.latents import Plan, plan_of
 from goku.data.media import Decoded
 from goku.data.record import Record, counted
-from goku.data.workers import ordered_map
+from goku.workers import ordered_map
 
 
 def decode_all(

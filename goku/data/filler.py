@@ -21,8 +21,8 @@ from goku.data.media import Decoded
 from goku.data.media_source import check_file, stored_in
 from goku.data.record import Record
 from goku.data.transform import Geometry
-from goku.data.workers import ordered_map
 from goku.vae import VideoVAE
+from goku.workers import ordered_map
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after every item of this rank's share."""

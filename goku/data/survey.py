@@ -24,7 +24,7 @@ from goku.data.media_source import check_file, media_size, open_media, stored_in
 from goku.data.record import Record
 from goku.data.sources import Source, sources_of
 from goku.data.transform import SNAP, Geometry
-from goku.data.workers import Lost, ordered_map
+from goku.workers import Lost, ordered_map
 
 _BLOCK = 1 << 20
 

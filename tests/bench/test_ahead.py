@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -105,39 +104,6 @@ def test_a_task_that_ends_its_process_is_found_and_the_others_are_done():
     done = ahead.everywhere(eval, tasks, lambda task: f"crashed: {task[:10]}", said.append)
     assert done == [2, "crashed: __import__", 4, "aa", 6]
     assert said[0].startswith("5 compiled in ")
-
-
-class Slowly(dict):
-    """Gives its second item 2 s after the first one's process began to end."""
-
-    def __init__(self, tasks, ending):
-        super().__init__(tasks)
-        self.ending = ending
-
-    def items(self):
-        first, *others = super().items()
-        yield first
-        end = time.monotonic() + 120
-        while not self.ending.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(2)
-        yield from others
-
-
-@pytest.mark.slow
-def test_a_process_may_end_before_all_tasks_are_handed_over(tmp_path):
-    ending = tmp_path / "ending"
-    tasks = [
-        f"__import__('pathlib').Path({str(ending)!r}).touch() or __import__('os')._exit(3)",
-        "2",
-    ]
-    found = {}
-    assert ahead._pool(eval, Slowly(enumerate(tasks), ending), 2, found) == [0]
-    assert found == {}
-    assert ahead.everywhere(eval, tasks, lambda task: "crashed", lambda words: None) == [
-        "crashed",
-        2,
-    ]
 
 
 def test_candidates_are_sensible_and_have_the_shipped_one():

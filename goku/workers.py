@@ -1,0 +1,287 @@
+"""`ordered_map`: a function over many items in worker processes, results in the items' order.
+
+At most `ahead` items are in flight or finished and waiting, which bounds memory. Results do not
+depend on the number of workers, since each is a function of its item alone.
+
+The standard library's ProcessPoolExecutor is not used: up to Python 3.11 a worker's death can hang
+it for ever where a task is being handed over at that moment (docs/log.md, 2026-11-23), and the death
+costs every other task in flight.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+__all__ = ["Lost", "WorkersLost", "ordered_map"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Seconds until a process that has closed its connection is killed; one that died takes none of them.
+_ENDING_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Stands for the result of an item whose worker process died; `reason` says so."""
+
+    reason: str
+
+
+class WorkersLost(RuntimeError):
+    """No worker process comes up: nothing can be said of any item."""
+
+
+def ordered_map(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    name: Callable[[T], str],
+    workers: int,
+    ahead: int | None = None,
+    preload: Sequence[str] | None = None,
+) -> Iterator[R | Lost]:
+    """Yield function(item) for every item, in order.
+
+    workers: processes; 0 uses one thread of this process. ahead: the window, default 2 * workers.
+    preload: modules that the server of all processes imports, each of which is then forked from it in
+    milliseconds; default the function's own. What an earlier call of this process gave holds.
+
+    A process that dies (a decoder's crash, the out-of-memory killer) costs only its own item: that is
+    run again with nothing beside it, and gives `Lost` if it kills that process too. Any other
+    exception in a worker is raised here, with a note naming the item. WorkersLost is raised when a
+    process ends before it takes an item.
+
+    function and items must be picklable, and a script's entry point guarded by
+    ``if __name__ == "__main__"``: processes are started afresh (forkserver), never forked from a
+    process that already has threads or a device. When this is left, they are killed at whatever they do.
+    """
+    ahead = max(1, 2 * workers if ahead is None else ahead)
+    processes = _Processes(preload=_modules(function) if preload is None else preload)
+    call = functools.partial(processes.call, function) if workers else function
+    threads = ThreadPoolExecutor(max(1, min(workers, len(items))))
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    position = 0
+    try:
+        while waiting or position < len(items):
+            while position < len(items) and len(waiting) < ahead:
+                waiting.append((items[position], threads.submit(call, items[position])))
+                position += 1
+            item, future = waiting.popleft()
+            if isinstance(future.exception(), _Died):
+                # Alone, since what all held together may be more than the machine has.
+                wait([other for _, other in waiting])
+                processes.end()
+                future = threads.submit(call, item)
+                if lost := _lost(future.exception()):
+                    yield lost
+                    continue
+            yield _result(item, future, name)
+    finally:
+        processes.close()
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _lost(error: BaseException | None) -> Lost | None:
+    """What the death of the process that had an item to itself makes of the item."""
+    if isinstance(error, _NotUp):
+        raise WorkersLost(
+            f"a worker process ended before its first item ({error}); is the script's entry point "
+            'guarded by `if __name__ == "__main__"`?'
+        )
+    if isinstance(error, _Died):
+        return Lost(f"the worker process died on it ({error}): a decoder's crash, or out of memory")
+    return None
+
+
+def _result(item: T, future: Future[R], name: Callable[[T], str]) -> R:
+    error = future.exception()
+    if error is not None:
+        error.add_note(f"while working on {name(item)}")
+        raise error
+    return future.result()
+
+
+def _modules(function: Callable[..., Any]) -> list[str]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = function.__module__
+    return [] if module in (None, "__main__") else [module]
+
+
+# ---- the processes, seen from their parent ----
+
+
+class _Died(Exception):
+    """The process that a call was given to ended; says how."""
+
+
+class _NotUp(_Died):
+    """It did so before it took anything."""
+
+
+class _InWorker(Exception):
+    """The cause of an exception that came from a process: where it was raised there."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: ForkServerProcess
+    connection: Connection
+
+    def end(self) -> str:
+        """Wait for it to end, and say how it did."""
+        self.connection.close()
+        self.process.join(_ENDING_SECONDS)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"signal {-code}, {signal.strsignal(-code)}"
+        return f"exit code {code}"
+
+
+class _Processes:
+    """Processes that each serve one thread at a time, as many as threads call at once."""
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+        self._closed = False
+        # Else the interpreter would wait at its end for processes that nobody closed.
+        weakref.finalize(self, _kill, self._all)
+
+    def call(self, function: Callable[[T], R], item: T) -> R:
+        """function(item) by one of the processes. Raises what it raises, or _Died."""
+        message = ForkingPickler.dumps((function, item))
+        worker = self._take()
+        try:
+            worker.connection.send_bytes(message)
+            answer = worker.connection.recv_bytes()
+        except BaseException as error:  # a message may have gone through in part
+            how = self._remove(worker)
+            if isinstance(error, EOFError | OSError):
+                raise _Died(how) from error
+            raise
+        try:
+            result, raised, trace = ForkingPickler.loads(answer)
+        finally:
+            self._give_back(worker)
+        if raised is not None:
+            raise raised from _InWorker(trace)
+        return result
+
+    def end(self) -> None:
+        """End those that have nothing to do."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            self._remove(worker)
+
+    def close(self) -> None:
+        """Kill all of them; who still waits for one gets _Died."""
+        with self._lock:
+            self._closed = True
+            _kill(self._all)
+        self.end()
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            if self._closed:
+                raise _Died("closed")
+            if self._idle:
+                return self._idle.pop()
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, dict(os.environ)))
+            with theirs:
+                process.start()
+            worker = _Worker(process, ours)
+            self._all.add(worker)
+        try:
+            worker.connection.recv_bytes()  # it is up
+        except (EOFError, OSError) as error:
+            raise _NotUp(self._remove(worker)) from error
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(worker)
+                return
+        self._remove(worker)
+
+    def _remove(self, worker: _Worker) -> str:
+        with self._lock:  # held also by what starts one, which looks after all that ended
+            self._all.discard(worker)
+            return worker.end()
+
+
+def _kill(workers: set[_Worker]) -> None:
+    for worker in list(workers):
+        if worker.process.is_alive():  # its number may be another's by now
+            worker.process.kill()
+
+
+# ---- in a process ----
+
+
+def _serve(parent: Connection, environment: dict[str, str]) -> None:
+    """Answers (function, item) with (result, exception, traceback) until nobody asks."""
+    os.environ.clear()  # the server's is that of the time when it began
+    os.environ.update(environment)
+    # An interrupt, or a job's end, is the parent's to handle.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent.send_bytes(b"up")
+    while True:
+        try:
+            message = parent.recv_bytes()
+        except EOFError:
+            return
+        parent.send_bytes(_answer(message))
+
+
+def _answer(message: bytes) -> memoryview:
+    try:
+        function, item = ForkingPickler.loads(message)
+        return ForkingPickler.dumps((function(item), None, ""))
+    except Exception as error:  # noqa: BLE001 - all of them are raised where the item was asked for
+        trace = "".join(traceback.format_exception(error))
+        try:
+            answer = ForkingPickler.dumps((None, error, trace))
+            ForkingPickler.loads(answer)
+        except Exception as reason:  # noqa: BLE001 - an exception's own constructor may raise any
+            plain = RuntimeError(
+                f"{type(error).__name__}: {error} (cannot be handed over: {reason})"
+            )
+            return ForkingPickler.dumps((None, plain, trace))
+        return answer
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot close its processes; one that is at work would go on without it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
