@@ -83,6 +83,9 @@ def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) ->
         # complete before is still there.
         print(f"goku {args.verb}: {in_words(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before its work began, which answers signals itself
+        print(f"goku {args.verb}: interrupted", file=sys.stderr)
+        return 130
     except FloatingPointError as error:  # the VAE's training diverged
         print(f"goku {args.verb}: {error}", file=sys.stderr)
         return 1

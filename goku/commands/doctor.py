@@ -72,8 +72,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does it; returns the exit code."""
+    from goku.stopping import stop_signals
+
     is_config = args.dataset.suffix.lower() in _CONFIG_SUFFIXES
-    with _shown() as progress:
+    with stop_signals(), _shown() as progress:
         report = _recipe(args, progress) if is_config else _dataset(args, progress)
     if args.html is not None:
         from goku.data.html_report import write_html

@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     from goku.export import export_run
     from goku.metrics import RunLog, progress_bar
+    from goku.stopping import stop_signals
 
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    with progress_bar(RunLog(None, total_steps=0).console) as bar:
+    # A folder half-written is removed on the way out.
+    with stop_signals(), progress_bar(RunLog(None, total_steps=0).console) as bar:
         task = bar.add_task("export", total=None, info="bytes")
         about = export_run(
             args.run, args.out, weights=args.weights, dtype=dtype, text_encoder=args.text_encoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,24 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return out
 
     return make
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """signal_at(owner, name, number, at=N): this process gets the signal in the call N (from 1) of owner.name; the list
+    has an entry for every call."""
+
+    def patch(owner: Any, name: str, number: int, *, at: int) -> list[int]:
+        calls: list[int] = []
+        wrapped = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(len(calls) + 1)
+            if calls[-1] == at:
+                os.kill(os.getpid(), number)
+            return wrapped(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+        return calls
+
+    return patch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import goku.data
 from goku.cli import main, parser
 from goku.packing import sample_cost
 from goku.run_config import load_run_config
@@ -117,6 +119,35 @@ def test_bad_input_is_one_line(
     monkeypatch.setattr("goku.run_config.load_run_config", refuse)
     assert main(["train", "run.yaml"]) == 2
     assert capsys.readouterr().err == f"goku train: {error}\n"
+
+
+def test_an_interrupt_before_the_work_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("goku.run_config.load_run_config", interrupt)
+    assert main(["train", "run.yaml"]) == 130
+    assert capsys.readouterr().err == "goku train: interrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_doctor_without_a_traceback(
+    number: int,
+    code: int,
+    tmp_path: Path,
+    signal_at: Callable[..., list[int]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    looked = signal_at(goku.data, "doctor", number, at=1)
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", str(tmp_path)])
+    assert (left.value.code, len(looked)) == (code, 1)
+    printed, error = capfd.readouterr()
+    assert printed == ""
+    assert "Traceback" not in error
 
 
 def test_a_dry_run_prints_and_leaves_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import goku.export
 from goku.cli import main
 from goku.conditioning import ConditioningConfig
 from goku.export import _RECORD, export_run, load_exported, read_exported
@@ -376,6 +378,25 @@ def test_nothing_stays_of_an_export_that_failed(
         with pytest.raises(OSError, match="No space left"):
             export_run(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_nothing_stays_of_an_export_that_got_a_signal(
+    number: int,
+    code: int,
+    trained_run: Callable[..., Path],
+    signal_at: Callable[..., list[int]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # While files are brought to the device, the last thing before the folder appears.
+    synced = signal_at(goku.export, "sync", number, at=2)
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(trained_run()), str(tmp_path / "exported")])
+    assert left.value.code == code
+    assert len(synced) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_commands(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -300,32 +299,15 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(
     assert read_metadata(out / "0000_p_seed0.png")["steps"] == 3
 
 
-def _signal_at(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, at: int
-) -> list[int]:
-    """This process gets the signal in the call `at` (from 1) of owner.name; the list has an entry for every call."""
-    calls: list[int] = []
-    wrapped = getattr(owner, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(calls) + 1)
-        if calls[-1] == at:
-            os.kill(os.getpid(), number)
-        return wrapped(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
-
-
 def test_a_signal_ends_it_at_the_next_step(
     trained_run: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    signal_at: Callable[..., list[int]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In the first step of the second of three: the first stays, nothing of the others is there."""
     run, out = trained_run(), tmp_path / "out"
-    steps = _signal_at(monkeypatch, GokuTransformer, "forward", signal.SIGINT, at=3)
+    steps = signal_at(GokuTransformer, "forward", signal.SIGINT, at=3)
     with pytest.raises(SystemExit) as left:
         _sample(run, out, "--count", 3, "--steps", 2)
     assert left.value.code == 130
@@ -340,7 +322,7 @@ def test_a_signal_ends_it_at_the_next_step(
 def test_a_signal_before_the_steps_and_behind_the_last(
     trained_run: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    signal_at: Callable[..., list[int]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run, out = trained_run(), tmp_path / "out"
@@ -349,10 +331,9 @@ def test_a_signal_before_the_steps_and_behind_the_last(
         (sampler, "decode", "1 of 1 sample written"),
     ):
         assert not out.exists()
-        with monkeypatch.context() as patch:
-            _signal_at(patch, owner, name, signal.SIGTERM, at=1)
-            with pytest.raises(SystemExit) as left:
-                _sample(run, out)
+        signal_at(owner, name, signal.SIGTERM, at=1)
+        with pytest.raises(SystemExit) as left:
+            _sample(run, out)
         assert left.value.code == 143
         assert capfd.readouterr().err.splitlines()[-1] == f"goku sample: stopped: {said}"
     assert [path.name for path in out.iterdir()] == ["0000_p_seed0.png"]
