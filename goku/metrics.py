@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -30,9 +31,32 @@ _RATE_SECONDS = 3600.0
 _BLOCK = 1 << 16
 
 
+class _Bar(Progress):
+    """Without a terminal a line now and then, once it is clear that the work takes longer than that."""
+
+    _next_plain: float | None = None
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        if self.console.is_terminal:
+            return
+        now = self.get_time()
+        if self._next_plain is None:
+            self._next_plain = now + _PLAIN_INTERVAL
+        task = next(task for task in self.tasks if task.id == task_id)
+        if now < self._next_plain or not task.visible or task.total is None:
+            return
+        self._next_plain = now + _PLAIN_INTERVAL
+        counts = (task.description, int(task.completed), int(task.total))
+        _print_line(self.console, *counts, task.time_remaining, task.fields.get("info", ""))
+
+
 def progress_bar(console: Console) -> Progress:
-    """The one look of every progress bar: description, bar, count, elapsed, left, and a free text field `info`."""
-    return Progress(
+    """The one look of every progress bar: description, bar, count, elapsed, left, and a free text field `info`.
+
+    Where `console` is no terminal, every 20 s a line with the same.
+    """
+    return _Bar(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
@@ -46,6 +70,14 @@ def progress_bar(console: Console) -> Progress:
         speed_estimate_period=_RATE_SECONDS,
         disable=not console.is_terminal,
     )
+
+
+def _print_line(
+    console: Console, what: str, done: int, total: int, seconds_left: float | None, info: str
+) -> None:
+    left = f"  {timedelta(seconds=round(seconds_left))} left" if seconds_left else ""
+    text = f"{what} {done}/{total}{left}  {info}".rstrip()
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class RunLog:
@@ -122,15 +154,15 @@ class RunLog:
             self._bar.update(self._task, completed=step, info=info)
         elif now - self._last_plain >= _PLAIN_INTERVAL or step == self._total:
             self._last_plain = now
-            self.message(f"{self._what} {step}/{self._total}{self._left(now, step)}  {info}")
+            left = self._left(now, step)
+            _print_line(self.console, self._what, step, self._total, left, info)
 
-    def _left(self, now: float, step: int) -> str:
-        """The time left in words, by the steps since the first that was shown; nothing before there is a second one."""
+    def _left(self, now: float, step: int) -> float | None:
+        """Seconds left, by the steps since the first that was shown; None before there is a second one."""
         began, first = self._first or (now, step)
         if not first < step < self._total:
-            return ""
-        seconds = (now - began) / (step - first) * (self._total - step)
-        return f"  {timedelta(seconds=round(seconds))} left"
+            return None
+        return (now - began) / (step - first) * (self._total - step)
 
     def message(self, text: str) -> None:
         """A line for people, above the progress bar."""

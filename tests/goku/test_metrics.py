@@ -92,6 +92,28 @@ def test_a_bar_knows_the_time_left_of_steps_that_take_minutes():
     assert bar.tasks[0].time_remaining == 7 * 90
 
 
+def test_a_bar_without_a_terminal_is_a_line_now_and_then():
+    now = 0.0
+    text = io.StringIO()
+    bar = metrics.progress_bar(Console(file=text))
+    bar.get_time = lambda: now
+    with bar:
+        task = bar.add_task("sample", total=None, info="")
+        other = bar.add_task("of the others", total=4, info="", visible=False)
+        for step in range(1, 11):
+            now += 8.0
+            bar.update(other, completed=4)
+            bar.update(task, completed=step, total=10)
+            if step == 9:
+                bar.update(task, info="[the last]")
+    # Nothing in the first 20 s, of short work nothing at all.
+    assert text.getvalue().splitlines() == [
+        "sample 4/10  0:00:48 left",
+        "sample 7/10  0:00:24 left",
+        "sample 10/10  [the last]",
+    ]
+
+
 def test_tensorboard_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     log = RunLog(tmp_path / "t.jsonl", total_steps=1, tensorboard=tmp_path / "tb")
