@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import ForkingPickler
+from pickle import PickleError
 from typing import Any, TypeVar
 
 __all__ = ["Lost", "WorkersLost", "ordered_map"]
@@ -266,17 +267,19 @@ def _answer(message: bytes) -> memoryview:
     try:
         function, item = ForkingPickler.loads(message)
         return ForkingPickler.dumps((function(item), None, ""))
-    except Exception as error:  # noqa: BLE001 - all of them are raised where the item was asked for
-        trace = "".join(traceback.format_exception(error))
-        try:
-            answer = ForkingPickler.dumps((None, error, trace))
-            ForkingPickler.loads(answer)
-        except Exception as reason:  # noqa: BLE001 - an exception's own constructor may raise any
-            plain = RuntimeError(
-                f"{type(error).__name__}: {error} (cannot be handed over: {reason})"
-            )
-            return ForkingPickler.dumps((None, plain, trace))
-        return answer
+    except Exception as error:  # noqa: BLE001 - every one is raised where the item was asked for
+        return _failure(error)
+
+
+def _failure(error: Exception) -> memoryview:
+    trace = "".join(traceback.format_exception(error))
+    try:
+        answer = ForkingPickler.dumps((None, error, trace))
+        ForkingPickler.loads(answer)  # calls its constructor, which may want other arguments
+    except (PickleError, TypeError, ValueError, AttributeError, LookupError) as reason:
+        words = f"{type(error).__name__}: {error} (cannot be handed over: {reason})"
+        return ForkingPickler.dumps((None, RuntimeError(words), trace))
+    return answer
 
 
 def _end_with_parent() -> None:
