@@ -155,21 +155,23 @@ class Case:
                 total = int(cu[-1])
                 assert torch.equal(got["lse"][:, total:], exact["lse"][:, total:].float())
                 tensors = [x[:, :total].t() for x in tensors]
-            floor = self.cancellation() if name in ("dq", "dk") else 0.0
-            by_rule(flash_rule, name, *tensors, cu, floor)
+            by_rule(flash_rule, name, *tensors, cu, self.cancellation(name))
 
-    def cancellation(self):
-        """Rounding of dq and dk however small they are themselves: dS = P * (dP - delta).
+    def cancellation(self, name):
+        """Rounding that a result has however small it is itself.
 
-        With one key dP equals delta but for the rounding of two fp32 sums over head_dim; autograd's
-        softmax cancels them exactly.
+        lse: of a score, an fp32 sum over head_dim whose terms cancel; with one key it is the score.
+        dq, dk: dS = P * (dP - delta), where with one key dP equals delta but for the rounding of two
+        such sums; autograd's softmax cancels them exactly.
         """
         q, k, v, dout = (x.double().nan_to_num() for x in (self.q, self.k, self.v, self.dout))
-        if min(q.numel(), k.numel()) == 0:
+        if name in ("out", "dv") or min(q.numel(), k.numel()) == 0:
             return 0.0
+        rounding = torch.finfo(torch.float32).eps * self.scale
+        if name == "lse":
+            return float(rounding * q.norm(dim=-1).max() * k.norm(dim=-1).max())
         products = dout.norm(dim=-1).max() * v.norm(dim=-1).max()
-        largest = max(q.abs().max(), k.abs().max())
-        return float(torch.finfo(torch.float32).eps * products * self.scale * largest)
+        return float(rounding * products * max(q.abs().max(), k.abs().max()))
 
 
 DTYPES = [torch.float32, torch.float16]
