@@ -243,10 +243,11 @@ def everywhere(
         functools.partial(_alone, do), tasks, name=lambda task: f"{task!r:.200}", workers=workers(),
         ahead=len(tasks), preload=["bench.ahead", "bench.absent_gpu"],
     )  # fmt: skip
-    found = [
-        crashed(task) if isinstance(result, Lost) else result
-        for task, result in zip(tasks, done, strict=True)
-    ]
+    with contextlib.closing(done):
+        found = [
+            crashed(task) if isinstance(result, Lost) else result
+            for task, result in zip(tasks, done, strict=True)
+        ]
     say(f"{len(tasks)} {what} in {time.monotonic() - began:.1f} s by {workers()} processes")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 
 from torch import Tensor
@@ -33,13 +34,14 @@ def decode_all(
     problems: list[Problem] = []
     work = partial(_decode_one, config)
     results = ordered_map(work, records, name=record_name, workers=config.workers)
-    for record, result in zip(records, results, strict=True):
-        if isinstance(result, Decoded):
-            decoded += 1
-            if left_out is None or not left_out(record, plan_of(result.media)):
-                clips.append((record, as_tensor(result)))
-        else:
-            problems.append(Problem(record.name, result.reason))
+    with closing(results):
+        for record, result in zip(records, results, strict=True):
+            if isinstance(result, Decoded):
+                decoded += 1
+                if left_out is None or not left_out(record, plan_of(result.media)):
+                    clips.append((record, as_tensor(result)))
+            else:
+                problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and decoded):
         raise DataError(
             f"{len(problems)} of {counted(len(records), 'item')} cannot be used", problems

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,26 +138,27 @@ class Filler:
             if cached[-1] is not None:
                 count()  # now: looking through a large cache takes minutes
         missing = [record for record, entry in zip(records, cached, strict=True) if entry is None]
-        made = self._made(missing)
-        for entry in cached:
-            if entry is not None:
-                yield entry
-            else:
-                outcome = next(made)
-                count()
-                yield outcome
+        with closing(self._made(missing)) as made:
+            for entry in cached:
+                if entry is not None:
+                    yield entry
+                else:
+                    outcome = next(made)
+                    count()
+                    yield outcome
 
-    def _made(self, records: Sequence[Record]) -> Iterator[Entry | Problem | Dropped]:
+    def _made(self, records: Sequence[Record]) -> Generator[Entry | Problem | Dropped, None, None]:
         """Every record decoded and encoded."""
         work = partial(identify_and_decode, self.config, str(self.cache.directory))
         results = ordered_map(work, records, name=record_name, workers=self.config.workers)
-        for record, result in zip(records, results, strict=True):
-            if isinstance(result, _Read):
-                yield self._encode(record, result)
-            elif isinstance(result, DecodeError):
-                yield Problem(record.name, result.reason, result.kind)
-            else:
-                yield Problem(record.name, result.reason)
+        with closing(results):
+            for record, result in zip(records, results, strict=True):
+                if isinstance(result, _Read):
+                    yield self._encode(record, result)
+                elif isinstance(result, DecodeError):
+                    yield Problem(record.name, result.reason, result.kind)
+                else:
+                    yield Problem(record.name, result.reason)
 
     def take(
         self,

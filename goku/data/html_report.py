@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -33,6 +32,7 @@ from goku.data.stage_report import (
     steps_words,
 )
 from goku.page_style import STYLE
+from goku.whole_file import write_whole
 
 __all__ = ["page", "write_html"]
 
@@ -64,15 +64,8 @@ _KINDS = ("images", "videos", "dropped", "quarantined")
 
 def write_html(report: RecipeReport | DoctorReport, path: str | os.PathLike[str]) -> None:
     """Write the page, beside its place first and then renamed. OSError where it cannot be written."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".partial-{uuid.uuid4().hex}"
-    try:
-        # A name that is no Unicode (a lone surrogate) has no bytes in UTF-8.
-        partial.write_bytes(page(report).encode("utf-8", "backslashreplace"))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)  # still there after an error alone
+    # A name that is no Unicode (a lone surrogate) has no bytes in UTF-8.
+    write_whole(Path(path), page(report).encode("utf-8", "backslashreplace"))
 
 
 def page(report: RecipeReport | DoctorReport) -> str:

@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ from goku.data.errors import DecodeError
 from goku.data.media import DECODE_VERSION, RESAMPLE_VERSION, Media, decoder_version
 from goku.data.record import Member, Record
 from goku.data.transform import Geometry
+from goku.whole_file import write_whole
 
 _FORMAT = "goku-latent-1"
 _PLAN_VERSION = 2
@@ -142,7 +142,7 @@ class LatentCache:
             raise DecodeError(path, f"cannot be read: {error.strerror}") from error
         entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
         content = {**entry, "path": path, **({"member": member.name} if member else {})}
-        _write(self._identity_path(path, member), json.dumps(content).encode())
+        write_whole(self._identity_path(path, member), json.dumps(content).encode(), durable=True)
         return FileIdentity(member.size if member else stat.st_size, digest.hexdigest())
 
     def _identity_path(self, path: str, member: Member | None = None) -> Path:
@@ -175,7 +175,7 @@ class LatentCache:
     def write_plan(self, request: str, plan: Plan) -> None:
         """Store what decoding `request` gave."""
         content = {"version": _PLAN_VERSION, **asdict(plan)}
-        _write(self._at("plans", request, "json"), json.dumps(content).encode())
+        write_whole(self._at("plans", request, "json"), json.dumps(content).encode(), durable=True)
 
     # Latents
 
@@ -339,7 +339,7 @@ def _store(path: Path, tensors: Mapping[str, Tensor], origin: Mapping[str, str])
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # Under one key, since safetensors writes several in no fixed order: equal content, equal file.
     facts = {**origin, "format": _FORMAT, "crc32": _crc32(*whole.values())}
-    _write(path, save(whole, {"goku": json.dumps(facts, sort_keys=True)}))
+    write_whole(path, save(whole, {"goku": json.dumps(facts, sort_keys=True)}), durable=True)
 
 
 def _crc32(*tensors: Tensor) -> str:
@@ -355,17 +355,3 @@ def _read_json(path: Path) -> dict[str, object] | None:
     except (FileNotFoundError, ValueError):  # ValueError: not JSON, not UTF-8
         return None
     return entry if isinstance(entry, dict) else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # an interrupt too must not leave the partial file
-        os.unlink(temporary)
-        raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from goku.data.config import DataConfig
@@ -132,12 +133,14 @@ class Survey:
         results = ordered_map(_look, jobs, name=_name, workers=most if workers is None else workers)
         self._found: dict[Key, Media | DecodeError | Lost] = {}
         self._sha256: dict[Place, str] = {}
-        for done, (key, job, result) in enumerate(zip(wanted, jobs, results, strict=True), start=1):
-            self._found[key] = result if isinstance(result, Lost) else result.found
-            if not isinstance(result, Lost) and result.sha256:
-                self._sha256[_place(job.record)] = result.sha256
-            if progress is not None:
-                progress(done, len(jobs))
+        with closing(results):
+            each = zip(wanted, jobs, results, strict=True)
+            for done, (key, job, result) in enumerate(each, start=1):
+                self._found[key] = result if isinstance(result, Lost) else result.found
+                if not isinstance(result, Lost) and result.sha256:
+                    self._sha256[_place(job.record)] = result.sha256
+                if progress is not None:
+                    progress(done, len(jobs))
 
     def sources(self, config: DataConfig) -> list[Source]:
         """As `sources_of`, from what was scanned before. Raises DataError."""

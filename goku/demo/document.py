@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +11,7 @@ from goku.demo import plots
 from goku.demo.contents import Picture
 from goku.demo.page import SCRIPT, STYLE
 from goku.media_files import media_bytes
+from goku.whole_file import write_whole
 
 __all__ = [
     "banner",
@@ -55,15 +54,7 @@ def document(title: str, *, lead: str, top: str, sections: Sequence[tuple[str, s
 
 def write_page(path: Path, text: str) -> None:
     """Write the page to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)  # gone already when it was renamed
+    write_whole(path, text.encode())
 
 
 def other_pages(also: Sequence[tuple[str, str]]) -> str:

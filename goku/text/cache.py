@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from goku.text.encoder import TextEncoder
+from goku.whole_file import write_whole
 
 # Part of every key: a new layout of the files begins a new cache beside the old one.
 _FORMAT = "goku-text-1"
@@ -126,15 +126,9 @@ class TextCache:
 
     def _write(self, prompt: str, embedding: Tensor) -> None:
         path = self.path(prompt)
-        path.parent.mkdir(parents=True, exist_ok=True)
         stored = compact(embedding.detach().cpu().contiguous().float())
         content = save({"embedding": stored}, {"crc32": _crc32(stored)})
-        partial = path.parent / f".partial-{uuid.uuid4().hex}"
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # still there after an error or an interrupt only
+        write_whole(path, content)
 
 
 def compact(embedding: Tensor) -> Tensor:

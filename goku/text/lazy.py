@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from goku.text.encoder import T5TextEncoder, TextConfig, load_text_encoder, no_folder
+from goku.whole_file import write_whole
 
 # Part of every key: raise it when the stored facts or what a fingerprint covers change.
 _FORMAT = "goku-encoder-1"
@@ -153,10 +153,4 @@ def _read(path: Path) -> tuple[int, str] | None:
 
 
 def _write(path: Path, facts: tuple[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".partial-{uuid.uuid4().hex}"
-    try:
-        partial.write_text(json.dumps({"dim": facts[0], "fingerprint": facts[1]}) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # still there after an error or an interrupt only
+    write_whole(path, (json.dumps({"dim": facts[0], "fingerprint": facts[1]}) + "\n").encode())

@@ -76,14 +76,23 @@ class PackProcess:
             self._socket.sendall(header + bytes(array("q", lengths)) + bytes(array("d", costs)))
         except OSError as error:
             raise self._lost(error) from error
+        except BaseException:  # an interrupt, perhaps within the message
+            self.close()
+            raise
 
     def take(self) -> list[list[list[int]]]:
-        """What `balance_packs` gives for what was asked, once it is there. Raises PackProcessLost."""
+        """What `balance_packs` gives for what was asked, once it is there. Raises PackProcessLost.
+
+        Left by an interrupt it ends the process, whose answer would be the next question's.
+        """
         try:
             (size,) = _SIZE.unpack(_receive(self._socket, _SIZE.size))
             return _nested(array("q", _receive(self._socket, size)))
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the process, whatever it is at."""

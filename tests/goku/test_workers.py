@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -97,6 +101,13 @@ UNPICKLABLE = "__import__('threading').Lock()"
             "Local: odd .cannot be handed over: ",
         ),
         (
+            # Raises OSError when it is pickled, and has no words.
+            "(_ for _ in ()).throw(type('Odd', (Exception,), {'__reduce__': lambda s: open('/no/file'),"
+            " '__str__': lambda s: 1 // 0})())",
+            RuntimeError,
+            "Odd: <exception str.. failed> .cannot be handed over: FileNotFoundError",
+        ),
+        (
             "(_ for _ in ()).throw(__import__('json').JSONDecodeError('no', 'x', 0))",
             ValueError,
             "no",
@@ -127,7 +138,7 @@ def test_the_processes_have_the_environment_of_now(monkeypatch: pytest.MonkeyPat
 def test_leaving_early_waits_for_no_item() -> None:
     results = ordered_map(eval, ["1", "__import__('time').sleep(3600)"], name=str, workers=2)
     assert next(results) == 1
-    results.close()  # type: ignore[attr-defined]
+    results.close()
 
 
 def test_the_window_bounds_what_is_in_flight(tmp_path: Path) -> None:
@@ -137,7 +148,7 @@ def test_the_window_bounds_what_is_in_flight(tmp_path: Path) -> None:
     time.sleep(0.5)
     # One was handed out and at most four more were begun.
     assert len(list(tmp_path.iterdir())) <= 5
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert len(list(tmp_path.iterdir())) <= 5
 
 
@@ -169,32 +180,157 @@ def test_a_killed_parent_leaves_no_workers(tmp_path: Path) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("left", ["1", "__import__('os').getpid()"])
-def test_an_unfinished_map_does_not_hold_up_the_end(tmp_path: Path, left: str) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
-        "from goku.workers import ordered_map\n"
+# One of the standard library's finalizers before multiprocessing's own, which then waits first.
+EARLY = "import tempfile; folder = tempfile.TemporaryDirectory()\n"
+
+
+@pytest.mark.parametrize("first", ["", EARLY])
+@pytest.mark.parametrize(
+    "left", ["1", "__import__('os').getpid()", "__import__('time').sleep(3600)"]
+)
+def test_an_unfinished_map_does_not_hold_up_the_end(tmp_path: Path, left: str, first: str) -> None:
+    done = script(
+        tmp_path,
+        first + "from goku.workers import ordered_map\n"
         "if __name__ == '__main__':\n"
-        f"    results = ordered_map(eval, [{left!r}] * 9, name=str, workers=2)\n"
-        "    print(next(results))\n"
+        f"    results = ordered_map(eval, ['1', *[{left!r}] * 9], name=str, workers=2)\n"
+        "    print(next(results))\n",
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().isdigit()
+    assert done.stdout == "1\n"
     assert done.stderr == ""
 
 
-def test_an_unguarded_script_is_told_so(tmp_path: Path) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(
+def test_an_exception_in_a_loop_over_it_does_not_wait_for_the_items(tmp_path: Path) -> None:
+    done = script(
+        tmp_path,
         "from goku.workers import ordered_map\n"
-        "print(list(ordered_map(eval, ['1', '2'], name=str, workers=2)))\n"
+        "def loop():\n"
+        "    items = ['1', *[\"__import__('time').sleep(3600)\"] * 9]\n"
+        "    for result in ordered_map(eval, items, name=str, workers=2):\n"
+        "        raise RuntimeError('out of memory')\n"
+        "if __name__ == '__main__':\n"
+        "    loop()\n",
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: out of memory\n")
+
+
+def test_processes_import_from_where_their_parent_does(tmp_path: Path) -> None:
+    for folder, word in (("main", "right"), ("current", "wrong")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "steps.py").write_text(f"def step(item): return {word!r}\n")
+    main = (
+        "import steps\n"
+        "from goku.workers import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    for workers in (0, 1):\n"
+        "        print(*ordered_map(steps.step, [1], name=str, workers=workers))\n"
+    )
+    done = script(tmp_path / "main", main, cwd=tmp_path / "current")
+    assert (done.returncode, done.stdout) == (0, "right\nright\n"), done.stderr
+
+
+def test_what_the_parent_looks_for_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("/nowhere", None):
+        monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+        if path is None:
+            monkeypatch.delenv("PYTHONPATH", raising=False)
+        else:
+            monkeypatch.setenv("PYTHONPATH", path)
+        ask = "[__import__('os').getenv(n) for n in ('PYTHONPATH', 'PYTHONSAFEPATH')]"
+        assert run([ask], workers=1) == [[path, None]]
+        assert eval(ask) == [path, None]
+
+
+def server() -> int:
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    assert isinstance(pid, int)
+    return pid
+
+
+def test_items_do_not_suffer_from_the_death_of_the_server() -> None:
+    for seconds in (0.0, 0.02, 0.1):
+        results = ordered_map(
+            eval, ["__import__('time').sleep(0.05)"] * 20, name=str, workers=4, ahead=20
+        )
+        with closing(results):
+            next(results)
+            time.sleep(seconds)
+            os.kill(server(), signal.SIGKILL)
+            # Others begin at that moment.
+            assert run(["1", DIE, "2"], workers=2)[::2] == [1, 2]
+            assert list(results) == [None] * 19
+
+
+def test_leaving_early_kills_processes_whose_server_is_gone() -> None:
+    items = ["__import__('os').getpid()", "__import__('time').sleep(3600)"] * 2
+    results = ordered_map(eval, items, name=str, workers=2)
+    pid = next(results)
+    assert isinstance(pid, int)
+    os.kill(server(), signal.SIGTERM)  # as a job's end does, to every process
+    time.sleep(0.2)
+    results.close()
+    assert not alive(pid)
+
+
+@pytest.mark.filterwarnings("error")  # of a finalizer's exception, which nobody else hears of
+def test_a_forgotten_map_may_be_collected_by_its_own_thread() -> None:
+    began, go, collected = threading.Event(), threading.Event(), threading.Event()
+
+    def collect(item: int) -> None:
+        if item:
+            began.set()
+            go.wait()
+            gc.collect()
+            collected.set()
+
+    def forget() -> None:
+        results = ordered_map(collect, [0, 1], name=str, workers=0, ahead=2)
+        next(results)
+        began.wait()
+        circle: list[object] = [results]
+        circle.append(circle)
+
+    forget()
+    go.set()
+    assert collected.wait(20)
+
+
+def test_an_unguarded_script_is_told_so(tmp_path: Path) -> None:
+    done = script(
+        tmp_path,
+        "from goku.workers import ordered_map\n"
+        "print(list(ordered_map(eval, ['1', '2'], name=str, workers=2)))\n",
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert "WorkersLost: a worker process ended before its first item (exit code 1)" in done.stderr
     assert 'if __name__ == "__main__"' in done.stderr
+
+
+def test_a_module_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    (tmp_path / "steps.py").write_text(
+        "import os\nif 'HERE' not in os.environ: 1 // 0\ndef step(item): return item\n"
+    )
+    done = script(
+        tmp_path,
+        "import os; os.environ['HERE'] = '1'; import steps; del os.environ['HERE']\n"
+        "from goku.workers import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    print(list(ordered_map(steps.step, ['1', '2'], name=str, workers=2)))\n",
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "WorkersLost: a worker process ended before its first item (their server" in done.stderr
+
+
+def script(folder: Path, text: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = folder / "main.py"
+    path.write_text(text)
+    return subprocess.run(
+        [sys.executable, path], capture_output=True, text=True, timeout=60, cwd=cwd
+    )
 
 
 def alive(pid: int) -> bool:

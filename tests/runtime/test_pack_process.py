@@ -146,6 +146,22 @@ def test_close_does_not_wait_for_the_answer(own: PackProcess) -> None:
     assert not is_running(own.pid)
 
 
+def test_an_interrupted_answer_is_not_the_next_questions(own: PackProcess) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        own.ask(*LONG, 2048, 4096)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            own.take()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(PackProcessLost, match="ended with exit code -9"):
+        own.ask([1, 1], [1.0, 1.0], 1, 2)
+
+
 def test_bad_samples_are_named_before_they_are_sent(shared: PackProcess) -> None:
     with pytest.raises(ValueError, match="sample 1 has 9 tokens, more than tokens_per_pack=8"):
         shared.ask([8, 9], [1.0, 1.0], 2, 8)

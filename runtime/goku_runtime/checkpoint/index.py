@@ -37,6 +37,7 @@ INDEX_NAME = "index.json"
 # 4 bytes of CRC for each 64 KiB: what is read beside the bytes wanted is at most two such chunks for
 # each run of them, and the sums of a terabyte are 64 MiB.
 CHUNK = 65536
+_MAX_CHUNK = 64 << 20  # of the engine, which reads whole ones
 """Bytes of a data file that one CRC-32C covers; a multiple of 4096."""
 
 FORMAT = "goku-checkpoint-index"
@@ -202,8 +203,8 @@ def _index(content: Any, sizes: Mapping[str, int]) -> Index:
     layouts = ("layouts",) if number > 1 else ()
     own = ("format", "version", "chunk", "writer", "files", *layouts, "tensors")
     _, _, chunk, writer, names, *laid_out, tensors = fields(content, "index", *own)
-    if integer(chunk, "chunk", 4096) % 4096:
-        raise Bad(f"chunk: {chunk}; must be a multiple of 4096")
+    if integer(chunk, "chunk", 4096) % 4096 or chunk > _MAX_CHUNK:
+        raise Bad(f"chunk: {chunk}; must be a multiple of 4096 up to {_MAX_CHUNK}")
     _check_writer(writer)
     files: list[str] = []
     for i, name in enumerate(listed(names, "files")):

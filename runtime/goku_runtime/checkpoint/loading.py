@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from goku_runtime.checkpoint import version1
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.collection import no_collection
 from goku_runtime.checkpoint.directory import given_path
-from goku_runtime.checkpoint.layout import STATE_NAME
+from goku_runtime.checkpoint.layout import STATE_NAME, global_rank
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -24,9 +25,10 @@ from goku_runtime.checkpoint.manifest import (
     raise_problems,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
+from goku_runtime.checkpoint.plan import held
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.stored import Stored, Version2
-from goku_runtime.checkpoint.tree import Match, decode, match, parse_tree
+from goku_runtime.checkpoint.tree import Match, decode, local_part, match, parse_tree
 
 __all__ = ["describe", "load", "read_values"]
 
@@ -241,12 +243,22 @@ def _read_tree(directory: Path) -> Any:
 def _tensor_problems(
     plan: Match, stored: version1.Version1 | Version2, *, convert: bool
 ) -> list[str]:
-    """Which of the caller's tensors do not have the shape and dtype of the saved ones."""
+    """Which of the caller's tensors do not have the shape and dtype of the saved ones, or of their own part."""
     problems = []
+    tensors = {saved_name: tensor for saved_name, (_, tensor) in plan.tensors.items()}
+    boxes = {each.name: each.box for each in held(tensors, rank=global_rank())}
     for saved_name, (name, tensor) in plan.tensors.items():
         dtype, shape = stored.described(saved_name)
         other = str(tensor.dtype) != dtype and not convert
         if other or tuple(tensor.shape) != shape:
             wanted = f"{tensor.dtype} {tuple(tensor.shape)}"
             problems.append(f"{name}: {dtype} {shape} was saved, {wanted} is wanted")
+            continue
+        # Where a part is of another shape, its bytes would go beside it.
+        part, box = tuple(local_part(tensor).shape), boxes.get(saved_name)
+        if tensor.numel() and (math.prod(part) > 0 if box is None else part != box.size):
+            makes = "leave it none" if box is None else f"make it {box.size}"
+            problems.append(
+                f"{name}: this rank's part has shape {part}; its mesh and placements {makes}"
+            )
     return problems

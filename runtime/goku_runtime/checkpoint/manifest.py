@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Manifest:
         """
         path = directory / MANIFEST_NAME
         try:
-            data = path.read_bytes()
+            data = _content(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             kind = "holds no" if directory.is_dir() else "is no directory with a"
             raise CheckpointError(f"{directory} {kind} {MANIFEST_NAME}: no checkpoint") from error
@@ -206,3 +207,15 @@ def raise_problems(directory: Path, problems: list[str]) -> None:
         error = CheckpointError(f"{directory} is damaged: " + "; ".join(sorted(problems)))
         error.problems = tuple(sorted(problems))
         raise error
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds. CheckpointError where it is none, a pipe for one, which would be waited at."""
+    with open(path, "rb", opener=_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError(f"{path} is no regular file")
+        return file.read()
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

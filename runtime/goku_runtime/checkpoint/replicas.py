@@ -88,7 +88,7 @@ def is_reader(tensor: Tensor, ranks: Ranks) -> bool:
     """Whether this rank is the one among those with the same part that reads it."""
     if not is_spread(tensor):
         return ranks.is_first
-    return all(mesh.get_local_rank(dim) == 0 for mesh, dim in _replicated(tensor))
+    return all(mesh.get_coordinate()[dim] == 0 for mesh, dim in _replicated(tensor))
 
 
 def send(tensor: Tensor, ranks: Ranks) -> None:
@@ -101,10 +101,13 @@ def send(tensor: Tensor, ranks: Ranks) -> None:
         return
     dims = _replicated(tensor)
     for number, (mesh, dim) in enumerate(dims):
+        # By coordinates: a group numbers its members in the order of their ranks, which need not be
+        # the mesh's.
+        front = list(mesh.get_coordinate())
         # Only where the part has arrived: at the front of the dimensions that come later.
-        if all(mesh.get_local_rank(later) == 0 for _, later in dims[number + 1 :]):
-            group = mesh.get_group(dim)
-            _broadcast(local_part(tensor), dist.get_global_rank(group, 0), group)
+        if all(front[later] == 0 for _, later in dims[number + 1 :]):
+            front[dim] = 0
+            _broadcast(local_part(tensor), int(mesh.mesh[tuple(front)]), mesh.get_group(dim))
 
 
 def _replicated(tensor: Tensor) -> list[tuple[Any, int]]:

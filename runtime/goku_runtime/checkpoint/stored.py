@@ -114,10 +114,9 @@ class Stored:
 
         path, size = self.directory / name, self.manifest.files[name].size
         segments = memoryview(rows).cast("B").cast("q", (len(rows) // 6, 6))
+        crcs = self.sums(name)
         try:
-            stats = engine.read(
-                str(path), segments, chunk=self.index.chunk, crcs=self.sums(name), size=size
-            )
+            stats = engine.read(str(path), segments, chunk=self.index.chunk, crcs=crcs, size=size)
         except ChunkError as error:
             text = self.damage(name, error.offset, error.length)
             raise CheckpointError(f"{self.directory} is damaged: {text}") from error

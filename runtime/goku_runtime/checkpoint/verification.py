@@ -72,12 +72,19 @@ def verify(
                 while not reading.wait(0.2):
                     advance(reading.progress[0])
                 size, crc, sums = reading.result()
-                if (size, crc) != (wanted.size, wanted.crc):
+                if (size, crc) != (wanted.size, wanted.crc) or _other_sums(stored, name, sums):
                     problems += _pieces(stored, name, sums)
             done += wanted.size
             advance(0)
     raise_problems(directory, problems)
     return Report(directory, {name: entry.size for name, entry in manifest.files.items()})
+
+
+def _other_sums(stored: Stored, name: str, found: bytes) -> bool:
+    try:
+        return stored.sums(name) != found
+    except CheckpointError:  # that file's own damage is told beside it
+        return False
 
 
 def _pieces(stored: Stored, name: str, found: bytes) -> list[str]:

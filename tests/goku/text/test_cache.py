@@ -1,18 +1,21 @@
 """The text cache: what comes out is what went in, whatever happened to the files in between."""
 
 import errno
+import io
 import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+import goku.whole_file
 from goku.text import TextCache, TextConfig, load_text_encoder
 from goku.text.cache import _crc32
 
@@ -140,15 +143,15 @@ def test_damaged_files_are_encoded_anew(tmp_path: Path, damage: Callable[[bytes]
 def test_a_full_disk_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, content: bytes) -> int:
-        with open(self, "wb") as file:
-            file.write(content[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     encoder = CountingEncoder()
     cache = TextCache(tmp_path, encoder)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(goku.whole_file, "open", Full, raising=False)
         with pytest.raises(OSError, match="No space left"):
             cache.get(["x"])
     assert files(tmp_path) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from goku_runtime.checkpoint import (
@@ -126,6 +126,60 @@ def parts_of_the_world(rank: int, world: int, root: str) -> None:
         load(state, path, broadcast=True, partial=True, process_group=pair)
         check(state)
     dist.barrier()
+
+
+def meshes_in_any_order(rank: int, world: int, root: str) -> None:
+    """A group numbers its members by rank, a mesh by coordinate."""
+    path = Path(root) / "replicated"
+    values = torch.arange(12.0).reshape(4, 3)
+    save({"w": values}, path)
+    for ranks in ([[1, 0], [2, 3]], [[0, 3], [2, 1]], [[0, 2], [3, 1]], [[3, 2], [1, 0]]):
+        mesh = DeviceMesh("cpu", ranks)
+        for placements in (
+            [Replicate(), Replicate()],
+            [Replicate(), Shard(0)],
+            [Shard(0), Replicate()],
+        ):
+            empty = torch.zeros(4, 3)
+            part = distribute_tensor(empty, mesh, placements, src_data_rank=None)
+            load({"w": part}, path, broadcast=True)
+            # By hand: `full_tensor` joins the parts in the order of the group's ranks.
+            mine = values
+            for place, placement in zip(mesh.get_coordinate() or (), placements, strict=True):
+                mine = mine.chunk(2)[place] if placement == Shard(0) else mine
+            assert torch.equal(part.to_local(), mine), (ranks, placements)
+
+
+def parts_of_another_shape(rank: int, world: int, root: str) -> None:
+    """Cut as torch.tensor_split does (3, 3, 2, 2) where placements mean torch.chunk's 3, 3, 3, 1."""
+    path = Path(root) / "uneven"
+    save({"w": torch.arange(10.0)}, path)
+    mesh = init_device_mesh("cpu", (4,))
+    memory = torch.full((10,), -7.0)
+    rows = [3, 3, 2, 2][rank]
+    part = DTensor.from_local(
+        memory[:rows], mesh, [Shard(0)], run_check=False, shape=torch.Size((10,)), stride=(1,)
+    )
+    ways: list[dict[str, Any]] = [{}, {"convert": True}, {"broadcast": True}]
+    for options in ways:
+        with pytest.raises(ValueError, match=r"w: this rank's part has shape \(2,\); .* make it "):
+            load({"w": part}, path, **options)
+    assert bool((memory == -7).all())
+    # A rank that has none by its placements.
+    save({"w": torch.arange(2.0)}, Path(root) / "few")
+    few = DTensor.from_local(
+        memory[: [1, 0, 0, 1][rank]],
+        mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=torch.Size((2,)),
+        stride=(1,),
+    )
+    with pytest.raises(
+        ValueError, match=r"w: this rank's part has shape \(.,\); .* (leave|make) it "
+    ):
+        load({"w": few}, Path(root) / "few")
+    assert bool((memory == -7).all())
 
 
 def other_checkpoints(rank: int, world: int, root: str) -> None:

@@ -59,6 +59,32 @@ def test_a_copy_that_is_sealed_again_loads(checkpoint: Path) -> None:
 # --- accidents ----------------------------------------------------------------------------------
 
 
+def test_a_pipe_in_place_of_the_manifest_is_not_waited_at(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    os.mkfifo(checkpoint / "manifest.json")
+    refused(checkpoint, "manifest.json is no regular file")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        verify(checkpoint)
+
+
+def test_verify_finds_sums_that_load_refuses(checkpoint: Path) -> None:
+    sums = bytearray((checkpoint / SUMS).read_bytes())
+    sums[0] ^= 1
+    (checkpoint / SUMS).write_bytes(sums)
+    seal(checkpoint)
+    refused(checkpoint, f"{DATA}: altered")
+    with pytest.raises(CheckpointError, match=f"{DATA}: altered"):
+        verify(checkpoint)
+
+
+def test_lacking_sums_are_told_once(checkpoint: Path) -> None:
+    state = wanted()
+    (checkpoint / SUMS).unlink()
+    with pytest.raises(CheckpointError) as error:
+        load(state, checkpoint)
+    assert str(error.value).count("is damaged") == 1
+
+
 @pytest.mark.parametrize("name", [".metadata", DATA, SUMS, "index.json", "state.json"])
 @pytest.mark.parametrize("left", [0.0, 0.5, -1])
 def test_truncation(checkpoint: Path, name: str, left: float) -> None:

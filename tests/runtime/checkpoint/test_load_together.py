@@ -28,6 +28,11 @@ def test_a_group_that_is_a_part_of_a_mesh(run_processes: Run, tmp_path: Path) ->
     run_processes(3, SCRIPT, case, group_timeout=20)
 
 
+def test_meshes_and_parts_of_four_ranks(run_processes: Run, tmp_path: Path) -> None:
+    cases = ("meshes_in_any_order", "parts_of_another_shape")
+    run_processes(4, SCRIPT, *((case, {"root": str(tmp_path)}) for case in cases), group_timeout=20)
+
+
 def test_removals_that_take_longer_than_the_timeout(run_processes: Run, tmp_path: Path) -> None:
     case = ("removals_take_longer", {"root": str(tmp_path)})
     run_processes(2, SCRIPT, case, group_timeout=3)

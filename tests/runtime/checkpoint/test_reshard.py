@@ -108,7 +108,7 @@ def _threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (checkpointer, loading):
             patch.setattr(module, "Ranks", ThreadRanks)
-        for module in (layout, stored):
+        for module in (layout, loading, stored):
             patch.setattr(module, "global_rank", lambda: ThreadRanks.here.rank)
         yield
     dist.destroy_process_group()

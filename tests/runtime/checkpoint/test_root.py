@@ -235,14 +235,14 @@ def test_a_retention_of_another_kind_is_refused_first(tmp_path: Path) -> None:
 
 def answer(monkeypatch: pytest.MonkeyPatch, directory: Path, code: int) -> None:
     """Whatever is asked of this directory's files is answered with an error; root may read everything."""
-    real = Path.read_bytes
+    real = os.open
 
-    def refused(path: Path) -> bytes:
-        if path.parent == directory:
+    def refused(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).parent == directory:
             raise OSError(code, os.strerror(code), str(path))
-        return real(path)
+        return real(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(os, "open", refused)
 
 
 def loop(path: Path) -> None:
