@@ -123,15 +123,11 @@ def _tree(metadata: Metadata, values: Mapping[str, WrittenValue]) -> Any:
     another list: names stay what they are for DCP.
     """
     root = _Node()
-    tensors = set()
     paths = {name: _path(metadata.planner_data, name) for name in metadata.state_dict_metadata}
     leaf_paths = set(paths.values())
     for name, described in metadata.state_dict_metadata.items():
-        leaf: Any = _TENSOR
-        if isinstance(described, TensorStorageMetadata):
-            tensors.add(name)
-        else:
-            leaf = values[name].value
+        is_tensor = isinstance(described, TensorStorageMetadata)
+        leaf: Any = _TENSOR if is_tensor else values[name].value
         path = paths[name]
         # Below another leaf: the keys 0 and "0" of a dict, which are one to DCP.
         if any(path[:depth] in leaf_paths for depth in range(1, len(path))):
@@ -143,10 +139,7 @@ def _tree(metadata: Metadata, values: Mapping[str, WrittenValue]) -> Any:
         if not isinstance(branch, _Node) or last in branch:
             raise ValueError(f"{name}: a leaf and a dict of the state have this path")
         branch[last] = leaf
-    flat = flatten({key: _nested(node) for key, node in root.items()})
-    for name in flat.tensors.keys() ^ tensors:
-        raise ValueError(f"{name}: a key in its path is empty")
-    return flat.tree
+    return flatten({key: _nested(node) for key, node in root.items()}).tree
 
 
 def _path(paths: Any, name: str) -> Path:

@@ -73,17 +73,26 @@ class Tiling:
         starts, sizes = product(*self._starts), product(*self._sizes)
         return [Box(start, size) for start, size in zip(starts, sizes, strict=True)]
 
-    @cached_property
+    @property
     def volumes(self) -> Tensor:
-        """(boxes,) int64, elements of each. The tensor has fewer than 2^63."""
+        """(boxes,) int64, elements of each. The tensor has fewer than 2^63.
+
+        Those of a grid are made anew each time: a megabyte of index may name thousands of grids, each of as
+        many boxes as there are files, and they would be gigabytes.
+        """
         if self._given is not None:
-            each = [box.volume for box in self._given]
-            return torch.tensor(each, dtype=torch.int64, device="cpu")
+            return self._given_volumes
         found = torch.ones(1, dtype=torch.int64, device="cpu")
         for sizes in self._sizes:
             axis = torch.tensor(sizes, dtype=torch.int64, device="cpu")
             found = (found[:, None] * axis).flatten()
         return found
+
+    @cached_property
+    def _given_volumes(self) -> Tensor:
+        assert self._given is not None
+        each = [box.volume for box in self._given]
+        return torch.tensor(each, dtype=torch.int64, device="cpu")
 
     def number_of(self, box: Box) -> int | None:
         """The place of a box among `boxes`; None if it is none of them."""

@@ -53,7 +53,6 @@ from goku_runtime.checkpoint.directory import (
     unfinished,
     write_durably,
 )
-from goku_runtime.checkpoint.layout import STATE_NAME
 from goku_runtime.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -61,12 +60,12 @@ from goku_runtime.checkpoint.manifest import (
     Manifest,
     file_problems,
     raise_problems,
+    unless_replaced,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box
 from goku_runtime.checkpoint.root import newest_ns, series_of
-from goku_runtime.checkpoint.stored import Stored
-from goku_runtime.checkpoint.tree import parse_tree
+from goku_runtime.checkpoint.stored import Stored, read_tree
 
 __all__ = ["GokuStorageReader", "GokuStorageWriter"]
 
@@ -292,7 +291,7 @@ class GokuStorageReader(StorageReader):
                 "goku_runtime.checkpoint.load without unpickling"
             )
         stored = Stored(directory, manifest)
-        tree = parse_tree(stored.file(STATE_NAME), str(directory / STATE_NAME))
+        tree = read_tree(directory, manifest)
         paths, values = leaves(tree)
         described: dict[str, Any] = {name: BytesStorageMetadata() for name in values}
         for name, tensor in stored.index.tensors.items():
@@ -313,8 +312,9 @@ class GokuStorageReader(StorageReader):
         """
         stored, _ = self._open()
         if is_coordinator:
-            problems = file_problems(stored.directory, stored.manifest, sums=False)
-            raise_problems(stored.directory, problems)
+            with unless_replaced(stored.directory, stored.manifest):
+                problems = file_problems(stored.directory, stored.manifest, sums=False)
+                raise_problems(stored.directory, problems)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan as it is."""

@@ -57,6 +57,9 @@ _TEMPORARY = re.compile(
 _NEXT_POINTER = re.compile(rf"\.{POINTER_NAME}\.(?P<token>[0-9a-f]{{16}})")
 # When another machine's, of which nothing has been written for so long, counts as left behind.
 _ABANDONED_S = 12 * 3600.0
+# Of a name, on Linux's file systems; and what the longest temporary name has more than the name that it is made of.
+_NAME_BYTES = 255
+_LONGEST_NAME = _NAME_BYTES - len(f"..removing-{'0' * 16}")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -300,9 +303,14 @@ def given_path(path: str | os.PathLike[str], field: str = "path") -> Path:
 def check_name(target: Path) -> None:
     """Raises ValueError for a path at whose name no checkpoint would be found again.
 
-    Names that begin with a dot are ours, or hidden; the pointer is a line of UTF-8.
+    Names that begin with a dot are ours, or hidden; the pointer is a line of UTF-8. Longer ones than allowed
+    would leave no room for what is put around them while a checkpoint is written or removed.
     """
     name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(
+            f"path: the name {name!r} has {len(os.fsencode(name))} bytes; allowed: up to {_LONGEST_NAME}"
+        )
     if name in ("", POINTER_NAME) or name.startswith(".") or not name.isprintable():
         raise ValueError(
             f"path: found {os.fspath(target)!r}; the name {name!r} is not allowed: it must not be empty or "

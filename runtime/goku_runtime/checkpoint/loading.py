@@ -16,19 +16,18 @@ from goku_runtime.checkpoint import version1
 from goku_runtime.checkpoint.checksum import crc32c
 from goku_runtime.checkpoint.collection import no_collection
 from goku_runtime.checkpoint.directory import given_path
-from goku_runtime.checkpoint.layout import STATE_NAME, global_rank
+from goku_runtime.checkpoint.layout import global_rank
 from goku_runtime.checkpoint.manifest import (
-    CheckpointError,
     Manifest,
-    file_problem,
     file_problems,
     raise_problems,
+    unless_replaced,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import held
 from goku_runtime.checkpoint.ranks import Ranks
-from goku_runtime.checkpoint.stored import Stored, Version2
-from goku_runtime.checkpoint.tree import Match, decode, local_part, match, parse_tree
+from goku_runtime.checkpoint.stored import Stored, Version2, read_tree
+from goku_runtime.checkpoint.tree import Match, decode, local_part, match
 
 __all__ = ["describe", "load", "read_values"]
 
@@ -79,7 +78,8 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint, or files missing, truncated, altered or extra: named, with the
-            tensors in the altered bytes and the rank that wrote them.
+            tensors in the altered bytes and the rank that wrote them; or one that was replaced or removed
+            while it was read, which is told apart.
         ValueError: keys missing or unexpected, or kinds, shapes or dtypes that differ: all named,
             with what was saved and what is wanted; or ranks that were given different checkpoints.
             (CheckpointError is a ValueError too.)
@@ -93,13 +93,13 @@ def load(
         if manifest.version == 1:
             first = version1.Version1(ranks, directory, manifest)
             _, plan = _matched(
-                state, ranks, directory, lambda: first, partial=partial, convert=convert
+                state, ranks, directory, manifest, lambda: first, partial=partial, convert=convert
             )
             first.load(_tensors(plan))
         else:
             with no_collection():
                 second, plan = _matched(
-                    state, ranks, directory, lambda: Version2(ranks, directory, manifest),
+                    state, ranks, directory, manifest, lambda: Version2(ranks, directory, manifest),
                     partial=partial, convert=convert,
                 )  # fmt: skip
             second.load(_tensors(plan), options, senders=given if broadcast else None)
@@ -118,12 +118,7 @@ def read_values(path: str | os.PathLike[str]) -> dict[Any, Any]:
         OSError: a file cannot be read.
     """
     directory = given_path(path)
-    manifest = Manifest.read(directory)
-    if STATE_NAME not in manifest.files:
-        raise CheckpointError(f"{directory} is damaged: {STATE_NAME}: missing")
-    raise_problems(directory, file_problem(directory / STATE_NAME, manifest.files[STATE_NAME]))
-    values = decode(_read_tree(directory))
-    return dict(values)
+    return dict(decode(read_tree(directory, Manifest.read(directory))))
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -159,10 +154,11 @@ def _looked_at(
         directory = Path(os.path.abspath(given_path(path)))
         manifest = Manifest.read(directory)
         own.append((directory, manifest))
-        problems = []
+        problems: list[str] = []
         if manifest.version > 1:  # version 1 reads the files themselves
             share = (ranks.rank, ranks.count)
-            problems = file_problems(directory, manifest, sums=False, share=share)
+            with unless_replaced(directory, manifest):
+                problems = file_problems(directory, manifest, sums=False, share=share)
         return str(directory), crc32c(manifest.to_bytes()), broadcast, problems
 
     found = ranks.collect(look)
@@ -177,7 +173,8 @@ def _looked_at(
             )
         if sent != sends:
             raise ValueError(f"broadcast is {sends} on rank 0 and {sent} on rank {rank}")
-    raise_problems(own[0][0], [problem for each in found for problem in each[3]])
+    with unless_replaced(*own[0]):
+        raise_problems(own[0][0], [problem for each in found for problem in each[3]])
     return own[0]
 
 
@@ -190,6 +187,7 @@ def _matched(
     state: dict[Any, Any],
     ranks: Ranks,
     directory: Path,
+    manifest: Manifest,
     opened: Callable[[], S],
     *,
     partial: bool,
@@ -200,7 +198,7 @@ def _matched(
 
     def check() -> tuple[list[str], list[str]]:
         stored = opened()
-        plan = match(state, _read_tree(directory))
+        plan = match(state, read_tree(directory, manifest))
         own.append((stored, plan))
         problems = plan.problems + _tensor_problems(plan, stored, convert=convert)
         return problems, [] if partial else plan.unexpected
@@ -233,11 +231,6 @@ def _hints(problems: list[str], convert: bool) -> str:
     if not convert and any(_OTHER_DTYPE.search(each) for each in problems):
         found.append("convert=True accepts other dtypes")
     return f" ({'; '.join(found)})" if found else ""
-
-
-def _read_tree(directory: Path) -> Any:
-    path = directory / STATE_NAME
-    return parse_tree(path.read_bytes(), str(path))
 
 
 def _tensor_problems(

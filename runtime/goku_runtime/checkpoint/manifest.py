@@ -13,7 +13,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ __all__ = [
     "file_problems",
     "name_problems",
     "raise_problems",
+    "unless_replaced",
+    "verified",
 ]
 
 MANIFEST_NAME = "manifest.json"
@@ -160,11 +163,13 @@ def file_problem(path: Path, wanted: FileSum, *, sums: bool = True) -> list[str]
         kind = "truncated" if size < wanted.size else "too long"
         return [f"{path.name}: {kind}, {size} bytes instead of {wanted.size}"]
     if sums:
-        found = FileSum(*crc32c_of_file(path))
-        if found != wanted:
-            crcs = f"CRC-32C {found.crc:08x} instead of {wanted.crc:08x}"
-            return [f"{path.name}: altered, {crcs}"]
+        return _sum_problem(path.name, FileSum(*crc32c_of_file(path)), wanted)
     return []
+
+
+def _sum_problem(name: str, found: FileSum, wanted: FileSum) -> list[str]:
+    crcs = f"CRC-32C {found.crc:08x} instead of {wanted.crc:08x}"
+    return [] if found == wanted else [f"{name}: altered, {crcs}"]
 
 
 def file_problems(
@@ -207,6 +212,47 @@ def raise_problems(directory: Path, problems: list[str]) -> None:
         error = CheckpointError(f"{directory} is damaged: " + "; ".join(sorted(problems)))
         error.problems = tuple(sorted(problems))
         raise error
+
+
+def verified(directory: Path, manifest: Manifest, name: str) -> bytes:
+    """What a small file of a checkpoint holds: the very bytes whose sum was compared.
+
+    Raises:
+        CheckpointError: the manifest does not name it, or it is missing, truncated, too long or altered.
+        OSError: it cannot be read.
+    """
+    wanted = manifest.files.get(name)
+    if wanted is None:
+        raise CheckpointError(f"{directory} is damaged: {name}: missing")
+    with unless_replaced(directory, manifest):
+        raise_problems(directory, file_problem(directory / name, wanted, sums=False))
+        data = _content(directory / name)
+        raise_problems(directory, _sum_problem(name, FileSum(len(data), crc32c(data)), wanted))
+    return data
+
+
+@contextmanager
+def unless_replaced(directory: Path, manifest: Manifest) -> Generator[None]:
+    """Around reads of a checkpoint: one that was replaced or removed meanwhile is not called damaged.
+
+    A save with ``overwrite=True`` and a retention do that while others read; what they have read by then was
+    compared with the sums of the manifest that they began with, so nothing is ever mixed.
+
+    Raises:
+        CheckpointError: instead of another one, or of a file that is not there.
+    """
+    try:
+        yield
+    except (CheckpointError, FileNotFoundError) as error:
+        try:
+            same = Manifest.read(directory) == manifest
+        except CheckpointError:
+            same = False
+        if same:
+            raise
+        raise CheckpointError(
+            f"{directory} was replaced or removed while it was read: read it again, or another one"
+        ) from error
 
 
 def _content(path: Path) -> bytes:

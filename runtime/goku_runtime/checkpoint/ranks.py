@@ -29,19 +29,28 @@ class _Failure(NamedTuple):
     message: str
     errno: int | None = None
     filename: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
+        notes = tuple(getattr(error, "__notes__", ()))
         if isinstance(error, OSError):
             text = error.strerror or str(error)
-            return cls("OSError", text, error.errno, error.filename and str(error.filename))
+            name = error.filename and str(error.filename)
+            return cls("OSError", text, error.errno, name, notes)
         kinds = (CheckpointError, ValueError, TypeError, ImportError)
         kind = next((kind.__name__ for kind in kinds if isinstance(error, kind)), "RuntimeError")
         known = kind == type(error).__name__
-        return cls(kind, str(error) if known else f"{type(error).__name__}: {error}")
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        return cls(kind, text, notes=notes)
 
     def raised(self, rank: int) -> BaseException:
-        message = f"rank {rank}: {self.message}"
+        error = self._raised(f"rank {rank}: {self.message}")
+        for note in self.notes:
+            error.add_note(note)
+        return error
+
+    def _raised(self, message: str) -> BaseException:
         if self.kind == "OSError":
             return OSError(self.errno, message, self.filename)
         kinds: tuple[type[BaseException], ...] = (CheckpointError, ValueError, TypeError)

@@ -20,20 +20,20 @@ from goku_runtime.checkpoint.layout import STATE_NAME, global_rank
 from goku_runtime.checkpoint.manifest import (
     CheckpointError,
     Manifest,
-    file_problem,
-    raise_problems,
+    unless_replaced,
+    verified,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import Box, held
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.replicas import is_reader, send, shared
 from goku_runtime.checkpoint.staging import copyable
-from goku_runtime.checkpoint.tree import is_spread
+from goku_runtime.checkpoint.tree import is_spread, parse_tree
 
 if TYPE_CHECKING:
     from goku_runtime._io import Engine
 
-__all__ = ["Stored", "Version2", "sums_name"]
+__all__ = ["Stored", "Version2", "read_tree", "sums_name"]
 
 # Tensors that bytes cannot go straight into (on a GPU, strided, of another dtype) are read aside, this
 # much at a time, or one tensor if that is more.
@@ -43,6 +43,11 @@ _ASIDE_BYTES = 256 << 20
 def sums_name(data_file: str) -> str:
     """The name of the file that holds a data file's CRCs."""
     return data_file.removesuffix(".distcp") + ".crc"
+
+
+def read_tree(directory: Path, manifest: Manifest) -> Any:
+    """state.json, verified, as `tree.parse_tree` gives it. Raises CheckpointError: it is damaged."""
+    return parse_tree(verified(directory, manifest, STATE_NAME), str(directory / STATE_NAME))
 
 
 class Stored:
@@ -67,12 +72,7 @@ class Stored:
 
     def file(self, name: str) -> bytes:
         """A small file, verified."""
-        wanted = self.manifest.files.get(name)
-        if wanted is None:
-            raise CheckpointError(f"{self.directory} is damaged: {name}: missing")
-        path = self.directory / name
-        raise_problems(self.directory, file_problem(path, wanted))
-        return path.read_bytes()
+        return verified(self.directory, self.manifest, name)
 
     def sums(self, data_file: str) -> bytes:
         """The CRC-32C of each chunk of a data file: little-endian, 4 bytes each."""
@@ -106,8 +106,9 @@ class Stored:
                     (run.offset, run.row_bytes, run.rows, run.file_stride,
                      address + run.memory_offset, run.memory_stride)
                 )  # fmt: skip
-        for number, rows in sorted(by_file.items()):
-            self._read_file(engine, self.index.files[number], rows)
+        with unless_replaced(self.directory, self.manifest):
+            for number, rows in sorted(by_file.items()):
+                self._read_file(engine, self.index.files[number], rows)
 
     def _read_file(self, engine: Engine, name: str, rows: array.array[int]) -> None:
         from goku_runtime._io import ChunkError
@@ -162,7 +163,6 @@ class Version2(Stored):
     def __init__(self, ranks: Ranks, directory: Path, manifest: Manifest) -> None:
         self._ranks = ranks
         super().__init__(directory, manifest)
-        self.file(STATE_NAME)
 
     def described(self, name: str) -> tuple[str, tuple[int, ...]]:
         """A saved tensor's dtype ("torch.float32") and shape. Raises CheckpointError: there is none."""

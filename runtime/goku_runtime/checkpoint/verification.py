@@ -13,6 +13,7 @@ from goku_runtime.checkpoint.manifest import (
     file_problem,
     file_problems,
     raise_problems,
+    unless_replaced,
 )
 from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.stored import Stored, sums_name
@@ -52,31 +53,32 @@ def verify(
         if progress is not None:
             progress(done + nbytes, total)
 
-    problems = file_problems(directory, manifest, sums=False)
-    damaged = {problem.partition(":")[0] for problem in problems}
-    stored: Stored | None = None
-    if manifest.version > 1:
-        try:
-            stored = Stored(directory, manifest)
-        except CheckpointError as error:
-            if not problems:
-                problems.append(str(error))
-    with options.engine() as engine:
-        for name, wanted in manifest.files.items():
-            if name in damaged:
-                pass
-            elif stored is None or name not in stored.index.files:
-                problems += file_problem(directory / name, wanted)
-            else:
-                reading = engine.start_checksum(directory / name, chunk=stored.index.chunk)
-                while not reading.wait(0.2):
-                    advance(reading.progress[0])
-                size, crc, sums = reading.result()
-                if (size, crc) != (wanted.size, wanted.crc) or _other_sums(stored, name, sums):
-                    problems += _pieces(stored, name, sums)
-            done += wanted.size
-            advance(0)
-    raise_problems(directory, problems)
+    with unless_replaced(directory, manifest):
+        problems = file_problems(directory, manifest, sums=False)
+        damaged = {problem.partition(":")[0] for problem in problems}
+        stored: Stored | None = None
+        if manifest.version > 1:
+            try:
+                stored = Stored(directory, manifest)
+            except CheckpointError as error:
+                if not problems:
+                    problems.append(str(error))
+        with options.engine() as engine:
+            for name, wanted in manifest.files.items():
+                if name in damaged:
+                    pass
+                elif stored is None or name not in stored.index.files:
+                    problems += file_problem(directory / name, wanted)
+                else:
+                    reading = engine.start_checksum(directory / name, chunk=stored.index.chunk)
+                    while not reading.wait(0.2):
+                        advance(reading.progress[0])
+                    size, crc, sums = reading.result()
+                    if (size, crc) != (wanted.size, wanted.crc) or _other_sums(stored, name, sums):
+                        problems += _pieces(stored, name, sums)
+                done += wanted.size
+                advance(0)
+        raise_problems(directory, problems)
     return Report(directory, {name: entry.size for name, entry in manifest.files.items()})
 
 

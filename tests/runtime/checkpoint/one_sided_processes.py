@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from goku_runtime.checkpoint import Checkpointer, load, save, staging
+from goku_runtime.checkpoint import Checkpointer, committing, load, save, staging
 
 SECONDS = 20.0  # far less than gloo's patience
 
@@ -75,6 +76,21 @@ def no_memory_to_warm(rank: int, world: int, root: str) -> None:
             saving.warm(state(1))
         staging.Memory.__init__ = real  # type: ignore[method-assign]
         saving.async_save(state(2), Path(root) / "c").result()
+
+
+def latest_is_not_moved(rank: int, world: int, root: str) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = Path(root) / "c"
+    if rank == 0:
+        committing.set_latest = refused
+    with pytest.raises(OSError, match="No space left") as caught:
+        save(state(1), path, latest=True)
+    assert caught.value.__notes__ == [f"{path} is saved; only `latest` was not moved to it"]
+    found = state(0)
+    load(found, path)
+    assert bool((found["w"].to_local() == 1).all())
 
 
 def gone_before_the_first_message(rank: int, world: int, root: str) -> None:

@@ -7,13 +7,23 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from goku_runtime.checkpoint import CheckpointError, load, read_values, save, verify
+from goku_runtime.checkpoint import (
+    CheckpointError,
+    load,
+    loading,
+    manifest,
+    read_values,
+    save,
+    verify,
+)
+from goku_runtime.checkpoint.stored import Stored
 
 sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
 from sealing import seal, write_manifest
@@ -54,6 +64,73 @@ def test_a_copy_that_is_sealed_again_loads(checkpoint: Path) -> None:
     state = wanted()
     load(state, checkpoint)
     assert torch.equal(state["w"], WEIGHT)
+
+
+# --- others, who replace or remove it ------------------------------------------------------------
+
+
+def replace(path: Path) -> None:
+    save({"w": WEIGHT * 2, "v": torch.zeros(4), "step": 4}, path, overwrite=True)
+
+
+@pytest.mark.parametrize("change", [replace, shutil.rmtree], ids=["replaced", "removed"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(loading, "file_problems"), (loading, "Version2"), (loading, "match"), (Stored, "read")],
+    ids=["sizes", "index", "values", "tensors"],
+)
+def test_a_checkpoint_that_others_touch_is_not_called_damaged(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    module: Any,
+    name: str,
+) -> None:
+    """Whenever it happens: nothing is mixed, and nobody looks for a broken disk."""
+    real = getattr(module, name)
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        change(checkpoint)
+        monkeypatch.setattr(module, name, real)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, changed)
+    refused(checkpoint, "was replaced or removed while it was read")
+    if change is replace:
+        state = wanted()
+        load(state, checkpoint)
+        assert torch.equal(state["w"], WEIGHT * 2)
+        assert state["step"] == 4
+
+
+@pytest.mark.parametrize("change", [replace, shutil.rmtree], ids=["replaced", "removed"])
+def test_verify_does_not_call_it_damaged_either(
+    checkpoint: Path, change: Callable[[Path], None]
+) -> None:
+    left = [change]
+
+    def shown(*_: int) -> None:
+        if left:
+            left.pop()(checkpoint)
+
+    with pytest.raises(CheckpointError, match="was replaced or removed while it was read"):
+        verify(checkpoint, progress=shown)
+
+
+def test_values_are_those_of_the_manifest_that_was_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = manifest.file_problem
+
+    def behind(*arguments: Any, **options: Any) -> Any:
+        found = real(*arguments, **options)  # it was all right a moment ago
+        monkeypatch.setattr(manifest, "file_problem", real)
+        replace(checkpoint)
+        return found
+
+    monkeypatch.setattr(manifest, "file_problem", behind)
+    with pytest.raises(CheckpointError, match="was replaced or removed while it was read"):
+        read_values(checkpoint)
 
 
 # --- accidents ----------------------------------------------------------------------------------

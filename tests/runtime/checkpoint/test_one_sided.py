@@ -63,6 +63,10 @@ def test_latest_that_cannot_be_moved_says_that_the_checkpoint_is_there(
     assert bool((found["w"] == 1).all())
 
 
+def test_all_ranks_learn_that_only_latest_was_not_moved(run_processes: Run, tmp_path: Path) -> None:
+    run_processes(2, SCRIPT, ("latest_is_not_moved", {"root": str(tmp_path)}), group_timeout=20)
+
+
 def test_the_default_device_plays_no_part(tmp_path: Path) -> None:
     wide = torch.arange(20.0)
     state: dict[str, Any] = {"strided": wide[::2], "half": torch.ones(5, dtype=torch.float16)}

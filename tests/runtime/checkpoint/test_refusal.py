@@ -16,6 +16,7 @@ from goku_runtime.checkpoint import (
     CheckpointOptions,
     GokuStorageReader,
     GokuStorageWriter,
+    Retention,
     async_save,
     describe,
     latest,
@@ -75,6 +76,17 @@ def test_names_that_a_checkpoint_cannot_have(tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match="is not allowed"):
             save({}, directory / name, latest=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_name_is_one_that_can_be_removed(tmp_path: Path) -> None:
+    longest = "\u00e9" * 113 + "s_"  # of 228 bytes
+    for step in (1, 2):
+        path = tmp_path / f"{longest[:-1]}{step}"
+        save({}, path, latest=True, retention=Retention(1))
+        save({}, path, overwrite=True)
+    assert [each.name for each in tmp_path.iterdir() if each.is_dir()] == [path.name]
+    with pytest.raises(ValueError, match="has 229 bytes; allowed: up to 228"):
+        save({}, tmp_path / f"{longest}3")
 
 
 @pytest.mark.parametrize("name", ["step 4 ", "\u00e9", "a.b", "-"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from goku_runtime.checkpoint import (
     CheckpointOptions,
     async_save,
+    describe,
     load,
     read_values,
     save,
@@ -231,6 +232,30 @@ def test_values_are_replaced_in_the_callers_dicts(tmp_path: Path) -> None:
     assert state == {"a": {"x": 1, "l": [1, {"k": 2}]}, "n": None}
     assert state["a"] is inner
     assert old_list == [9]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tensors_under_empty_keys(tmp_path: Path) -> None:
+    """A name is the keys joined by dots, as DCP has it, whichever of them are empty."""
+    saved: dict[str, Any] = {
+        "": {"w": torch.ones(2), "": {"": torch.full((3,), 2.0)}, "n": 1},
+        "w": torch.full((2,), 3.0),
+        "a": {"": torch.full((1,), 4.0)},
+    }
+    save(saved, tmp_path / "c")
+    assert sorted(describe(tmp_path / "c")) == ["..", ".w", "a.", "w"]
+    for read in (load, lambda state, path: dcp.load(state, checkpoint_id=path, no_dist=True)):
+        found: dict[str, Any] = {
+            "": {"w": torch.zeros(2), "": {"": torch.zeros(3)}, "n": 0},
+            "w": torch.zeros(2),
+            "a": {"": torch.zeros(1)},
+        }
+        read(found, tmp_path / "c")
+        assert found[""]["n"] == 1
+        assert torch.equal(found[""]["w"], saved[""]["w"])
+        assert torch.equal(found[""][""][""], saved[""][""][""])
+        assert torch.equal(found["w"], saved["w"])
+        assert torch.equal(found["a"][""], saved["a"][""])
 
 
 def test_read_values_leaves_the_tensors_out(tmp_path: Path) -> None:

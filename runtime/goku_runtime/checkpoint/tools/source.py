@@ -21,12 +21,12 @@ from goku_runtime.checkpoint.manifest import (
     file_problem,
     file_problems,
     raise_problems,
+    unless_replaced,
 )
 from goku_runtime.checkpoint.plan import Described
 from goku_runtime.checkpoint.root import POINTER_NAME
-from goku_runtime.checkpoint.stored import Stored
+from goku_runtime.checkpoint.stored import Stored, read_tree
 from goku_runtime.checkpoint.tools.slabs import Wanted
-from goku_runtime.checkpoint.tree import parse_tree
 from goku_runtime.checkpoint.version1.metadata import METADATA_NAME, read_metadata
 from goku_runtime.checkpoint.version1.reader import StagingReader
 
@@ -72,7 +72,8 @@ class Source(ABC):
         """
         directory = Path(path)
         manifest = Manifest.read(directory)
-        raise_problems(directory, file_problems(directory, manifest, sums=False))
+        with unless_replaced(directory, manifest):
+            raise_problems(directory, file_problems(directory, manifest, sums=False))
         return (
             _Version1(directory, manifest)
             if manifest.version == 1
@@ -103,8 +104,7 @@ class Source(ABC):
 
     def _read_tree(self) -> None:
         """Reads state.json, and compares it with `tensors`."""
-        path = self.directory / STATE_NAME
-        self.tree = parse_tree(path.read_bytes(), str(path))
+        self.tree = read_tree(self.directory, self.manifest)
         named = set(_named(self.tree))
         odd = min(named ^ self.tensors.keys(), default=None)
         if odd is not None:
@@ -145,7 +145,6 @@ class _Version2(Source):
         self.tensors = {
             name: Described(each.dtype, each.shape) for name, each in index.tensors.items()
         }
-        self._stored.file(STATE_NAME)  # verified
         self._read_tree()
 
     def places(self, name: str) -> list[Place]:
@@ -169,8 +168,7 @@ class _Version1(Source):
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
         self._verified: set[str] = set()
-        for name in (METADATA_NAME, STATE_NAME):
-            self._verify(name)
+        self._verify(METADATA_NAME)
         self._metadata = read_metadata(directory, manifest.files)
         described: dict[str, Any] = dict(self._metadata.state_dict_metadata)
         self._chunks = {name: each.chunks for name, each in described.items()}
