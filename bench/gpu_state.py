@@ -6,12 +6,12 @@ configurations: what a later run, on this machine or on another, needs to go on.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
+
+from goku.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, CONFIGS = "bench/results", "kernels/goku_kernels/triton/configs"
@@ -26,9 +26,7 @@ def cut_unfinished(folder: Path) -> None:
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
-            partial = file.with_suffix(".partial")
-            partial.write_bytes(whole)
-            partial.replace(file)
+            write_whole(file, whole)
 
 
 def save(file: Path, root: Path = ROOT) -> int:
@@ -49,17 +47,9 @@ def save(file: Path, root: Path = ROOT) -> int:
         content = _packed([name for name in names if not name.endswith(".log")], root)
     if len(content) > MAX_BYTES:
         raise ValueError(f"--state {file} has {len(content)} bytes: allowed are {MAX_BYTES}")
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
+        write_whole(file, content, durable=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise ValueError(f"--state {file} cannot be written: {error}") from error
     return len(content)
 
@@ -114,12 +104,8 @@ def unpack(file: Path, root: Path = ROOT) -> list[str]:
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"--from {file} is no archive of --state: {error}") from error
     for name, content in contents.items():
-        path = root / name
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            partial.replace(path)
+            write_whole(root / name, content)
         except OSError as error:
             raise ValueError(f"{name} of --from {file} cannot be written: {error}") from error
     for begun in (root / RESULTS).rglob("*.begun"):

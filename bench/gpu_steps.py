@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import children, gpu_state
+from goku.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS = "gpu_check.json"
@@ -328,10 +329,7 @@ class Status:
         }  # fmt: skip
         found = read_status(self.out)
         found.setdefault(self.device, {})[step.name] = entry
-        self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.out / f"{STATUS}.partial"
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.out / STATUS)
+        write_whole(self.out / STATUS, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def read_status(out: Path) -> dict[str, dict[str, Entry]]:

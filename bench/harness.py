@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench.timing import Ceiling, Timing
+from goku.whole_file import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -324,9 +325,7 @@ def prune(folder: Path) -> dict[Path, tuple[int, int]]:
     for path, rows in kept.items():
         if counts[path][0] == len(rows):
             continue
-        beside = path.with_name(f".{path.name}.new")
-        beside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, "".join(_line(row) for row in rows).encode())
     return counts
 
 

@@ -21,6 +21,7 @@ from bench import ahead, candidates, compiled, harness
 from bench.ahead import Compiled, Compiling
 from bench.candidates import Config, Row
 from bench.forecast import Forecast, Residency, forecast, resident
+from goku.whole_file import write_whole
 
 # Of a row, beside the configuration that it has: halved in rounds, they cost about as much time as
 # four that are measured to the end.
@@ -227,13 +228,7 @@ def write(tables: Sequence[Mapping[str, Any]], folder: Path) -> None:
         mine = {_key(t): t for t in tables if t["op"] == op}
         before = {_key(t): t for t in read(file)}
         lines = [json.dumps(t) + "\n" for t in (before | mine).values()]
-        _replace(file, "".join(lines))
-
-
-def _replace(file: Path, content: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
+        write_whole(file, "".join(lines).encode())
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ import torch
 from bench import ahead, begun, candidates, harness, screening
 from bench.candidates import Config, Row
 from bench.trials import GAIN, Outcome, Trials
+from goku.whole_file import write_whole
 
 FOLDER = screening.CONFIGS
 RESULTS = harness.RESULTS / "tune"
@@ -96,9 +97,7 @@ class Log:
         if not records:
             return
         self.lines = [*self.lines, *(json.dumps(r) for r in records)][-MAX_LINES:]
-        partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
-        partial.replace(self.file)
+        write_whole(self.file, "".join(line + "\n" for line in self.lines).encode())
 
     def _mine(self, row: Row) -> list[dict[str, Any]]:
         named = _named(self.op, row) | dict(self.origin)
@@ -375,9 +374,7 @@ class _Work:
     log: Log
 
     def save(self) -> None:
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(text(self.rows), encoding="utf-8")
-        partial.replace(self.file)
+        write_whole(self.file, text(self.rows).encode())
 
 
 def _work(

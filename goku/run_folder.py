@@ -19,6 +19,7 @@ from goku.metrics import RunLog
 from goku.parallelize import ParallelContext
 from goku.run_config import RunConfig
 from goku.vae import has_vae
+from goku.whole_file import write_whole
 
 __all__ = [
     "check_cache",
@@ -29,7 +30,6 @@ __all__ = [
     "profiler",
     "run_log",
     "write_config",
-    "write_whole",
 ]
 
 # What a run, a recipe and a VAE's training leave in their folders, but for what counts as notes.
@@ -185,21 +185,7 @@ def run_log(config: RunConfig, context: ParallelContext) -> Iterator[RunLog]:
 
 def write_config(target: Path, config: Any) -> None:
     """Write a dataclass or a nested mapping as YAML, whole or not at all."""
-    write_whole(target, parser.dump(config))
-
-
-def write_whole(target: Path, text: str) -> None:
-    """Write a small file, whole or not at all; its folder is made if need be."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure may leave an empty file of that name
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(target, parser.dump(config).encode(), durable=True)
 
 
 @contextmanager

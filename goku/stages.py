@@ -35,13 +35,14 @@ from goku.prepare import (
 )
 from goku.recipe import Recipe, Stage
 from goku.run_config import RunConfig, model_differences, resume_differences
-from goku.run_folder import locked, write_config, write_whole
+from goku.run_folder import locked, write_config
 from goku.sampler import find_checkpoint
 from goku.stopping import StopRequest
 from goku.text import TextEncoder
 from goku.trained import read_run
 from goku.trainer import STAGE_NOTE, Trainer
 from goku.vae import VideoVAE
+from goku.whole_file import write_whole
 from goku_runtime import checkpoint
 
 __all__ = [
@@ -366,7 +367,7 @@ def _run_stage(
     if stage.start is not None:  # a stage that has begun, too: its checkpoints may be moved away
         command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"
         said = json.dumps({"stage": stage.name, "command": command})
-        context.on_main(lambda: write_whole(note, f"{said}\n"))
+        context.on_main(lambda: write_whole(note, f"{said}\n".encode(), durable=True))
     else:
         context.on_main(lambda: note.unlink(missing_ok=True))  # of an earlier `from`
     outcome = trainer.run(stop, profile)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from goku.data.latents import FileIdentity, Plan
 from goku.data.record import Record, counted
 from goku.data.sources import Source
 from goku.data.transform import Geometry
+from goku.whole_file import write_whole
 
 FILE_NAME = "items.json.gz"
 """What the list is called in a run's folder."""
@@ -98,15 +98,8 @@ class ItemList:
                 {"name": s.name, "rows": s.rows, "geometries": s.geometries} for s in self.sources
             ],
         }
-        partial = path.with_name(f".partial-{path.name}")
-        try:
-            with open(partial, "wb") as file:
-                file.write(gzip.compress(json.dumps(content).encode(), 1, mtime=0))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        packed = gzip.compress(json.dumps(content).encode(), 1, mtime=0)
+        write_whole(path, packed, durable=True)
 
     @classmethod
     def read(cls, path: Path) -> ItemList | None:

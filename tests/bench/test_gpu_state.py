@@ -22,7 +22,7 @@ KEPT = {
 }
 LEFT = {
     "bench/results/README.md": "# Rows\n",
-    "bench/results/step.jsonl.partial": "{",
+    "bench/results/.partial-0123456789abcdef": "{",
     "bench/step.py": "x = 1\n",
     "kernels/goku_kernels/triton/varlen_attention.py": "x = 1\n",
 }
@@ -88,7 +88,7 @@ def test_a_place_that_is_none_is_refused(tree, tmp_path):
     for place in (tmp_path / "file" / "state.tgz", tmp_path):
         with pytest.raises(ValueError, match=r"--state .* cannot be written"):
             gpu_state.save(place, tree)
-    assert sorted(p.name for p in tmp_path.parent.glob(".*.partial")) == []
+    assert sorted(p.name for p in tmp_path.parent.glob(".partial-*")) == []
 
 
 def member(name, kind=tarfile.REGTYPE, link=""):
