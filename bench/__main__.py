@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
 
     shown = commands.add_parser("report", help="render the pages of docs/ and their plots")
     shown.add_argument("--results", type=Path, default=harness.RESULTS)
-    shown.add_argument("--docs", type=Path, default=harness.ROOT / "docs")
+    shown.add_argument("--docs", type=Path,
+                       help="folder of the pages (docs/; of other results the folder itself)")  # fmt: skip
 
     pruned = commands.add_parser("prune", help="drop the rows that newer ones replace")
     pruned.add_argument("--results", type=Path, default=harness.RESULTS)
@@ -120,13 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name:24} {status}")
             return 0
         if options.command == "report":
-            # These need the checkpoints' native module, which the other commands do without.
-            from bench import checkpoint_report, parallel_report
-
-            for page in (report, parallel_report, checkpoint_report):
-                for path in page.write(options.results, options.docs):
-                    print(path)
-            return 0
+            return _report(options.results, options.docs)
         if options.command == "prune":
             for path, (before, after) in harness.prune(options.results).items():
                 print(f"{path}: {after} rows of {before}")
@@ -137,6 +132,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
+
+
+def _report(results: Path, docs: Path | None) -> int:
+    # These need the checkpoints' native module, which the other commands do without.
+    try:
+        from bench import checkpoint_report, parallel_report
+    except ImportError as error:
+        raise ValueError(f"report: {error}; `pip install .` in the repository builds it") from error
+    if not results.is_dir():
+        raise ValueError(f"--results is {str(results)!r}: allowed is a folder of rows")
+    if docs is None:  # what somebody measured elsewhere does not belong on the repository's pages
+        same = results.resolve() == harness.RESULTS.resolve()
+        docs = harness.ROOT / "docs" if same else results
+    for page in (report, parallel_report, checkpoint_report):
+        for path in page.write(results, docs):
+            print(path)
+    return 0
 
 
 def _compiled(options: argparse.Namespace) -> bool:
@@ -174,6 +186,10 @@ def _run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if not any(work.peers for name in names for work in running.works(name, chosen)):
         raise ValueError(f"nothing fits --only {options.only} and --peers {options.peers}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {str(options.out)!r}: {error.strerror}") from error
     began, good = time.monotonic(), True
     for name in names:
         left = limit - (time.monotonic() - began)

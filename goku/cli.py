@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,14 @@ def _run_on_stages(args: argparse.Namespace) -> int:
 
 def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
     try:
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except (
+        BrokenPipeError
+    ):  # `| head` has seen enough; what Python writes at its end goes nowhere either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
         # Bad input, a missing part, or a machine that says no (disk full): nothing half-written stays, and what was
         # complete before is still there.

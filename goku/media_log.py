@@ -42,21 +42,27 @@ class Shown:
     caption: str
 
 
-def check_places(places: Sequence[Place]) -> None:
-    """ImportError, naming what to install, when one of the packages is absent; ValueError when W&B has no key."""
-    for place in places:
+def check_places(places: Sequence[Place], *, numbers: bool = False) -> None:
+    """ImportError, naming what to install, when one of the packages is absent; ValueError when W&B has no key.
+
+    numbers: a run's numbers go to TensorBoard (train.tensorboard), too.
+    """
+    wanted = [(place, f"media in {place} need it") for place in places]
+    if numbers:
+        wanted.append(("tensorboard", "train.tensorboard needs tensorboard"))
+    for place, who in wanted:
         spec = find_spec(place)
         # W&B leaves a folder of its name where it runs, which an import takes for an empty package.
         if spec is None or spec.origin is None:
-            raise ImportError(f"media in {place} need it: pip install 'goku[{place}]'")
-    if "tensorboard" in places:
+            raise ImportError(f"{who}: pip install 'goku[{place}]'")
+    if numbers or "tensorboard" in places:
         # An installation that does not fit its protobuf raises what it likes, and at the first step.
         done = subprocess.run(
             [sys.executable, "-c", _TENSORBOARD], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ImportError(f"media in tensorboard: it cannot be imported: {said[-1]}")
+            raise ImportError(f"tensorboard is there and cannot be imported: {said[-1]}")
     if "wandb" in places:
         check_wandb()
 

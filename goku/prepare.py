@@ -179,7 +179,8 @@ def prepare_datasets(
 
 
 def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> None:
-    """Reads what the validations of these runs need and shows whether it can be used, before hours of other work.
+    """Reads what the validations and the logs of these runs need and shows whether it can be used, before hours of
+    other work.
 
     Raises what `read_validation` and `goku.media_log.check_places` raise, on every process when it fails on one.
     """
@@ -190,7 +191,8 @@ def check_validation(configs: Sequence[RunConfig], context: ParallelContext) -> 
 
     context.together(look)
     places = {p: None for c in configs if c.validation.every for p in c.validation.media}
-    context.on_main(lambda: check_places(tuple(places)))
+    numbers = any(config.train.tensorboard for config in configs)
+    context.on_main(lambda: check_places(tuple(places), numbers=numbers))
 
 
 @contextmanager

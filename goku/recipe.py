@@ -113,6 +113,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     written = _section(tree, "stages")
     if not written:
         raise parser.ConfigError("stages", written, "must have one stage at least")
+    _check_no_more(source, overrides)
     shared = {key: value for key, value in tree.items() if key not in ("stages", "sources")}
     shared |= {"out": out, "seed": seed}
     data = _section(shared, "data")
@@ -136,6 +137,26 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         tree=tree,
         source=None if isinstance(source, Mapping) else Path(source),
     )
+
+
+def _check_no_more(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Dotted overrides change stages and sources, and add none: a misspelt name would be one more, trained last."""
+    if not overrides:
+        return
+    before = parser.load(source)
+    for override in overrides:
+        path, _, value = override.partition("=")
+        section, *names = path.strip().split(".")
+        if section not in ("stages", "sources") or not names:
+            continue
+        there = before.get(section)
+        known = list(there) if isinstance(there, Mapping) else []
+        if names[0] not in known:
+            raise parser.ConfigError(
+                f"{section}.{names[0]}",
+                value,
+                f"the file has none of this name; {_nearest(names[0], known)}",
+            )
 
 
 _STAGE_KEYS = ("from", "carry", "mix")

@@ -21,6 +21,7 @@ from goku.metrics import RunLog
 from goku.parallelize import local
 from goku.run_config import RunConfig, TrainConfig, resume_differences
 from goku.trained import read_run
+from goku.vae import has_vae
 from goku_runtime import checkpoint
 from goku_runtime.checkpoint import Checkpointer, Retention, SaveHandle
 
@@ -28,6 +29,7 @@ __all__ = [
     "RunCheckpoints",
     "check_resumable",
     "check_same_run",
+    "check_vae_is_there",
     "has_checkpoints",
     "random_states",
     "set_random_state",
@@ -150,7 +152,18 @@ def check_resumable(config: RunConfig) -> None:
         except (ValueError, OSError):
             continue  # what is damaged is found, and told of, when it is loaded
         _refuse(path, resume_differences(run["config"], config))
+        check_vae_is_there(path, config)
         return
+
+
+def check_vae_is_there(path: Path, config: RunConfig) -> None:
+    """ValueError where the VAE that the checkpoint at `path` was trained with is gone: a new one would be trained for
+    minutes or hours, and be another."""
+    if not has_vae(config.vae.path):
+        raise ValueError(
+            f"vae.path is {config.vae.path}, which holds no VAE, and {path} was trained with one; put it back, or name "
+            "the folder where it is (or choose another `out` to begin anew)"
+        )
 
 
 def check_same_run(

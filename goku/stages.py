@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from goku.prepare import (
     prepare_validator,
 )
 from goku.recipe import Recipe, Stage
+from goku.run_checkpoints import check_vae_is_there
 from goku.run_config import RunConfig, model_differences, resume_differences
 from goku.run_folder import locked, write_config
 from goku.sampler import find_checkpoint
@@ -165,7 +167,9 @@ def check_start(
     else:
         before = next(s for s in found if s.stage.name == stage.start)
         path, ready = before.checkpoint, before.status == "finished"
-        command = f"goku train {recipe.source or 'RECIPE'} --stage {stage.start}"
+        command = shlex.join(
+            ["goku", "train", str(recipe.source or "RECIPE"), "--stage", stage.start]
+        )
         absent = f"it starts from {stage.start}, which {before}; finish it first: {command}"
     if state.begun:
         _check_same_start(recipe, stage, state, path)
@@ -294,6 +298,9 @@ def run_recipe(
                 log.message(f"stage {stage.name} is finished at step {state.step}")
                 continue
             if parts is None:
+                kept = next((each.checkpoint for each in found if each.checkpoint), None)
+                if kept is not None:
+                    context.on_main(partial(check_vae_is_there, kept, recipe.vae))
                 runs = [each.config for each in recipe.stages]
                 vae = prepare_vae(recipe.vae, context, runs)
                 parts = vae, prepare_text(recipe.vae, context)
@@ -365,7 +372,9 @@ def _run_stage(
         _start(recipe, stage, found, context, trainer.fingerprints, now)
     note = Path(config.out) / STAGE_NOTE
     if stage.start is not None:  # a stage that has begun, too: its checkpoints may be moved away
-        command = f"goku train {recipe.out / 'recipe.yaml'} --stage {stage.name}"
+        command = shlex.join(
+            ["goku", "train", str(recipe.out / "recipe.yaml"), "--stage", stage.name]
+        )
         said = json.dumps({"stage": stage.name, "command": command})
         context.on_main(lambda: write_whole(note, f"{said}\n".encode(), durable=True))
     else:

@@ -7,6 +7,7 @@ the VAE and the text encoder that belong to it; `Loaded` has the weights too.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from goku import config as parser
 from goku.conditioning import ConditioningConfig
 from goku.model import GokuTransformer, ModelConfig
 from goku.text import LazyTextEncoder, TextConfig
-from goku.vae import VAEDtype, VideoVAE, load_vae
+from goku.vae import VAEDtype, VideoVAE, has_vae, load_vae
 from goku_runtime import checkpoint
 
 __all__ = [
@@ -102,7 +103,12 @@ def find_checkpoint(root: Path) -> Path | None:
     path = checkpoint.latest(root)
     if path is None and root.is_dir():
         for damaged in sorted(root.glob("step_*"), reverse=True):
-            checkpoint.verify(damaged)
+            try:
+                checkpoint.verify(damaged)
+            except checkpoint.CheckpointError as error:
+                raise checkpoint.CheckpointError(
+                    f"{error} (no checkpoint of {root} is whole; to begin anew, move that folder away)"
+                ) from error
     return path
 
 
@@ -152,7 +158,7 @@ def read_checkpoint(run: Path) -> Trained:
         motion_caption=_motion_caption(data),
         conditioning=conditioning,
         fingerprints={name: values["fingerprints"][name] for name in ("vae", "text")},
-        vae=Path(config["vae"]["path"]),
+        vae=_vae_of(path, config),
         vae_dtype=config["vae"].get("dtype", "auto"),
         text=parser.parse(TextConfig, config["text"], where="text"),
     )
@@ -171,6 +177,16 @@ def read_run(path: Path) -> dict[str, Any]:
                 f"{path} is a checkpoint without run.{name}; allowed: those that `goku train` writes"
             )
     return known
+
+
+def _vae_of(path: Path, config: Mapping[str, Any]) -> Path:
+    """Where the VAE was that the checkpoint at `path` was trained with. Where it is gone and the run's folder
+    was moved with it, in it or beside it (as in a recipe's): where it lies now. Its fingerprint says which it is."""
+    vae, out = Path(config["vae"]["path"]), Path(config.get("out", ""))
+    if has_vae(vae) or not out.is_absolute() or path.parent.name != "checkpoints":
+        return vae
+    now = Path(os.path.normpath(path.absolute().parents[1] / os.path.relpath(vae, out)))
+    return now if has_vae(now) else vae
 
 
 def _motion_caption(data: Mapping[str, Any]) -> str | None:

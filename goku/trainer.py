@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import threading
 import time
 from collections.abc import Sequence
@@ -244,7 +245,8 @@ class Trainer:
                         )
                         return "stopped"
             log.event("finish", self.step)
-            log.message(f"finished at step {self.step}; try: goku sample {self.out} --prompt TEXT")
+            sample = shlex.join(["goku", "sample", str(self.out), "--prompt", "TEXT"])
+            log.message(f"finished at step {self.step}; try: {sample}")
         return "finished"
 
     def _check_start(self) -> None:
@@ -479,9 +481,10 @@ class Trainer:
         }
 
     def _saved_config(self) -> dict[str, Any]:
-        """The resolved config; folders of the VAE and the text encoder absolute, so that sampling finds them from
-        anywhere."""
+        """The resolved config; its own folder and those of the VAE and the text encoder absolute, so that sampling
+        finds them from anywhere, and a VAE that was moved with the run."""
         config = parser.to_dict(self.config)
+        config["out"] = str(self.out.absolute())
         config["vae"]["path"] = str(Path(self.config.vae.path).absolute())
         if self.config.text.path is not None:
             config["text"]["path"] = str(Path(self.config.text.path).absolute())

@@ -26,6 +26,10 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):  # a name that nobody gave
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         # Gone when it was renamed, and a signal may come between the rename and here.
         partial.unlink(missing_ok=True)

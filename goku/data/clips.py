@@ -10,7 +10,7 @@ from torch import Tensor
 
 from goku.data.config import DataConfig
 from goku.data.decode import as_tensor, decode_record
-from goku.data.errors import DataError, DecodeError, Problem
+from goku.data.errors import SKIP_BAD, DataError, DecodeError, Problem
 from goku.data.filler import record_name
 from goku.data.latents import Plan, plan_of
 from goku.data.media import Decoded
@@ -43,9 +43,9 @@ def decode_all(
             else:
                 problems.append(Problem(record.name, result.reason))
     if problems and not (config.skip_bad and decoded):
-        raise DataError(
-            f"{len(problems)} of {counted(len(records), 'item')} cannot be used", problems
-        )
+        where = config.path or "data.sources"
+        what = f"{where}: {len(problems)} of {counted(len(records), 'item')} cannot be used"
+        raise DataError(what + ("" if config.skip_bad else SKIP_BAD), problems)
     return clips
 
 

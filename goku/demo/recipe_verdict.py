@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -364,9 +365,20 @@ def _report(
         environment=environment(),
         commands=(
             "goku demo --page 2",
-            f"goku train {out / 'recipe.yaml'}",
-            f"goku sample {recipe.stages[-1].config.out} --image {image} --frames 9 "
-            f'--prompt "{run.given[0].caption}"',
+            shlex.join(["goku", "train", str(out / "recipe.yaml")]),
+            shlex.join(
+                [
+                    "goku",
+                    "sample",
+                    recipe.stages[-1].config.out,
+                    "--image",
+                    str(image),
+                    "--frames",
+                    "9",
+                    "--prompt",
+                    run.given[0].caption,
+                ]
+            ),
         ),
         files=(
             (str(out / "recipe.yaml"), "the recipe, with its folders here"),

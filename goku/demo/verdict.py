@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -230,6 +231,18 @@ def _packs(config: RunConfig, dataset: Dataset) -> list[Pack]:
 def _commands(run: DemoRun) -> list[str]:
     item = run.config.out
     return [
-        f"goku train {run.out / 'demo.yaml'}",
-        f'goku sample {item} --prompt "{TRAINING[0].text}" --height 160 --width 160',
+        shlex.join(["goku", "train", str(run.out / "demo.yaml")]),
+        shlex.join(
+            [
+                "goku",
+                "sample",
+                item,
+                "--prompt",
+                TRAINING[0].text,
+                "--height",
+                "160",
+                "--width",
+                "160",
+            ]
+        ),
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ class T5TextEncoder:
         if cut:
             warnings.warn(
                 f"prompts longer than max_tokens={self._max_tokens} are cut: "
-                f"{len(cut)} of {len(tokens)}, the first of them {cut[0]!r}",
+                f"{len(cut)} of {len(tokens)}, the first of them {textwrap.shorten(cut[0], 80)!r}",
                 stacklevel=3,
             )
         return tokens

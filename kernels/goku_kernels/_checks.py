@@ -42,9 +42,15 @@ def choose_backend(
             `backend` then means "torch".
 
     Raises:
-        ValueError: `backend` is no backend of this operator, or "triton" and `refusal` is given.
+        ValueError: `backend` is no backend of this operator, or "triton" and `refusal` is given; or `x` has no
+            memory.
         RuntimeError: it is one, but this installation or device does not have it.
     """
+    if x.device.type == "meta":
+        raise ValueError(
+            f"{operator}: the tokens are on meta: allowed are devices with memory (shapes alone: "
+            "torch._subclasses.FakeTensorMode)"
+        )
     if backend is None:
         usable = refusal is None and x.is_cuda and triton_absent(x.device.type) is None
         # The kernels are shipped for sm_80 and newer.

@@ -7,10 +7,11 @@ read `cu_seqlens` back from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from goku_kernels.upload import upload, upload_values
 
 Grid = tuple[int, int, int]
+T = TypeVar("T")
 
 _INT32_MAX = 2**31 - 1
 
@@ -53,8 +55,8 @@ class Packing:
             ValueError: no sample, a grid that is not three integers >= 0, or over 2^31-1 tokens.
         """
         grids = []
-        for i, grid in enumerate(grid_sizes):
-            sizes = tuple(grid)
+        for i, grid in enumerate(_several("grid_sizes", grid_sizes, "of (t, h, w)")):
+            sizes = tuple(grid) if isinstance(grid, Iterable) else ()
             if len(sizes) != 3 or not all(_is_count(n) for n in sizes):
                 raise ValueError(
                     f"grid_sizes[{i}] is {grid!r}: allowed are 3 integers >= 0 (t, h, w)"
@@ -74,10 +76,11 @@ class Packing:
         Raises:
             ValueError: no sequence, a length that is not an integer >= 0, or over 2^31-1 tokens.
         """
-        for i, n in enumerate(lengths):
+        given = _several("lengths", lengths, "of integers >= 0")
+        for i, n in enumerate(given):
             if not _is_count(n):
                 raise ValueError(f"lengths[{i}] is {n!r}: allowed are integers >= 0")
-        host = tuple(int(n) for n in lengths)
+        host = tuple(int(n) for n in given)
         return cls(_offsets("lengths", host, device), None, host, None, max(host))
 
     @property
@@ -106,6 +109,12 @@ class Packing:
         lengths = torch.tensor(self.lengths, device="cpu")
         ids = torch.repeat_interleave(samples, lengths, output_size=self.total)
         return upload(ids, self.cu_seqlens.device)
+
+
+def _several(name: str, values: Iterable[T], what: str) -> tuple[T, ...]:
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r}: allowed is a sequence {what}")
+    return tuple(values)
 
 
 def _is_count(n: object) -> bool:

@@ -8,7 +8,7 @@ MKL and CUDA. Hence every device gives the same bits, and so does the kernel of
 :mod:`goku_kernels.triton.philox`, since no compiler is let contract a product and a sum into one
 FMA.
 
-Which numbers a stream has (seed, purpose, stream index, element) is laid down in goku/random.py:
+Which numbers a stream has (seed, purpose, stream index, element) is, as in goku/random.py, which draws with them:
 
 - key     = (low, high) 32 bits of the seed;
 - counter = (element // 4, purpose, low 32 bits of the stream index, high 32 bits of it);

@@ -32,7 +32,7 @@ def rectified_flow_noise(
 
     t = 0 is noise and t = 1 is data (Goku, arXiv 2502.04896). Element (row, column) of sample b
     takes normal number (row - cu_seqlens[b]) * d + column of the stream (seed, purpose,
-    stream_index[b]) of goku/random.py, rounded to float32: a number depends neither on the packing
+    stream_index[b]) of `goku_kernels.philox`, rounded to float32: a number depends neither on the packing
     nor on the shard. Computed in promote(x1's dtype, float32), 1 - t before t is rounded. Both
     backends use the same correctly rounded operations in the same order, so that they give the same
     bits. Rows at or past cu_seqlens[-1] are padding: zero in both outputs.
@@ -45,7 +45,8 @@ def rectified_flow_noise(
         stream_index: int64 (B,), the bits of the unsigned 64-bit stream index of each sample.
         cu_seqlens: int32 (B+1,), global offsets of the samples; each of at most 2^34 elements.
         seed: in [0, 2^64).
-        purpose: counter word 1, in [0, 2^32); goku.random.Purpose says which is what.
+        purpose: counter word 1, in [0, 2^32): numbers for other things are others
+            (goku itself numbers them in goku.random.Purpose).
         token_offset: global row of x1's first token (a shard may begin inside a sample).
         backend: None, "torch" or "triton".
 

@@ -218,7 +218,7 @@ def varlen_attention(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    q, k, v = _as_autocast(q, k, v)
+    q, k, v = _as_autocast(q=q, k=k, v=v)
     scale = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     out, lse = _forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, deterministic,
@@ -269,9 +269,9 @@ def varlen_attention_backward(
         ValueError: an argument of wrong dtype, shape, device, stride or value.
         RuntimeError: a backend that this installation does not have.
     """
-    dtypes = [x.dtype for x in (q, k, v)]
+    inputs = (q, k, v)
     # As the forward did: its lse belongs to these values of q and k.
-    q, k, v, dout, out = _as_autocast(q, k, v, dout, out)
+    q, k, v, dout, out = _as_autocast(q=q, k=k, v=v, dout=dout, out=out)
     scale = _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale)
     for name, x in (("dout", dout), ("out", out)):
         # Any strides: autograd hands on expanded and transposed gradients.
@@ -279,8 +279,10 @@ def varlen_attention_backward(
             raise ValueError(f"{_OP}: {name} has dtype {x.dtype}: allowed are {list(check.FLOATS)}")
         check.check_shape(_OP, name, x, tuple(q.shape))
         check.check_device(_OP, name, x, q.device)
+    check.check_tensor(_OP, "lse", lse)
     for name, rows in (("lse", lse), ("dlse", dlse)):
         if rows is not None:
+            check.check_tensor(_OP, name, rows)
             check.check_shape(_OP, name, rows, (q.shape[1], q.shape[0]))
             check.check_device(_OP, name, rows, q.device)
             if rows.dtype != check.compute_dtype(q):
@@ -291,7 +293,7 @@ def varlen_attention_backward(
         dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         scale, deterministic, _choose(backend, q),
     )  # fmt: skip
-    dq, dk, dv = (x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+    dq, dk, dv = (x.to(given.dtype) for x, given in zip(gradients, inputs, strict=True))
     return dq, dk, dv
 
 
@@ -330,10 +332,17 @@ def _tf32_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the active autocast dtype, if any; fp64 and what is no float stay as they are."""
+def _as_autocast(**named: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the active autocast dtype, if any; fp64 and what is no float stay as they are.
+
+    Raises:
+        ValueError: one that is no tensor, by its name.
+    """
+    for name, x in named.items():
+        check.check_tensor(_OP, name, x)
+    tensors = tuple(named.values())
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch knows no autocast of meta
         return tensors
     low = torch.get_autocast_dtype(device)
     keep = (torch.float64,)

@@ -29,16 +29,16 @@ def velocity_loss(
     token_offset: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum(w_i per_sample_i) / weight_sum, and per_sample: :func:`per_sample_mse`, then
-    :func:`weighted_loss`. Differentiable in prediction, target and weights.
+    """sum(w_i per_sample_i) / weight_sum, and per_sample: this module's `per_sample_mse`, then its
+    `weighted_loss`. Differentiable in prediction, target and weights.
 
     Args:
         prediction: (T, d) floating, unit inner stride.
         target: as prediction; its dtype may differ.
         weights: (B,) floating, not negative.
         cu_seqlens: int32 (B+1,), global offsets of the samples.
-        weight_sum: a positive number or a tensor of shape (), over the GLOBAL batch (see
-            :func:`weighted_loss`).
+        weight_sum: a positive number or a tensor of shape (), over the GLOBAL batch: the ranks' losses then add
+            up to that of the whole batch.
         token_offset: global row of the first token (a shard may begin inside a sample).
         backend: None, "torch" or "triton".
 

@@ -87,9 +87,10 @@ def add_ckpt(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="inspect, verify, compare, reshard and export checkpoints",
         description="What there is to do with checkpoints; each command's --help has more. `goku ckpt` and\n"
         "`goku-runtime ckpt` are the same.",
-        epilog=_EXAMPLES_OF_ALL,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # The command that was called is the one that a reader has.
+    ckpt.epilog = _EXAMPLES_OF_ALL.replace("goku ckpt", ckpt.prog)
     commands = ckpt.add_subparsers(dest="command", required=True, metavar=names)
 
     def add(
@@ -99,7 +100,7 @@ def add_ckpt(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
             name,
             help=help,
             description=f"{help[0].upper()}{help[1:]}.",
-            epilog=_EXAMPLES[name],
+            epilog=_EXAMPLES[name].replace("goku ckpt", ckpt.prog),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run_command=run, command_prog=command.prog)

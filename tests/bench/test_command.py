@@ -152,6 +152,20 @@ def test_a_results_folder_that_cannot_be_read_is_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "docs").exists()
 
 
+def test_a_results_folder_that_is_none_is_exit_code_2(tmp_path, capsys):
+    assert command.main(["report", "--results", str(tmp_path / "typo")]) == 2
+    assert "typo': allowed is a folder of rows" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file/below", "file"])
+def test_a_place_for_rows_that_is_none_is_exit_code_2(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / place)
+    assert command.main(["run", "velocity_loss", "--device", "cpu", "--out", out]) == 2
+    assert f"--out is {out!r}: " in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_help_has_examples_and_peers_lists_all():
     def said(*words):

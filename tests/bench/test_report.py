@@ -2,10 +2,12 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import harness, plots, report, running, timing
 from bench.block_expected import RATE_NOT_MEASURED
 
@@ -219,3 +221,14 @@ def test_the_committed_page_is_rendered_by_this_code():
         assert (harness.ROOT / "docs" / "performance" / f"{name}.svg").is_file()
     for words in ("## Correctness\n", "### Fifty training steps\n", "## Beside a copy\n"):
         assert words in page
+
+
+def test_pages_of_other_results_lie_beside_them(tmp_path, capsys):
+    """They are not the repository's, whose own pages stay as they are."""
+    pages = sorted((harness.ROOT / "docs").glob("*performance.md"))
+    before = [page.read_bytes() for page in pages]
+    assert command.main(["report", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(tmp_path / page.name for page in pages) == sorted(tmp_path.glob("*.md"))
+    assert all(Path(line).is_relative_to(tmp_path) for line in said)
+    assert [page.read_bytes() for page in pages] == before

@@ -196,6 +196,24 @@ def test_what_python_says_of_a_file_is_said_in_words(
     assert capsys.readouterr().err == f"goku sample: {tmp_path}: Is a directory\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """As `| head`."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "{out: run, data: {path: media}, vae: {path: vae, train: {}}, model: {preset: tiny},"
+        " packing: {tokens_per_step: 64, tokens_per_pack: 64}}"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "goku.cli", "train", str(config), "--dry-run"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert (process.wait(), said) == (141, b"")
+
+
 def test_a_warning_is_one_line_without_source(capsys: pytest.CaptureFixture[str]) -> None:
     """As a process prints it; pytest keeps warnings to itself."""
     code = (

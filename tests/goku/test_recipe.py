@@ -242,6 +242,11 @@ def test_a_recipe_that_holds_its_only_source_out_has_nothing_to_train_on() -> No
         (["sources.stills.paht=x"], r"^sources\.stills\.paht: .*did you mean .*path"),
         (["data.path=media"], r"^data\.path: .*either `sources` or data\.path"),
         (["data.mix.stills.image=1"], r"^data\.mix: .*outside of `data`"),
+        (
+            ["stages.frist.train.steps=3"],
+            r"^stages\.frist: .*none of this name; did you mean first\?",
+        ),
+        (["sources.stils.path=x"], r"^sources\.stils: .*none of this name; did you mean stills\?"),
         (["data.sources.x.path=1"], r"^data\.sources: .*outside of `data`"),
         (["optimizer.lr=0"], r"^optimizer: .*lr is 0.*\(in the stage first\)"),
         (["packing.tokens_per_pack=65"], r"^packing: .*\(in the stage first\)"),

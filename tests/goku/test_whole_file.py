@@ -42,6 +42,16 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").mkdir() if name == "file" else (tmp_path / "file").write_bytes(BEFORE)
+    with pytest.raises(OSError, match="file") as caught:
+        write_whole(tmp_path / name, AFTER)
+    assert str(tmp_path / "file") in str(caught.value)
+    assert "partial" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("call", ["open", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_ends_it_as_a_signal(

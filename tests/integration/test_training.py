@@ -27,7 +27,9 @@ from goku.prepare import prepare_datasets, prepare_vae
 from goku.run_config import load_run_config
 from goku.step_plan import StepPlanner
 from goku.stopping import TrainingStopped, stop_signals
+from goku.trained import check_fingerprint, read_checkpoint
 from goku.trainer import Trainer
+from goku.vae import load_vae
 from goku_runtime import checkpoint
 
 
@@ -212,6 +214,45 @@ def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config:
     assert again.step == 8
     after = _tensors(again.state())
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_that_was_moved_with_its_vae(
+    write_config: Callable[..., Path], vae_folder: Path, tmp_path: Path, goku: Any
+) -> None:
+    """It is found where it lies now; what resumes names it, and trains no other in its place."""
+    out, moved = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(vae_folder, out / "vae")
+    vae = {"path": str(out / "vae"), "train": {"steps": 100000}}
+    config = write_config(out, vae=vae, train={"steps": 4})
+    before = _run(config)
+    out.rename(moved)
+    about = read_checkpoint(moved)
+    assert about.vae == moved / "vae"
+    check_fingerprint(about, "vae", load_vae(about.vae).fingerprint())
+    for options in ([], ["--dry-run"]):
+        result = goku("train", config, f"out={moved}", *options)
+        assert result.returncode == 2
+        assert f"vae.path is {out / 'vae'}, which holds no VAE, and {moved}" in result.stderr
+        assert not out.exists()
+    result = goku("train", config, f"out={moved}", f"vae.path={moved / 'vae'}", "train.steps=5")
+    assert result.returncode == 0, result.stderr
+    assert sorted(_steps(moved)) == [1, 2, 3, 4, 5]
+    assert before.step == 4
+    shutil.rmtree(moved / "vae")  # with nothing beside the run either
+    assert read_checkpoint(moved).vae == moved / "vae"
+    assert goku("sample", moved, "--prompt", "x").returncode == 2
+
+
+def test_a_missing_tensorboard_is_told_before_any_work(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("goku.media_log.find_spec", lambda name: None)
+    vae = {"path": str(tmp_path / "vae"), "train": {"steps": 100000}}
+    config = write_config(tmp_path / "out", vae=vae, train={"tensorboard": True})
+    assert main(["train", str(config)]) == 2
+    assert "train.tensorboard needs tensorboard: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "vae").exists()
 
 
 def test_a_resume_draws_no_weights_and_reads_no_index(

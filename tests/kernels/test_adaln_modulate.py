@@ -159,6 +159,12 @@ _BAD = {
 }
 
 
+def test_tokens_without_memory_are_refused():
+    x, rows = torch.zeros(4, D, device="meta"), torch.zeros(D, device="meta")
+    with pytest.raises(ValueError, match="adaln_modulate: the tokens are on meta: allowed are"):
+        adaln_modulate(x, rows, rows)
+
+
 @pytest.mark.parametrize("message", _BAD)
 def test_refusals(message):
     good = {"x": _X, "shift": None, "scale": None, "cu_seqlens": _CU}

@@ -6,6 +6,7 @@ import sys
 import types
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,6 +213,7 @@ def test_precision_by_dtype():
 
 _Q, _K = torch.zeros(5, 4, D), torch.zeros(6, 2, D)
 _CUQ, _CUK, _MQ, _MK = bounds([2, 3], [6, 0])
+_BOUNDS = {"cu_seqlens_q": _CUQ, "cu_seqlens_k": _CUK, "max_seqlen_q": _MQ, "max_seqlen_k": _MK}
 _BAD = {
     "q has dtype": {"q": _Q.int()},
     r"q has shape \(5, 32\)": {"q": _Q.flatten(1)},
@@ -243,6 +245,25 @@ def test_refusals(message):
         varlen_attention_forward(**(good | _BAD[message]))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [np.zeros((5, 4, D), np.float32), [1.0], None], ids=type)
+def test_what_is_no_tensor_is_refused_by_name(name, value, autocast):
+    given = {"q": _Q, "k": _K, "v": _K, name: value}
+    message = f"varlen_attention: {name} is a {type(value).__name__}: allowed is a torch.Tensor"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match=message):
+            varlen_attention(**given, **_BOUNDS)
+        with pytest.raises(ValueError, match=message):
+            varlen_attention_backward(_Q, out=_Q, lse=torch.zeros(4, 5), **given, **_BOUNDS)
+
+
+def test_tokens_without_memory_are_refused():
+    meta = [x.to("meta") for x in (_Q, _K, _K, _CUQ, _CUK)]
+    with pytest.raises(ValueError, match="varlen_attention: the tokens are on meta: allowed are"):
+        varlen_attention(*meta, _MQ, _MK)
+
+
 def test_the_backward_refuses_too():
     q, k, cu = _Q, _K, (_CUQ, _CUK, _MQ, _MK)
     lse = torch.zeros(4, 5)
@@ -250,6 +271,10 @@ def test_the_backward_refuses_too():
         varlen_attention_backward(q[:4], q, k, k, q, lse, *cu)
     with pytest.raises(ValueError, match=r"lse has shape \(5, 4\): wanted \(4, 5\)"):
         varlen_attention_backward(q, q, k, k, q, lse.t(), *cu)
+    with pytest.raises(ValueError, match="lse is a NoneType"):
+        varlen_attention_backward(q, q, k, k, q, None, *cu)
+    with pytest.raises(ValueError, match="out is a list"):
+        varlen_attention_backward(q, q, k, k, [q], lse, *cu)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", "flash"])

@@ -67,16 +67,44 @@ def test_the_version_is_that_of_the_installed_package(
 def test_every_command_has_help_with_examples_that_parse(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _exit_code(cli.main, "ckpt", command, "--help") == 0
-    printed = capsys.readouterr().out
-    assert "usage: goku-runtime ckpt" in printed
-    examples = printed[printed.index("examples:") :].splitlines()[1:]
-    lines = [line.strip() for line in examples if "goku ckpt" in line]
-    assert len(lines) >= 2
-    for line in lines:
-        words = shlex.split(line.removeprefix("goku ").split("    ")[0])
-        for parser in (cli.parser(), goku.cli.parser()):
-            assert parser.parse_args(words).command == command
+    for main, name in ((cli.main, "goku-runtime"), (goku.cli.main, "goku")):
+        assert _exit_code(main, "ckpt", command, "--help") == 0
+        printed = capsys.readouterr().out
+        assert f"usage: {name} ckpt" in printed
+        examples = printed[printed.index("examples:") :].splitlines()[1:]
+        # Each shows the command that was called: who has the runtime alone has no goku.
+        lines = [line.strip() for line in examples if line.startswith(f"  {name} ckpt {command} ")]
+        assert len(lines) >= 2
+        for line in lines:
+            words = shlex.split(line.removeprefix(f"{name} ").split("    ")[0])
+            for parser in (cli.parser(), goku.cli.parser()):
+                assert parser.parse_args(words).command == command
+
+
+def test_without_the_compiled_module_it_says_which_step_builds_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['goku_runtime._io'] = None\n"
+        "import torch; from goku_runtime import checkpoint\n"
+        "from goku_runtime.checkpoint.tools.probing import probe\n"
+        f"path = {str(tmp_path)!r}\n"
+        "tries = (lambda: checkpoint.save({'w': torch.ones(2)}, path + '/c'), lambda: probe(path),\n"
+        "         lambda: checkpoint.verify(path), lambda: checkpoint.load({}, path))\n"
+        "for one in tries:\n"
+        "    try:\n        one()\n"
+        "    except (ImportError, ValueError) as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    remedy = "cannot be imported: `pip install .` in the repository builds it with a C++ compiler"
+    assert [remedy in line for line in said] == [True, True, False, False], said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_to_probe_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(cli.main, "ckpt", "probe", str(tmp_path / "nope")) == 2
+    said = capsys.readouterr().err
+    assert "is no directory" in said
+    assert "probe-" not in said
 
 
 @pytest.mark.parametrize("main", [cli.main, goku.cli.main])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
+from goku_runtime.checkpoint.native import needs_io
+
 __all__ = ["crc32c", "crc32c_of_file"]
 
 # Large enough that the calls cost nothing, small enough to stay in the second-level cache.
@@ -23,14 +25,9 @@ def crc32c(buffer: Buffer, crc: int = 0) -> int:
         ImportError: the compiled module is missing; the message says which step builds it.
         ValueError: `crc` is outside 0 to 2**32 - 1.
     """
-    # Imported at use: the rest of the runtime works without a compiler.
-    try:
+    with needs_io():
         from goku_runtime import _io
-    except ImportError as error:
-        raise ImportError(
-            "goku_runtime._io (CRC-32C for checkpoints) cannot be imported: "
-            "`pip install .` in the repository builds it with a C++ compiler, no GPU is needed"
-        ) from error
+
     return _io.crc32c(buffer, crc)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "file_problem",
     "file_problems",
     "name_problems",
+    "of_others",
     "raise_problems",
     "unless_replaced",
     "verified",
@@ -39,6 +40,8 @@ FORMAT = "goku-checkpoint"
 VERSION = 2
 # Every version that was ever released stays readable.
 READABLE = (1, 2)
+# Of torch.distributed.checkpoint, which beside our manifest is ours.
+_DCP_METADATA = ".metadata"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 _CRC = re.compile(r"[0-9a-f]{8}")
 
@@ -113,7 +116,9 @@ class Manifest:
             data = _content(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             kind = "holds no" if directory.is_dir() else "is no directory with a"
-            raise CheckpointError(f"{directory} {kind} {MANIFEST_NAME}: no checkpoint") from error
+            raise CheckpointError(
+                f"{directory} {kind} {MANIFEST_NAME}: no checkpoint{of_others(directory)}"
+            ) from error
         return cls.from_bytes(data, str(path))
 
     @classmethod
@@ -142,6 +147,13 @@ class Manifest:
         if not same:
             raise CheckpointError(f"{where} is damaged: not as it was written")
         return manifest
+
+
+def of_others(directory: Path) -> str:
+    """What may be said of a directory without a manifest: who wrote it, where that is seen."""
+    if not (directory / _DCP_METADATA).is_file():
+        return ""
+    return f" of ours; its {_DCP_METADATA} is torch.distributed.checkpoint's, whose load reads it"
 
 
 def _file_sum(name: str, entry: Mapping[str, object]) -> FileSum:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from goku_runtime.checkpoint.index import CHUNK
+from goku_runtime.checkpoint.native import needs_io
 
 if TYPE_CHECKING:
     from goku_runtime._io import Engine
@@ -90,13 +91,9 @@ class CheckpointOptions:
             ImportError: the compiled module is missing; the message says which step builds it.
             OSError, ValueError: what was asked for is not to be had here.
         """
-        try:
+        with needs_io():
             from goku_runtime import _io
-        except ImportError as error:
-            raise ImportError(
-                "goku_runtime._io (checkpoint files) cannot be imported: "
-                "`pip install .` in the repository builds it with a C++ compiler, no GPU is needed"
-            ) from error
+
         return _io.Engine(
             backend=self.backend,
             direct=self.direct,

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from goku_runtime.checkpoint.native import needs_io
+
 if TYPE_CHECKING:
     from goku_runtime._io import Buffer, FileWriter
     from goku_runtime.checkpoint.plan import Image, Record
@@ -48,8 +50,8 @@ class Memory:
     """
 
     def __init__(self, nbytes: int, *, pin: bool = False) -> None:
-        # Imported at use: the rest of the runtime works without a compiler.
-        from goku_runtime import _io
+        with needs_io():
+            from goku_runtime import _io
 
         self.buffer: Buffer = _io.Buffer(max(nbytes, 1))
         self.address = self.buffer.address

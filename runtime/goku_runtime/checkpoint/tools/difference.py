@@ -166,7 +166,7 @@ def diff(
         progress: called with the bytes of A that were compared and all that are to be.
 
     Raises:
-        ValueError: `slab_bytes` below 4096.
+        ValueError: `slab_bytes` below 4096; a pattern that no name matches, by which all would be equal.
         CheckpointError: no checkpoint, or a damaged one.
         OSError: a file cannot be read.
     """
@@ -200,6 +200,8 @@ def _compare_names(
 
     ours, theirs = matching(left.tensors), matching(right.tensors)
     values, others = (matching(leaves(Flat(source.tree))) for source in (left, right))
+    if pattern != "*" and not (ours or theirs or values or others):
+        raise ValueError(f"tensors is {pattern!r}; nothing in either checkpoint has such a name")
     # A tensor here and a value there is in both lists.
     found.only_a = [name for name in ours if name not in theirs]
     found.only_a += [name for name in values if name not in others]

@@ -199,7 +199,7 @@ def inspect(path: str | os.PathLike[str], *, tensors: str | None = None) -> Insp
         tensors: only those whose names match this shell pattern; None: all.
 
     Raises:
-        ValueError: no checkpoint is there.
+        ValueError: no checkpoint is there, or none of its tensors has a name that matches.
         CheckpointError: the manifest is damaged. Other damage is in `problems`.
         OSError: a file cannot be read.
     """
@@ -219,6 +219,11 @@ def inspect(path: str | os.PathLike[str], *, tensors: str | None = None) -> Insp
             result.tensors[name] = InspectedTensor(
                 dtype, tensor.shape, tensor_bytes(tensor), source.parts(name), name, source
             )
+    if tensors is not None and source.tensors and not result.tensors:
+        some = ", ".join(list(source.tensors)[:3])
+        raise ValueError(
+            f"tensors is {tensors!r}; no tensor of {found.path} has such a name: {some} is what they are like"
+        )
     result.values = leaves(Flat(source.tree))
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goku_runtime.checkpoint.native import needs_io
 from goku_runtime.checkpoint.tools.units import size_text
 
 __all__ = ["Probed", "probe"]
@@ -58,11 +60,11 @@ def probe(path: str | os.PathLike[str], *, seconds: float = 1.0, nbytes: int = 6
         OSError: no such directory, or one that cannot be written to.
         ImportError: the compiled module is missing.
     """
-    from goku_runtime.checkpoint.options import CheckpointOptions
+    with needs_io():
+        from goku_runtime import _io
 
-    CheckpointOptions().engine().close()  # raises, with the remedy, where the module is missing
-    from goku_runtime import _io
-
+    if not Path(path).is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no directory", str(path))
     return Probed(_io.probe(str(Path(path)), seconds=seconds, bytes=nbytes))
 
 

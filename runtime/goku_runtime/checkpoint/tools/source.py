@@ -20,6 +20,7 @@ from goku_runtime.checkpoint.manifest import (
     Manifest,
     file_problem,
     file_problems,
+    of_others,
     raise_problems,
     unless_replaced,
 )
@@ -284,7 +285,8 @@ def find(path: str | os.PathLike[str]) -> Found:
         chosen = pointed if pointed in complete else complete[0]
         others = tuple((name, problem) for name, problem in listed if name != chosen)
         return Found(root / chosen, others)
-    raise ValueError(f"{given} holds no {MANIFEST_NAME}: no checkpoint, nor is one in it")
+    hint = of_others(given) or ", nor is one in it"
+    raise ValueError(f"{given} holds no {MANIFEST_NAME}: no checkpoint{hint}")
 
 
 def _listed(root: Path) -> list[tuple[str, str | None]]:

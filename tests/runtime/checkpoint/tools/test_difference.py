@@ -178,7 +178,11 @@ def test_the_command(tmp_path: Path, ckpt: Callable[..., Any]) -> None:
     content = json.loads(done.out)
     assert content["equal"] is False
     assert content["tensors"] == {"w": {"elements": 2, "differing": 1, "largest": "inf", "nan": 0}}
-    assert ckpt("diff", a, b, "--tensors", "x*").code == 0
+    assert ckpt("diff", a, b, "--tensors", "w").code == 1
+    # Nothing was compared: that is no "equal".
+    done = ckpt("diff", a, b, "--tensors", "x*")
+    assert (done.code, done.out.splitlines()[1:]) == (2, [])
+    assert "tensors is 'x*'; nothing in either checkpoint has such a name" in done.err
     assert ckpt("diff", a, tmp_path / "none").code == 2
     with pytest.raises(ValueError, match="slab_bytes is 1; allowed"):
         diff(a, b, slab_bytes=1)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import simulated
 import torch
+import torch.distributed.checkpoint as dcp
 
-from goku_runtime.checkpoint import save, set_latest
+from goku_runtime.checkpoint import CheckpointError, load, save, set_latest
 from goku_runtime.checkpoint.tools import Source, find, inspect
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -163,6 +164,27 @@ def test_a_folder_means_its_latest(tmp_path: Path, ckpt: Callable[..., Any]) -> 
     assert "beside   step_8\n" in out
     assert "beside   step_9  DAMAGED" in out
     assert sorted(path.name for path in root.iterdir()) == sorted([*before, "latest"])
+
+
+def test_a_pattern_that_no_name_matches(tmp_path: Path, ckpt: Callable[..., Any]) -> None:
+    save({"model": {"w": torch.ones(2)}, "step": 1}, tmp_path / "c")
+    done = ckpt("inspect", tmp_path / "c", "--tensors", "zz*")
+    assert (done.code, done.out) == (2, "")
+    assert "tensors is 'zz*'; no tensor of" in done.err
+    assert "model.w is what they are like" in done.err
+    save({"step": 1}, tmp_path / "none")
+    assert ckpt("inspect", tmp_path / "none", "--tensors", "zz*").code == 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_of_torch_is_told_from_none(tmp_path: Path, ckpt: Callable[..., Any]) -> None:
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "c", no_dist=True)
+    for command in ("inspect", "verify"):
+        done = ckpt(command, tmp_path / "c")
+        assert done.code == 2
+        assert "its .metadata is torch.distributed.checkpoint's, whose load reads it" in done.err
+    with pytest.raises(CheckpointError, match=r"no checkpoint of ours; its \.metadata is torch"):
+        load({"w": torch.zeros(2)}, tmp_path / "c")
 
 
 def test_where_there_is_none(tmp_path: Path, ckpt: Callable[..., Any]) -> None:
