@@ -94,8 +94,11 @@ def _done(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) ->
     except KeyboardInterrupt:  # before its work began, which answers signals itself
         print(f"goku {args.verb}: interrupted", file=sys.stderr)
         return 130
-    except FloatingPointError as error:  # the VAE's training diverged
+    except FloatingPointError as error:  # the VAE's training diverged, or a sample did
         print(f"goku {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"goku {args.verb}: out of memory", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from goku.parallelize import lost_process  # what raises this has imported it

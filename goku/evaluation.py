@@ -134,7 +134,7 @@ def sample(trainer: Trainer, log: RunLog) -> None:
                 trainer.config.clip_fps,
             )
             drawn.append((items[i].name, str(path.relative_to(trainer.out))))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, FloatingPointError) as error:
         failure = f"rank {context.rank}: {error}"
     for names, problem in context.gather((drawn, failure)):
         for name, saved in names:

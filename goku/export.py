@@ -2,7 +2,9 @@
 
     OUT/model_index.json     which library and class each part is of
     OUT/transformer/         config.json, diffusion_pytorch_model*.safetensors
-    OUT/scheduler/           scheduler_config.json of diffusers' FlowMatchEulerDiscreteScheduler; its sigma is 1 - our t
+    OUT/scheduler/           scheduler_config.json of diffusers' FlowMatchEulerDiscreteScheduler. Its times are
+                             ours (invert_sigmas: from noise at 0 to data at 1) where it is given sigmas of
+                             1, (n - 1)/n, ..., 1/n; n of its own end elsewhere
                              (with flow.resolution_shift its shift is that of flow.base_tokens tokens)
     OUT/vae/                 the VAE's own folder
     OUT/text_encoder/        reference.json; with a copied encoder its own files, too, and those of its
@@ -123,7 +125,11 @@ def export_run(
     check_fingerprint(about, "text", LazyTextEncoder(about.text).fingerprint())
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        error.filename = str(target)  # a name that somebody gave
+        raise
     try:
         described = partial / "config.json"
         _write(described, _transformer_config(about))
@@ -138,6 +144,8 @@ def export_run(
                 "_class_name": "FlowMatchEulerDiscreteScheduler",
                 "num_train_timesteps": 1000,
                 "shift": about.shift,
+                # Its step is then x + (t' - t) v, and our v is data - noise.
+                "invert_sigmas": True,
             },
         )
         _copy(vae, partial / "vae", _is_model_file)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from goku.conditioning import ConditioningConfig, latent_index
 from goku.data import images
+from goku.data.config import DataConfig
+from goku.data.errors import DecodeError
 from goku.data.transform import Geometry, apply
 from goku.flow import interpolate
 from goku.model import ModelConfig, patchify
@@ -46,6 +48,14 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
         resized = (height, max(width, _rounded(image.width * height, image.height)))
     else:
         resized = (max(height, _rounded(image.height * width, image.width)), width)
+    # It is enlarged before it is cropped, and memory is not to decide.
+    most = DataConfig(path=str(path)).max_source_pixels
+    if resized[0] * resized[1] > most:
+        raise DecodeError(
+            str(path),
+            f"its {image.height}x{image.width} (height x width) would have to become {resized[0]}x{resized[1]} to "
+            f"cover {height}x{width}; allowed: {most:,} pixels. Crop it first",
+        )
     geometry = Geometry(
         source_height=image.height,
         source_width=image.width,

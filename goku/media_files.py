@@ -21,6 +21,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, PngImagePlugin
 
 __all__ = [
@@ -118,6 +119,11 @@ def mp4_bytes(
             stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
             stream.width, stream.height = padded.shape[2], padded.shape[1]
             stream.pix_fmt = "yuv420p"
+            # What the conversion from RGB is. Without them players take HD for BT.709, and the colours shift.
+            stream.codec_context.colorspace = Colorspace.ITU601
+            stream.codec_context.color_range = ColorRange.MPEG
+            stream.codec_context.color_primaries = ColorPrimaries.BT709
+            stream.codec_context.color_trc = ColorTrc.BT709
             stream.codec_context.thread_count = _ENCODER_THREADS
             stream.codec_context.thread_type = "FRAME"  # slices would cost bytes
             for picture in padded:

@@ -129,7 +129,7 @@ class RequestDefaults:
         height, width = self.shape
         for image in given.values():
             if isinstance(image, Path):
-                width, height = images.read_rgb(str(image)).size
+                height, width = images.upright_size(str(image))
             else:
                 height, width = image.shape[1:]
             break
@@ -169,7 +169,8 @@ def read_requests(path: Path, defaults: RequestDefaults) -> list[Request]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl"):
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        # Of an editor's line: str.splitlines would end one at U+2028 and vertical tabs, too.
+        prompts = [line.strip() for line in text.split("\n") if line.strip()]
         found = [_nth(defaults, k).request(prompt) for k, prompt in enumerate(prompts)]
     else:
         found = [
@@ -193,9 +194,14 @@ def _lines(path: Path, text: str) -> list[tuple[str, Any]]:
         if line.strip():
             try:
                 entries.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({_why(error)})") from error
     return entries
+
+
+def _why(error: Exception) -> str:
+    """Beside bad syntax: numbers of thousands of digits, lists of thousands of lists."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _list(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -203,6 +209,8 @@ def _list(path: Path, text: str) -> list[tuple[str, Any]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({_why(error)})") from error
     if isinstance(content, dict) and content.keys() == {"data"}:
         content = content["data"]
     if not isinstance(content, list):
@@ -225,7 +233,7 @@ def _request(entry: Any, where: str, folder: Path, defaults: RequestDefaults) ->
             raise ValueError(
                 f"video_path is {line.video_path!r}; allowed: none, since no clip can be given (an image can: image)"
             )
-        if line.fps is not None and not float(line.fps).is_integer():
+        if isinstance(line.fps, float) and not line.fps.is_integer():
             raise ValueError(f"fps is {line.fps}; allowed: a whole number")
         given = {
             frame: folder / image

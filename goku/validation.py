@@ -263,7 +263,7 @@ class Validator:
                     )
                     shown = str(path.relative_to(self.out))
                     drawn.append((index, shown, time.monotonic() - began))
-                except (OSError, RuntimeError, ValueError) as error:
+                except (OSError, RuntimeError, ValueError, FloatingPointError) as error:
                     failures.append(f"case {self.places[index]}, rank {context.rank}: {error}")
         results = context.gather((drawn, failures))
         everything = sorted(each for theirs, _ in results for each in theirs)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -165,8 +166,8 @@ def run(args: argparse.Namespace) -> int:
     )
     from goku.stopping import stop_signals
 
-    if args.fps is not None and args.fps < 1:
-        raise ValueError(f"--fps is {args.fps}; allowed: >= 1")
+    if args.fps is not None and not 1 <= args.fps < 2**31:
+        raise ValueError(f"--fps is {args.fps}; allowed: 1 to 2**31 - 1")
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; allowed: >= 1")
     check_writable(args.out)
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
             settings, cases, requests = _asked(args, about, settings)
         usual_fps = args.fps or max(1, round(about.fps or 12))
         if context.is_main:
-            for line in _warnings(requests, about, args.rope):
+            for line in _warnings(requests, about, settings, args.rope):
                 print(f"warning: {line}", file=sys.stderr, flush=True)
         # Before the weights, and hours of work: what is given is encoded and what is asked for is embedded, once each,
         # so that the text encoder need not lie beside the model.
@@ -239,7 +240,8 @@ def run(args: argparse.Namespace) -> int:
                 stem = _stem(row, shown)
                 path = save_media(video, args.out / stem, fps, metadata, overwrite=args.overwrite)
                 written.append(stem)
-                print(f"{path}  {shown.prompt}", flush=True)
+                # In full it is in the file itself.
+                print(f"{path}  {textwrap.shorten(shown.prompt, 200)}", flush=True)
                 if 0 in given[index]:
                     print(_first_frame(loaded, requests[index], given[index][0], video), flush=True)
         if stop.is_set():  # in the last sample, behind its steps
@@ -308,7 +310,7 @@ def _requests(args: argparse.Namespace, about: Trained) -> list[Request]:
     options: list[tuple[int, Path]] = []
     for option in args.given:
         frame, colon, file = option.partition(":")
-        if not colon or not file or not frame.lstrip("-").isdecimal():
+        if not colon or not file or not frame.removeprefix("-").isdecimal():
             raise ValueError(f"--given is {option!r}; allowed: FRAME:FILE, such as 16:middle.png")
         options.append((int(frame), Path(file)))
     options += [(0, args.image)] * (args.image is not None)
@@ -376,12 +378,19 @@ def _with_motion(prompt: str, motion: float | None, about: Trained) -> str:
     return about.motion_caption.format(caption=prompt, motion=motion)
 
 
-def _warnings(requests: Sequence[Request], about: Trained, rope: str) -> list[str]:
-    """Lines on what goes beyond what the model was trained on, each once."""
+def _warnings(
+    requests: Sequence[Request], about: Trained, settings: SampleConfig, rope: str
+) -> list[str]:
+    """Lines on what goes beyond what the model was trained on, and on what has no effect, each once."""
     from goku.given import untrained_given
     from goku.sizes import beyond_limits
 
     lines: list[str | None] = []
+    if settings.guidance == 1:
+        if any(request.negative for request in requests):
+            lines.append("a negative prompt has no effect without guidance (--guidance 1)")
+        if settings.guidance_interval != (0.0, 1.0):
+            lines.append("--guidance-interval has no effect without guidance (--guidance 1)")
     for request in requests:
         lines.append(beyond_limits(request, about.limits, about.area, scaled=rope == "scaled"))
         lines.append(untrained_given(request, about.conditioning))

@@ -82,14 +82,26 @@ def probe_image(record: Record, config: DataConfig) -> Media:
     """As `decode_image`, from the header alone."""
     with _open(record, config) as image:
         remarks = _remarks(image, record, config)
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except _PILLOW_ERRORS as error:
-            reason = f"corrupt image: {first_line(error, record.path)}"
-            raise DecodeError(record.path, reason) from error
-        sides = image.height, image.width
-    height, width = reversed(sides) if orientation in _TURNED else sides
+        height, width = _upright(image, record.path)
     return _media(record, config, height, width, remarks, exact=False)
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """(height, width) of what `read_rgb` gives, from the header alone. Raises DecodeError."""
+    record, config = Record(path, "given", path), DataConfig(path=path)
+    with decoding(path), _open(record, config) as image:
+        check_pixels(record, config, image.height, image.width)
+        return _upright(image, path)
+
+
+def _upright(image: Image.Image, path: str) -> tuple[int, int]:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _PILLOW_ERRORS as error:
+        raise DecodeError(path, f"corrupt image: {first_line(error, path)}") from error
+    if orientation in _TURNED:
+        return image.width, image.height
+    return image.height, image.width
 
 
 @contextmanager
@@ -123,6 +135,7 @@ def _remarks(image: Image.Image, record: Record, config: DataConfig) -> tuple[st
         remarks.append("CMYK converted to RGB, without its colour profile")
     if image.mode in _GREY or image.mode.startswith("I;16"):
         remarks.append(f"grey (mode {image.mode}) converted to RGB")
+    _check_mode(image, record.path)
     if image.has_transparency_data:
         remarks.append("alpha: transparency composited on white")
     return tuple(remarks)
@@ -147,6 +160,11 @@ def _media(
     return Media(geometry, 1, 1, 0.0, 0.0, exact, (*remarks, *size_remarks(geometry)))
 
 
+def _check_mode(image: Image.Image, path: str) -> None:
+    if image.mode == "F":
+        raise DecodeError(path, "floating-point images (mode F) have no defined white; use 8 bits")
+
+
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -154,9 +172,12 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
         levels = np.asarray(image, dtype=np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise DecodeError(path, f"levels {levels.min()}..{levels.max()} are not 16-bit")
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DecodeError(path, "floating-point images (mode F) have no defined white; use 8 bits")
+        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        clear = image.info.get("transparency")  # of grey: the one level that is not there
+        if isinstance(clear, int):
+            picture.paste((255, 255, 255), mask=Image.fromarray(levels == clear))
+        return picture
+    _check_mode(image, path)
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))

@@ -282,14 +282,18 @@ def latent_key(
             "vae": vae_fingerprint,
             "geometry": vars(geometry),
             "start_frame": record.start_frame,
-            "fps": config.fps,
+            "fps": None if record.is_image else config.fps,
             "file": vars(identity),
         }
     )
 
 
 def _resampled(record: Record, config: DataConfig) -> dict[str, object]:
-    return {} if record.is_image or config.fps is None else {"resample": RESAMPLE_VERSION}
+    """What is no part of the geometry, and decides on the frames that are taken. The last of a range is held as long as
+    the one before it, which another range's end does not say."""
+    if record.is_image or config.fps is None:
+        return {}
+    return {"resample": RESAMPLE_VERSION, "num_frames": record.num_frames}
 
 
 def _key(content: Mapping[str, object]) -> str:

@@ -168,20 +168,18 @@ def unique(found: Scan) -> Scan:
     same id, or the very same item, twice is an error (the later one is the problem)."""
     records: list[Record] = []
     problems = list(found.problems)
-    seen: dict[str, list[Record]] = {}
+    seen: dict[str, dict[Record, None]] = {}  # a file may be listed with thousands of captions
     for record in found.records:
-        same = seen.setdefault(record.name, [])
-        if any(other.path != record.path for other in same):
-            reason = f"duplicate id: also names {same[0].path}"
+        same = seen.setdefault(record.name, {})
+        first, key = next(iter(same), record), replace(record, name="", weight=1.0)
+        if first.path != record.path:
+            reason = f"duplicate id: also names {first.path}"
             problems.append(Problem(record.name, reason, "duplicate"))
-        elif any(
-            replace(other, name="", weight=1.0) == replace(record, name="", weight=1.0)
-            for other in same
-        ):
+        elif key in same:
             reason = "duplicate: listed twice with the same caption"
             problems.append(Problem(record.name, reason, "duplicate"))
         else:
-            same.append(record)
+            same[key] = None
             suffix = f" #{len(same)}" if len(same) > 1 else ""
             records.append(replace(record, name=record.name + suffix) if suffix else record)
     return replace(found, records=tuple(records), problems=tuple(problems))

@@ -19,6 +19,7 @@ def scan_sidecars(root: Root, otherwise: str) -> Scan:
     other: list[str] = []
     captions: Counter[Path] = Counter()
     files = root.files()
+    names = {file for _, file in files}
     for relative, file in files:
         suffix = file.suffix.lower()
         if suffix == ".txt":
@@ -28,6 +29,8 @@ def scan_sidecars(root: Root, otherwise: str) -> Scan:
             other.append(name)
             continue
         sidecar = file.with_suffix(".txt")
+        if sidecar not in names and (capitals := file.with_suffix(".TXT")) in names:
+            sidecar = capitals  # as cameras and old systems name both
         captions[sidecar] += 1
         link = root.leads_out(file)
         if link is not None:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
@@ -130,9 +131,13 @@ def _unreadable(record: Record, error: av.FFmpegError) -> DecodeError:
 
 def _video_stream(container: InputContainer, record: Record, config: DataConfig) -> VideoStream:
     path = record.path
-    if not container.streams.video:
+    # A song's cover is a stream of one picture.
+    found = [
+        each for each in container.streams.video if not each.disposition & Disposition.attached_pic
+    ]
+    if not found:
         raise DecodeError(path, "has no video stream")
-    stream = container.streams.video[0]
+    stream = found[0]
     if stream.codec_context is None:
         raise DecodeError(path, "its video codec is not known to this FFmpeg")
     # One thread a file: the workers are the parallelism, and errors come with their own frame.

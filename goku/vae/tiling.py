@@ -18,9 +18,15 @@ def decode_pieces(vae: VideoVAE, latent: Tensor) -> Iterator[Tensor]:
     of 5 that are blended) and `decode_stream` hands each step out with the past that it needs. So
     there is no overlap to choose and no seam. Values beyond [-1, 1] are clamped.
 
-    Raises ValueError for a latent of another shape.
+    Raises ValueError for a latent of another shape, FloatingPointError for pixels that are not finite: as bytes they
+    would be black.
     """
     if latent.ndim != 4:
         raise ValueError(f"latent has shape {tuple(latent.shape)}: needs (C, T, H, W)")
     for piece in vae.decode_stream(vae.denormalise(latent[None])):
-        yield ((piece[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        pixels = piece[0].float()
+        if not bool(pixels.isfinite().all()):
+            raise FloatingPointError(
+                "the decoded sample is not finite: the weights are not, or the velocity grew beyond all bounds"
+            )
+        yield ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

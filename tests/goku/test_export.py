@@ -123,8 +123,16 @@ def test_the_scheduler_is_diffusers_with_our_times(
     export_run(trained_run(shift=3.0), tmp_path / "out")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8).tolist())
-    expected = 1 - time_grid(8, 3.0)
-    torch.testing.assert_close(scheduler.sigmas.double(), expected, rtol=0, atol=1e-6)
+    times = time_grid(8, 3.0)
+    torch.testing.assert_close(scheduler.sigmas.double(), times, rtol=0, atol=1e-6)
+    torch.testing.assert_close(scheduler.timesteps.double(), 1000 * times[:-1], rtol=0, atol=1e-3)
+    # With a velocity as ours, data - noise, its steps end at the data.
+    generator = torch.Generator().manual_seed(0)
+    noise, data = (torch.randn(7, dtype=torch.float64, generator=generator) for _ in range(2))
+    x = noise
+    for time in scheduler.timesteps:
+        x = scheduler.step(data - noise, time, x).prev_sample
+    torch.testing.assert_close(x, data, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,6 +59,10 @@ def test_mp4_is_what_browsers_play_and_looks_like_the_clip(size: tuple[int, int]
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert stream.average_rate == 12
+        # Untagged, players take HD for BT.709 and show other colours.
+        context = stream.codec_context
+        assert (context.colorspace, context.color_range) == (Colorspace.ITU601, ColorRange.MPEG)
+        assert (context.color_primaries, context.color_trc) == (1, 1)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 9
     height, width = size

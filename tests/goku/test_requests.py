@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from goku.data.images import upright_size
 from goku.given import read_image
 from goku.requests import Request, RequestDefaults, read_requests
 
@@ -31,6 +32,13 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
         Request("a cat", 32, 48, 5, 3, "grey"),
         Request("zwei Kühe", 32, 48, 5, 3, "grey"),
     ]
+
+
+def test_a_line_ends_where_an_editors_does(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red\u2028car\x0bat night\nblue\x85sky", encoding="utf-8")
+    prompts = [request.prompt for request in read_requests(path, DEFAULTS)]
+    assert prompts == ["a red\u2028car\x0bat night", "blue\x85sky"]
 
 
 ENTRIES = [
@@ -73,6 +81,11 @@ def test_json_forms_say_the_same(form: str, tmp_path: Path) -> None:
         ("p.json", '[{"prompt": "a", "num_frames": 4}]', ["frames is 4", "4k + 1"]),
         ("p.json", '[{"prompt": "a", "seed": "one"}]', ["seed", "'one'", "integer"]),
         ("p.json", '[{"prompt": "a", "steps": 0}]', ["steps is 0"]),
+        ("p.json", '[{"prompt": "a", "fps": 1%s}]' % ("0" * 400), ["entry 1", "fps"]),
+        ("p.json", '[{"prompt": "a", "seed": 1%s}]' % ("0" * 5000), ["not JSON", "digits"]),
+        ("p.jsonl", '{"prompt": "a", "seed": 1%s}' % ("0" * 5000), ["line 1", "not JSON", "digits"]),
+        ("p.json", "[" * 100_000, ["not JSON", "recursion"]),
+        ("p.jsonl", "[" * 100_000, ["line 1", "not JSON", "recursion"]),
         ("p.json", '[{"prompt": "a", "seed": -1}]', ["seed is -1"]),
         ("p.json", r'[{"prompt": "a \ud83d"}]', ["entry 1", r"prompt 'a \ud83d' is not valid Unicode", "character 3"]),
         ("p.jsonl", r'{"prompt": "a", "negative": "\ud83d"}', ["line 1", r"negative '\ud83d' is not valid Unicode"]),
@@ -144,11 +157,36 @@ def test_a_turned_image_is_set_upright_and_one_that_is_none_is_named(tmp_path: P
     read = read_image(tmp_path / "turned.png", 64, 32)
     assert read[:, :28].min() > 250
     assert read[:, 36:].max() < 5
+    assert upright_size(str(tmp_path / "turned.png")) == (64, 32)
     (tmp_path / "broken.png").write_bytes(b"no image at all")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        upright_size(str(tmp_path / "broken.png"))
     with pytest.raises(ValueError, match=r"broken\.png"):
         read_image(tmp_path / "broken.png", 32, 32)
     with pytest.raises(ValueError, match=r"absent\.png"):
         read_image(tmp_path / "absent.png", 32, 32)
+
+
+def test_a_thin_image_is_not_enlarged_beyond_all_memory(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4000)).save(tmp_path / "thin.png")
+    said = r"thin\.png: its 4000x4 \(height x width\) would have to become 1024000x1024 to cover 256x1024"
+    with pytest.raises(ValueError, match=said):
+        read_image(tmp_path / "thin.png", 256, 1024)
+
+
+def test_the_size_of_an_image_is_read_from_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompts file each line asks for it."""
+    Image.new("RGB", (640, 320)).save(tmp_path / "a.png")
+
+    def read(path: str) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("goku.data.images.read_rgb", read)
+    defaults = RequestDefaults(frames=5, pixels=512, shape=(16, 16))
+    request = defaults.request("x", given={0: tmp_path / "a.png"})
+    assert (request.height, request.width) == (16, 32)
 
 
 def test_a_request_names_frames_that_it_has() -> None:

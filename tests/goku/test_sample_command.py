@@ -208,6 +208,8 @@ def test_the_command_with_an_image(
         ("none", ["--image", "IMAGE"], ["was trained without frames (model.condition none)"]),
         ("frames", ["--image", "absent.png"], ["absent.png"]),
         ("frames", ["--given", "first.png"], ["--given is 'first.png'", "FRAME:FILE"]),
+        ("frames", ["--given=--5:IMAGE"], ["--given is '--5:", "FRAME:FILE"]),
+        ("frames", ["--fps", "2147483648"], ["--fps is 2147483648; allowed: 1 to 2**31 - 1"]),
         ("frames", ["--given", "9:IMAGE"], ["frame 9", "-5 to 4"]),
         ("frames", ["--width", "32"], ["both or neither"]),
         ("frames", ["--motion", "5"], ["--motion", "no motion score"]),
@@ -240,6 +242,30 @@ def test_calls_that_cannot_work(
     printed = capsys.readouterr()
     assert all(word in printed.err for word in words), printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_effect_is_said(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--frames", "1", "--height", "16", "--width", "16", "--steps", "1", "--device", "cpu"]
+    command = ["sample", str(trained_run()), "--prompt", "p", *size, "--out", str(tmp_path)]
+    options = ["--negative", "ugly", "--guidance-interval", "0.1", "0.8"]
+    assert main([*command, *options]) == 0
+    said = capsys.readouterr().err
+    assert "warning: a negative prompt has no effect without guidance" in said
+    assert "warning: --guidance-interval has no effect without guidance" in said
+    assert main([*command, *options, "--guidance", "2"]) == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_a_sample_that_is_not_finite_is_an_error_and_no_file(
+    trained_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(trained_run()), "--prompt", "p", "--frames", "5", "--device", "cpu"]
+    size = ["--height", "16", "--width", "16", "--steps", "3", "--guidance", "1e38"]
+    assert main([*command, *size, "--out", str(tmp_path / "out")]) == 1
+    assert "goku sample: the decoded sample is not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_recipe_s_folder_means_its_last_stage_with_a_checkpoint(

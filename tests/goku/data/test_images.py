@@ -123,6 +123,15 @@ def test_a_transparent_colour_is_laid_on_white(tmp_path: Path, rgb: np.ndarray) 
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), np.where(clear, 255, rgb))
 
 
+def test_a_transparent_level_of_sixteen_bits_is_laid_on_white(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 64 * 96).astype(np.uint16).reshape(64, 96)
+    levels[10:20, 30:50] = 1000
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=1000)
+    expected = np.where(levels == 1000, 255, (levels.astype(np.int64) + 128) // 257)
+    found = pixels(tmp_path / "a.png")
+    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, -1))
+
+
 def test_never_enlarged_unless_asked(tmp_path: Path) -> None:
     small = np.full((40, 40, 3), 7, dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "a.png")
@@ -172,6 +181,9 @@ def test_unusable_pictures(tmp_path: Path, rgb: np.ndarray) -> None:
     for name, reason in expected.items():
         with pytest.raises(DecodeError, match=rf"{name}: .*{reason}"):
             decode(record(tmp_path / name), config())
+        if name != "flip.png":  # whose header is whole
+            with pytest.raises(DecodeError, match=rf"{name}: .*{reason}"):
+                probe(record(tmp_path / name), config())
 
 
 def test_a_range_makes_no_sense_for_a_picture(tmp_path: Path, rgb: np.ndarray) -> None:

@@ -160,12 +160,16 @@ def test_latent_key_covers_everything_it_must() -> None:
         key(identity=replace(IDENTITY, sha256="ac")),
         key(record=replace(RECORD, start_frame=1)),
         key(config=replace(CONFIG, fps=12.0)),
+        # Resampled, the last frame of a range is held as long as the one before it.
+        key(config=replace(CONFIG, fps=12.0), record=replace(RECORD, num_frames=5)),
         *(
             key(geometry=replace(GEOMETRY, **{name: getattr(GEOMETRY, name) + 1}))
             for name in Geometry.__dataclass_fields__
         ),
     ]
     assert len(set(different)) == len(different)
+    picture = replace(RECORD, path="/x/a.png", num_frames=None)
+    assert key(record=picture, config=replace(CONFIG, fps=12.0)) == key(record=picture)
     # What does not change the pixels does not change the key: not even where the file lies.
     assert key(record=replace(RECORD, text="u", name="n", weight=2.0, path="/y/b.mp4")) == key()
     assert key(config=replace(CONFIG, path="/y", workers=7, skip_bad=True, cache="/z")) == key()

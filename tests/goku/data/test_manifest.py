@@ -41,6 +41,19 @@ def test_folder_with_sidecars(tmp_path: Path) -> None:
     assert read_records(tmp_path) == list(found.records)
 
 
+def test_names_in_capitals(tmp_path: Path) -> None:
+    for name, text in (("UP.PNG", "up"), ("Both.JPG", "small"), ("low.png", "capitals")):
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".TXT" if text != "small" else ".txt").write_text(text)
+    (tmp_path / "Both.TXT").write_text("not this one")
+    found = scan(tmp_path)
+    assert [(r.name, r.text) for r in found.records] == [
+        ("Both.JPG", "small"), ("UP.PNG", "up"), ("low.png", "capitals"),
+    ]  # fmt: skip
+    assert found.problems == ()
+    assert "Both.TXT" in found.notes[0]
+
+
 def test_missing_captions_are_all_named(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         (tmp_path / name).touch()

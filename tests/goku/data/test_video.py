@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import count, pairwise, takewhile
@@ -9,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from goku.data import DataConfig, DecodeError, Record, decode
@@ -303,6 +305,32 @@ def test_flipped_bits_in_h264_are_found_not_concealed(
     either = r"corrupt video: (.* \(after \d+ good frames\)|frame \d+ is damaged)$"
     with pytest.raises(DecodeError, match=either):
         decode(record(path), config())
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+    song, cover = tmp_path / "song.mp4", io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 40, 30)).save(cover, "JPEG")
+    with av.open(str(song), "w") as container:
+        sound = container.add_stream("aac", rate=8000)
+        picture = container.add_stream("mjpeg", rate=1)
+        picture.width = picture.height = 64
+        picture.pix_fmt = "yuvj420p"
+        picture.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+        packet = av.Packet(cover.getvalue())
+        packet.stream, packet.time_base, packet.pts, packet.dts = picture, Fraction(1, 90000), 0, 0
+        packet.is_keyframe = True
+        container.mux(packet)
+    with av.open(str(song)) as container:
+        assert len(container.streams.video) == 1  # or nothing is tested
+    for look in (decode, probe):
+        with pytest.raises(DecodeError, match=r"song\.mp4: has no video stream"):
+            look(record(song), config())
 
 
 def test_not_video_at_all(tmp_path: Path, write_video: Write, gradient: Gradient) -> None:

@@ -25,6 +25,16 @@ def latent(frames: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(3, frames, 2, 3, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_no_black_ones(vae: GokuVAE, value: float) -> None:
+    z = latent(6)
+    z[0, 5, 0, 0] = value
+    pieces = decode_pieces(vae, z)
+    next(pieces)  # of the frames before
+    with pytest.raises(FloatingPointError, match="the decoded sample is not finite"):
+        next(pieces)
+
+
 @given(frames=st.integers(1, 14), seed=st.integers(0, 99))
 def test_pieces_are_the_whole_to_the_bit(vae: GokuVAE, frames: int, seed: int) -> None:
     z = latent(frames, seed)
