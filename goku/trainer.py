@@ -202,7 +202,8 @@ class Trainer:
             world, dims = self.context.world, self.context.dims
             degrees = {"dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "sp": dims.sp}
             log.event(event, self.step, world=world, parallel=degrees, dtype=str(self.dtype))
-            log.message(f"{word} at step {self.step} of {train.steps} in {self.out}")
+            left = ": nothing is left to do" if self.step >= train.steps else ""
+            log.message(f"{word} at step {self.step} of {train.steps} in {self.out}{left}")
             if isinstance(stop, StopRequest):
                 stop.graceful = True
             if not resumed:

@@ -208,10 +208,15 @@ def test_steps_planned_by_a_process_are_the_same_run(
     _assert_same_state(whole, trainer)
 
 
-def test_a_finished_run_started_again_does_nothing(whole: Trainer, write_config: Any) -> None:
+def test_a_finished_run_started_again_does_nothing(
+    whole: Trainer, write_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = _tensors(whole.state())
-    again = _run(write_config(whole.out))
+    assert "nothing is left to do" not in capsys.readouterr().err
+    again = _run(write_config(whole.out, train={"steps": 5}))
     assert again.step == 8
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"resumed at step 8 of 5 in {whole.out}: nothing is left to do" in said
     after = _tensors(again.state())
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -27,7 +27,7 @@ from goku_runtime.checkpoint.options import CheckpointOptions
 from goku_runtime.checkpoint.plan import held
 from goku_runtime.checkpoint.ranks import Ranks
 from goku_runtime.checkpoint.stored import Stored, Version2, read_tree
-from goku_runtime.checkpoint.tree import Match, decode, local_part, match
+from goku_runtime.checkpoint.tree import Match, decode, is_spread, local_part, match
 
 __all__ = ["describe", "load", "read_values"]
 
@@ -238,14 +238,17 @@ def _tensor_problems(
 ) -> list[str]:
     """Which of the caller's tensors do not have the shape and dtype of the saved ones, or of their own part."""
     problems = []
-    tensors = {saved_name: tensor for saved_name, (_, tensor) in plan.tensors.items()}
-    boxes = {each.name: each.box for each in held(tensors, rank=global_rank())}
+    # Of plain tensors the part is the whole; for 20,000 of them this took 60 ms of a load of 600.
+    spread = {saved: tensor for saved, (_, tensor) in plan.tensors.items() if is_spread(tensor)}
+    boxes = {each.name: each.box for each in held(spread, rank=global_rank())}
     for saved_name, (name, tensor) in plan.tensors.items():
         dtype, shape = stored.described(saved_name)
         other = str(tensor.dtype) != dtype and not convert
         if other or tuple(tensor.shape) != shape:
             wanted = f"{tensor.dtype} {tuple(tensor.shape)}"
             problems.append(f"{name}: {dtype} {shape} was saved, {wanted} is wanted")
+            continue
+        if saved_name not in spread:
             continue
         # Where a part is of another shape, its bytes would go beside it.
         part, box = tuple(local_part(tensor).shape), boxes.get(saved_name)
