@@ -496,7 +496,7 @@ def test_sampling_from_nothing(refused: Any, tmp_path: Path) -> None:
         (["--count", "0"], ["--count is 0", ">= 1"]),
         (["--steps", "0"], ["steps is 0", ">= 1"]),
         (["--shift", "0"], ["shift is 0", "> 0"]),
-        (["--fps", "0"], ["fps is 0", ">= 1"]),
+        (["--fps", "0"], ["--fps is 0", "1 to 2**31 - 1"]),
         (["--guidance", "nan"], ["guidance is nan"]),
         (["--sp", "9"], ["--sp is 9", "1 to 8"]),
         (["--sp", "2"], ["sp=2", "1 process"]),
