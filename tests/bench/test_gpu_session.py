@@ -250,6 +250,29 @@ def test_the_cache_is_warmed_with_what_is_to_come_and_once(tree, monkeypatch):
     assert "warm" not in [name for name, _ in commands]
 
 
+def test_what_tuning_changed_is_warmed_before_the_next_stage(tree, monkeypatch):
+    ran_ = []
+    tuned = tree / CONFIGS / f"{gpu_steps.OPERATORS[1]}.json"
+
+    def run_step(name, command, seconds, out):
+        ran_.append((name, command[4:]))
+        if name == "tune":
+            tuned.write_text("tuned")
+        return gpu_steps.Ended(0, 1.0)
+
+    monkeypatch.setattr(gpu_session, "run_step", run_step)
+    both = gpu_steps.OPERATORS[:2]
+    asks = [Step(op, lambda s: [], 9.0, CODE, launches=(op,)) for op in both]
+    again = [Step(f"{op} again", lambda s: [], 9.0, CODE, launches=(op,)) for op in both]
+    tune = Step("tune", lambda s: [], 9.0, CODE)
+    stages = [Stage("all", asks), Stage("tuning", [tune]), Stage("after", again)]
+    assert session(tree, *stages, limit=100).run()
+    names = [name for name, _ in ran_]
+    assert names == ["warm", *both, "tune", "warm", *(step.name for step in again)]
+    # Of both at first, and then of that alone whose configurations are others now.
+    assert [words for name, words in ran_ if name == "warm"] == [[*both], [both[1]]]
+
+
 def test_the_plan(tmp_path):
     """Every check, every benchmark; tuned before it is measured; three calls of 560 s hold it."""
     from bench import running, screening
