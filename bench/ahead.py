@@ -114,6 +114,26 @@ def with_use(
     return [changed if all(r[k] == row[k] for k in keys) else r for r in rows]
 
 
+def shipped(op: str, chip: int) -> Iterator[tuple[str, Callable[[Any], object]]]:
+    """What triton/<op>.py's shipped() gives: (name, what launches it); and all of it again with the
+
+    rows in use that are "unused", where the chip has some: a tuner may choose them.
+    """
+    module = importlib.import_module(f"goku_kernels.triton.{op}")
+    yield from module.shipped(chip)
+    rows = configs.table(op)
+    used = [{k: v for k, v in row.items() if k != "unused"} for row in rows]
+    if not any(row.get("unused") and row["chip"] == chip for row in rows):
+        return
+    for name, run in module.shipped(chip):
+
+        def case(launcher: Any, run: Callable[[Any], object] = run) -> None:
+            with overridden(op, used):
+                run(launcher)
+
+        yield f"{name}, all in use", case
+
+
 def compile_one(task: Compiling) -> Compiled:
     """Compile what the operator launches up to the kernel of `task.row`, and look at that."""
     began = time.perf_counter()

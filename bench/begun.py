@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from bench import timing
 ENDED = "ended_process"  # of a row's extra: whose it is took the process or the context along
 PULSE_SECONDS = 1.0
 # Who runs for less when a process is stopped that has outlived its limit was only slow.
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 45.0
 _RESTARTED = "GOKU_BENCH_RESTARTED"
 _PROCESS_BEGAN = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -53,10 +53,13 @@ class Begun:
     Attributes:
         file: removed when nothing runs.
         until: time.time() after which the process begins nothing new.
+        overdue: called, in that thread, once what was noted last has run for PATIENCE_SECONDS.
     """
 
     file: Path
     until: float = float("inf")
+    overdue: Callable[[], None] | None = None
+    _began: float = 0.0
     _descriptor: int = -1
     _stop: threading.Event = field(default_factory=threading.Event)
     _pulse: threading.Thread | None = None
@@ -69,6 +72,7 @@ class Begun:
         """As `begin`, of what is JSON already: a few microseconds."""
         if self._descriptor < 0:
             self._open()
+        self._began = time.monotonic()
         until = None if self.until == float("inf") else self.until
         words = f'{{"began": {time.time()}, "until": {json.dumps(until)}, "records": {records}}}\n'
         # In place: a file that is made anew for each of thousands of calls would cost as much as they.
@@ -84,8 +88,13 @@ class Begun:
         self._pulse.start()
 
     def _beat(self) -> None:
+        told = -1.0
         while not self._stop.wait(PULSE_SECONDS):
             os.utime(self._descriptor)
+            began = self._began
+            if self.overdue and told != began and time.monotonic() - began > PATIENCE_SECONDS:
+                told = began
+                self.overdue()
 
     def clear(self) -> None:
         """Nothing runs any more; the file goes."""

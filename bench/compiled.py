@@ -16,14 +16,13 @@ or was not divided among warps where it should be; 2 wrong arguments.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import harness
+from bench import ahead, harness
 
 OPERATORS = (
     "adaln_modulate",
@@ -52,12 +51,11 @@ def compile_all(operators: Sequence[str], chips: Sequence[int]) -> Iterator[dict
     """One record per kernel, shipped configuration and chip; equal launches once."""
     import triton
 
-    from goku_kernels.triton.compiling import SHARED_LIMIT, compile_shipped
+    from goku_kernels.triton.compiling import SHARED_LIMIT, compile_cases
 
     for operator in operators:
-        module = importlib.import_module(f"goku_kernels.triton.{operator}")
         for chip in chips:
-            for case, _, report in compile_shipped(module, chip):
+            for case, _, report in compile_cases(ahead.shipped(operator, chip), chip):
                 yield {
                     "operator": operator,
                     "case": case,

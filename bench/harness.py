@@ -207,11 +207,12 @@ def _clocks(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch, CUDA, Triton and its assembler."""
+    """Versions of Python, torch, CUDA, cuDNN, Triton and its assembler."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
+        "cudnn": str(torch.backends.cudnn.version() or "none"),
     }
     try:
         import triton

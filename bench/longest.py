@@ -5,8 +5,9 @@
 Memory depends on how many tokens a pack has, and not on how they are divided into samples: the search
 takes packs of clips of 8,192 tokens, whose attention is quick, and looks at what a step allocates at its
 most. From two measurements a line, from the line the next length, until 2% more would not fit, by a
-trial or by the line, or --seconds are over. Then one clip of that length takes a whole step, where that
-is expected to end within --limit; so that it may, the search ends a trial earlier than it had to.
+trial or by the line, or --seconds are over. Then one clip of that length takes a whole step, or, where
+that is not expected to end within --limit, the longest clip that is; so that the whole one may, the
+search ends a trial earlier than it had to.
 Rows go to bench/results/step.jsonl.
 """
 
@@ -233,15 +234,18 @@ def measure(
     found: dict[str, float] = {
         "longest_tokens": tokens, "estimated_tokens": first, "peak_memory_bytes": most
     }  # fmt: skip
-    clip, needed, left = setting(tokens), clock.needed(tokens), deadline - time.monotonic()
+    timed_tokens = within(clock.needed, tokens, deadline - time.monotonic())
     cut = "; the search was cut short, more may fit" if clock.cut else ""
-    note = f"{tokens:,} tokens fit{cut}; a step on one clip of them was not run"
-    short = f": it is expected to take {needed:.0f} s, and {max(0.0, left):.0f} s are left"
+    fit = f"{tokens:,} tokens fit{cut}"
+    if timed_tokens < tokens:
+        needed, left = clock.needed(tokens), max(0.0, deadline - time.monotonic())
+        fit += f"; a step on one clip of them is expected to take {needed:.0f} s of {left:.0f}"
     yield step.row(
-        clip, ceilings, status="absent", note=note + (short if needed > left else ""), extra=found
+        setting(tokens), ceilings, status="absent", note=f"{fit}; no clip was timed", extra=found
     )
-    if needed > left:
+    if not timed_tokens:
         return
+    clip = setting(timed_tokens)
     try:
         run, batch = step.Run(clip, device), step.Batch.draw(clip, device)
         run.prepare()
@@ -249,14 +253,36 @@ def measure(
         peak_bytes = step.peak_bytes(lambda: run.step(batch), device)
         took = 1e3 * (time.monotonic() - started)
     except torch.OutOfMemoryError:
-        print(f"{policy}: one clip of {tokens:,} tokens does not fit, which clips do", flush=True)
+        print(
+            f"{policy}: one clip of {timed_tokens:,} tokens does not fit, which clips do",
+            flush=True,
+        )
         return
     found = found | {
         "peak_memory_bytes": max(most, peak_bytes),
-        "tokens_per_s": tokens / took * 1e3,
+        "clip_tokens": timed_tokens,
+        "tokens_per_s": timed_tokens / took * 1e3,
     }
     timed = timing.Timing(took, took, took, 1)
-    yield step.row(clip, ceilings, timing=timed, note=f"one step, not repeated{cut}", extra=found)
+    yield step.row(
+        clip, ceilings, timing=timed, note=f"{fit}; one step on one clip of {timed_tokens:,}",
+        extra=found,
+    )  # fmt: skip
+
+
+def within(needed: Callable[[int], float], tokens: int, seconds: float) -> int:
+    """The longest clip of at most `tokens` whose step is expected to end in time; 0 where none of CLIP is.
+
+    Args:
+        needed: tokens -> seconds of a step on one clip of so many, which grow with them.
+    """
+    if needed(tokens) <= seconds:
+        return tokens
+    low, high = 0, tokens  # ends in time, does not
+    while high - low > GRAIN:
+        middle = _rounded((low + high) // 2)
+        low, high = (middle, high) if needed(middle) <= seconds else (low, middle)
+    return low if low >= CLIP else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

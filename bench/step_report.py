@@ -127,9 +127,11 @@ def _where(shown: Rows, table: Table) -> str:
 
 def _longest_line(shown: Rows, r: Record) -> list[str]:
     extra = r["extra"]
-    took = (
-        f"{1e-3 * r['median_ms']:.1f} s{shown.mark(r)}" if r["status"] == "measured" else r["note"]
-    )
+    took = r["note"]
+    if r["status"] == "measured":
+        took = f"{1e-3 * r['median_ms']:.1f} s{shown.mark(r)}"
+        if extra["clip_tokens"] != extra["longest_tokens"]:
+            took += f" for {extra['clip_tokens']:,}"
     return [
         r["hardware"]["device"],
         r["case"],

@@ -22,6 +22,9 @@ Call = tuple[Callable[[int], Any], Callable[[Any], object]]
 MAX_COPIES = 64  # of the inputs; tiny ones would otherwise be copied by the thousand
 SLOW_ROUND_SECONDS = 2.0
 _FILL_BYTES = 2**28
+# 50 ms on an H200, which 256 samples one by one take to launch, backward too. A device's queue holds about
+# 1,000 launches, those of the call with them: more copies would be waited for.
+_MOST_FILLING = 400
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Filler:
         self._seconds = 1e-3 * begin.elapsed_time(end)
 
     def run(self, seconds: float) -> None:
-        """Enqueue copies that take at least `seconds`, at least one and at most 100."""
+        """Enqueue copies that take at least `seconds`, at least one and at most _MOST_FILLING."""
         if self.active:
-            for _ in range(min(100, 1 + math.ceil(seconds / self._seconds))):
+            for _ in range(min(_MOST_FILLING, 1 + math.ceil(seconds / self._seconds))):
                 self._target.copy_(self._source)
 
 

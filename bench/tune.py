@@ -9,7 +9,8 @@ every candidate with its time to bench/results/tune/<op>.jsonl. A kernel that ru
 another (attention's forward with specialised warps) is then timed beside that one; where it is slower
 or not right its row is marked "unused". So a run may end at any time; with --resume it goes on with
 the rows that these sources have no winner of on this GPU, and leaves out what was running when a run
-died. A configuration that takes the device's context along makes the command run itself again.
+died. A configuration that takes the device's context along, or waits for ever, makes the command run
+itself again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import datetime
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ import torch
 from bench import ahead, begun, candidates, harness, screening
 from bench.candidates import Config, Row
 from bench.trials import GAIN, Outcome, Trials
+from bench.tune_log import USES, Log, named
 from goku.whole_file import write_whole
 
 FOLDER = screening.CONFIGS
 RESULTS = harness.RESULTS / "tune"
-MAX_LINES = 2000  # of one operator's file: the oldest go
-USES = ("unused", "used")  # what is said of a row beside that whose place it takes
+DEADLY = 2  # configurations of a row that may end a process; after them the others are not tried
 # One contest of 17 candidates takes about as long, with a truth that is new.
 ROW_SECONDS = 8.0
 
@@ -55,77 +57,6 @@ class Options:
     folder: Path = FOLDER
     results: Path = RESULTS
     screened: Path = screening.SCREENED
-
-
-@dataclass
-class Log:
-    """bench/results/tune/<op>.jsonl: every candidate's time, and what runs now.
-
-    A launch that breaks the context ends the process; the configuration that began last, and is in
-    <op>.begun then, is left out from there on, unless the process was stopped because its time was up.
-
-    until: time.time() after which nothing new begins. since: winners from before do not count.
-    """
-
-    op: str
-    folder: Path
-    origin: Mapping[str, str]
-    until: float = float("inf")
-    since: str = ""
-    lines: list[str] = field(default_factory=list)
-    begun: begun.Begun = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.file.is_file():
-            self.lines = self.file.read_text(encoding="utf-8").splitlines()
-        self.begun = begun.Begun(self.folder / f"{self.op}.begun", self.until)
-        left, late = self.begun.left()
-        self.add([{**record, "status": "ended the process"} for record in left if not late])
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.op}.jsonl"
-
-    def begin(self, row: Row, config: Config) -> None:
-        """Note what is about to run for the first time."""
-        record = {**_named(self.op, row), **self.origin, "config": config}
-        self.begun.begin([record])
-
-    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines; of more than MAX_LINES the last are kept."""
-        if not records:
-            return
-        self.lines = [*self.lines, *(json.dumps(r) for r in records)][-MAX_LINES:]
-        write_whole(self.file, "".join(line + "\n" for line in self.lines).encode())
-
-    def _mine(self, row: Row) -> list[dict[str, Any]]:
-        named = _named(self.op, row) | dict(self.origin)
-        records = [json.loads(line) for line in self.lines]
-        return [r for r in records if all(r.get(k) == v for k, v in named.items())]
-
-    def tuned(self, row: Row) -> bool:
-        """Whether a row has a winner on this GPU from these sources."""
-        return any(
-            r["status"] == "winner" and r["measured_at"] >= self.since for r in self._mine(row)
-        )
-
-    def compared(self, row: Row, beside: Mapping[str, Config]) -> bool:
-        """Whether the row as it is now has been timed beside the kernels whose place it takes."""
-        wanted = {"config": row["config"], "beside": beside}
-        known = [r for r in self._mine(row) if r["status"] in USES]
-        return any(
-            r["measured_at"] >= self.since and all(r[k] == v for k, v in wanted.items())
-            for r in known
-        )
-
-    def deadly(self, row: Row) -> list[Config]:
-        """Configurations that ended a process."""
-        return [r["config"] for r in self._mine(row) if r["status"] == "ended the process"]
-
-
-def _named(op: str, row: Row) -> dict[str, Any]:
-    return {"op": op, **{k: row[k] for k in ("kernel", "size", "dtypes", "chip")}}
 
 
 def tune(
@@ -153,8 +84,8 @@ def tune(
             return False
         deadly = log.deadly(row)
         known = [c for c in listed[i] if c["config"] not in deadly]
-        if not known:
-            say(f"{what}: no candidate is left")
+        if not known or len(deadly) >= DEADLY:
+            say(f"{what}: {len(deadly)} configurations ended a process, {len(known)} are not tried")
             continue
         configs = [dict(c["config"]) for c in known]
         size = candidates.judged_size(op, row, rows)
@@ -215,7 +146,7 @@ def compare(
             continue
         used = out.order[0] == 1
         log.add([{
-            **_named(op, row), **log.origin, "status": USES[used], "config": row["config"],
+            **named(op, row), **log.origin, "status": USES[used], "config": row["config"],
             "beside": beside, "ms": out.ms.get(1), "ms_without": out.ms.get(0),
             "note": "; ".join(out.failed.values()),
             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -254,7 +185,7 @@ def records(
         if out.order and out.order[0] == i:
             status = "winner"
         lines.append({
-            **_named(op, row), **origin, "width": size, "status": status,
+            **named(op, row), **origin, "width": size, "status": status,
             "note": out.failed.get(i, ""), "shipped": candidate["config"] == row["config"],
             "ms": out.ms.get(i), "rounds": out.rounds.get(i), "measured_at": at, **facts,
         })  # fmt: skip
@@ -345,14 +276,17 @@ def run(
         trials = Trials(each.op, device, say)
         save = each.save if options.write else _nothing
         log, lists_of = each.log, lists[each.op]
+        common = (options, log)
+        log.begun.overdue = partial(_overdue, each.op, left, start, say)
         try:
-            if not tune(
-                each.op, each.rows, each.which, options, log, lists_of, trials.row, left, save, say
-            ):
-                return False
-            if not compare(
-                each.op, each.rows, each.found, options, log, trials.rivals, left, save, say
-            ):
+            for i in each.which:
+                # Each behind those in whose place it runs: the gradient's rows take the forward that is used.
+                if not tune(
+                    each.op, each.rows, [i], *common, lists_of, trials.row, left, save, say
+                ) or not compare(each.op, each.rows, [i], *common, trials.rivals, left, save, say):
+                    return False
+            others = [i for i in each.found if i not in each.which]
+            if not compare(each.op, each.rows, others, *common, trials.rivals, left, save, say):
                 return False
         except begun.ContextLost as error:
             say(f"{each.op}: the device's context is lost, the command runs itself again: {error}")
@@ -360,6 +294,15 @@ def run(
             raise
     say(f"all rows are through in {time.monotonic() - began:.0f} s; a gain is over {1 - GAIN:.0%}")
     return True
+
+
+def _overdue(
+    op: str, left: Callable[[], float], start: begun.Start, say: Callable[[str], None]
+) -> None:
+    say(
+        f"{op}: what runs is not through in {begun.PATIENCE_SECONDS:.0f} s, the command runs itself again"
+    )
+    begun.restart(left(), start)
 
 
 @dataclass
@@ -388,9 +331,20 @@ def _work(
     found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
     log = Log(op, options.results, {**screening.origin(op), **hardware}, until, since)
     which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
-    # Rows of one width share inputs and truth.
-    which.sort(key=lambda i: (candidates.judged_size(op, rows[i], rows), rows[i]["dtypes"]))
+    which.sort(key=lambda i: _order(op, rows[i], rows))
     return _Work(op, file, rows, found, which, log)
+
+
+def _order(op: str, row: Row, rows: list[Row]) -> tuple[object, ...]:
+    """Of the work. Rows of one width, which share inputs and truth, come together, and each kernel behind
+
+    those that it is compared with. Specialised warps come last: where all of them wait for ever,
+    nothing has to wait for that.
+    """
+    kernel = row["kernel"]
+    last = (candidates.direction(kernel) == "backward", (op, kernel) in candidates.IN_PLACE_OF)
+    special = kernel.endswith("_specialised")
+    return special, candidates.judged_size(op, row, rows), row["dtypes"], *last
 
 
 def _nothing() -> None:

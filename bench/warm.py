@@ -69,8 +69,7 @@ def works(ops: Sequence[str], chip: int) -> list[Work]:
     """All pieces, the longest kind (attention) first."""
     found = [Work("driver", "", 0, chip)]
     for op in sorted(ops, key=lambda name: name != "varlen_attention"):
-        kernels = importlib.import_module(f"goku_kernels.triton.{op}")
-        found += [Work("shipped", op, i, chip) for i, _ in enumerate(kernels.shipped(chip))]
+        found += [Work("shipped", op, i, chip) for i, _ in enumerate(ahead.shipped(op, chip))]
         found += [Work("problem", op, i, chip) for i, _ in enumerate(problems(op))]
         found += [Work("test", op, i, chip) for i, _ in enumerate(tests(op))]
     if len(ops) > 1:
@@ -96,8 +95,7 @@ def warm_one(work: Work) -> Done:
     with ahead.counting() as fresh, AbsentGpu(work.chip, launchers=True) as gpu:
         try:
             if work.kind == "shipped":
-                kernels = importlib.import_module(f"goku_kernels.triton.{work.op}")
-                _, run = list(kernels.shipped(work.chip))[work.index]
+                _, run = list(ahead.shipped(work.op, work.chip))[work.index]
                 run(gpu)
             elif work.kind == "problem":
                 problem = problems(work.op)[work.index]

@@ -53,6 +53,21 @@ def test_every_peer_is_called_as_often_and_the_time_is_one_calls(monkeypatch):
         assert each.timing.repeats == 3
 
 
+def test_slow_calls_are_not_measured_twice(monkeypatch):
+    log = []
+    monkeypatch.setattr(timing, "interleaved", clock({"ours": 60.0, "eager": 110.0}, log))
+    calls = {name: (lambda i: i, lambda state: state) for name in ("ours", "eager")}
+    found = batching.timed(calls, GPU, seconds=0.5, copies=7)
+    assert [(name, total) for name, total, _ in log] == [("ours", 1), ("eager", 1)]
+    assert {name: (each.calls, each.timing.repeats) for name, each in found.items()} == {
+        "ours": (1, 3), "eager": (1, 3)
+    }  # fmt: skip
+    assert found["ours"].timing.median_ms == pytest.approx(60 + OVERHEAD_MS)
+    log.clear()  # three rounds of both are 0.51 s: for a whole second there are more
+    batching.timed(calls, GPU, seconds=1.0, copies=7)
+    assert len(log) == 4
+
+
 def test_a_perfect_kernel_reads_nearly_the_ceiling(monkeypatch):
     """33 MB at 3 TB/s are 11 us: alone between two events it read 79% of the ceiling."""
     ceiling = timing.Ceiling("copy", 3e12, "byte/s")

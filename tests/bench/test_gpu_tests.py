@@ -57,6 +57,14 @@ def test_faults_hangs_and_crashes_cost_one_test_each(folder, capfd):
     assert "5 of 12 tests failed" in said
 
 
+def test_the_block_may_take_longer(tmp_path):
+    for name in ("test_block.py", "test_batch.py"):
+        (tmp_path / name).touch()
+    assert gpu_tests.hang_seconds([tmp_path / "test_batch.py"]) == 60
+    assert gpu_tests.hang_seconds([tmp_path / "test_batch.py", tmp_path / "test_block.py"]) == 120
+    assert gpu_tests.hang_seconds([tmp_path]) == 120
+
+
 BY_PTXAS = """
 import os
 def test_assembled():
@@ -66,6 +74,15 @@ def test_wrong():
 def test_good():
     pass
 """
+
+
+def test_what_hung_is_not_waited_for_again(folder, capfd):
+    hangs = "import time\ndef test_hangs():\n    time.sleep(100)\n"
+    assert gpu_tests.check(made(folder, hangs=hangs), Path("/another/ptxas")) == 1
+    said = capfd.readouterr().out
+    assert "FAILED test_hangs.py::test_hangs" in said
+    assert "1 of 1 tests failed" in said
+    assert "/another/ptxas" not in said
 
 
 def test_failures_are_tried_with_another_assembler(folder, capfd):

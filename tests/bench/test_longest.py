@@ -113,7 +113,7 @@ def test_what_was_found_is_there_before_the_clip_is_tried(
     (row,) = rows(seconds=1e9, deadline=1e9)
     assert row.status == "absent"
     assert 88_000 < row.extra["longest_tokens"] < 90_000
-    assert row.note.endswith("tokens fit; a step on one clip of them was not run")
+    assert row.note.endswith("tokens fit; no clip was timed")
     # What the ceilings took is given back before anybody asks what is free.
     assert card.asked[:2] == ["release", "memory"]
 
@@ -123,9 +123,54 @@ def test_the_clip_is_not_built_where_time_is_short(
 ) -> None:
     monkeypatch.setattr(longest.step, "Run", None)
     (row,) = rows(seconds=200.0, deadline=25.0)
-    assert "was not run: it is expected to take" in row.note
+    assert "a step on one clip of them is expected to take" in row.note
+    assert row.note.endswith("; no clip was timed")
     assert 88_000 < row.extra["longest_tokens"] < 90_000  # nothing was saved for it
     assert "cut short" not in row.note
+
+
+def test_a_shorter_clip_is_timed_where_there_is_time_for_that(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second for 1,000 tokens: 90 s are needed for all, and fewer are left."""
+    ran = []
+
+    class Run:
+        def __init__(self, setting: longest.step.Setting, device: torch.device) -> None:
+            ran.append(setting.pack.tokens)
+
+        def prepare(self) -> None:
+            pass
+
+        def step(self, batch: object) -> None:
+            card.now += 30.0
+
+    monkeypatch.setattr(longest.step, "Run", Run)
+    monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
+    monkeypatch.setattr(longest, "clip_seconds", lambda setting, _: setting.pack.tokens / 1000)
+    first, row = rows(seconds=1e9, deadline=120.0)
+    assert (first.status, row.status) == ("absent", "measured")
+    left = 120.0 - (card.now - 30.0)
+    assert ran == [row.extra["clip_tokens"]]
+    assert left * 1000 - longest.GRAIN < ran[0] <= left * 1000
+    assert row.extra["longest_tokens"] == first.extra["longest_tokens"] > 88_000
+    assert row.shape["tokens"] == ran[0]
+    assert row.extra["tokens_per_s"] == pytest.approx(ran[0] / 30)
+    assert row.note.endswith(f"; one step on one clip of {ran[0]:,}")
+
+
+@given(st.integers(1, 800), st.floats(0, 1000), st.floats(1e-9, 1e-7))
+def test_the_longest_clip_within_a_time(grains: int, seconds: float, square: float) -> None:
+    def needed(tokens: int) -> float:
+        return 5.0 + square * tokens**2
+
+    tokens = grains * longest.GRAIN
+    found = longest.within(needed, tokens, seconds)
+    assert found == 0 or needed(found) <= seconds
+    assert found % longest.GRAIN == 0
+    assert found <= tokens
+    if found < tokens:
+        assert needed(max(found + longest.GRAIN, longest.CLIP)) > seconds or tokens < longest.CLIP
 
 
 def test_the_search_leaves_the_clip_the_time_that_it_needs(
@@ -150,7 +195,7 @@ def test_the_search_leaves_the_clip_the_time_that_it_needs(
     _, row = rows(seconds=90.0, deadline=180.0)
     whole = len(card.tried)
     assert (row.status, row.timing.median_ms) == ("measured", 94e3)
-    assert ran == [row.extra["longest_tokens"]]
+    assert ran == [row.extra["longest_tokens"]] == [row.extra["clip_tokens"]]
     assert card.now <= 180.0 - longest.SPARE_SECONDS
     # With slower trials there are fewer, and the row says so.
     card.now, card.trial, card.tried[:] = 0.0, 20.0, []

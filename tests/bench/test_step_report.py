@@ -91,10 +91,20 @@ def test_the_longest_sequence_has_a_table_of_its_own(tmp_path: Path) -> None:
     }
     setting = step.Setting("goku-2b", longest.one_clip(180_224), "full")
     timed = timing.Timing(80e3, 80e3, 80e3, 1)
-    ran = step.row(setting, CEILINGS, timing=timed, extra=extra | {"tokens_per_s": 2252.8})
+    ran = step.row(
+        setting,
+        CEILINGS,
+        timing=timed,
+        extra=extra | {"tokens_per_s": 2252.8, "clip_tokens": 180_224},
+    )
     page, _ = page_of(record(tmp_path, ran))
     (line,) = cells(page, "180,224")
     assert line[2:] == ["full", "180,224", "175,104", "77.00 GiB", "80.0 s", "2,253"]
+    less = extra | {"tokens_per_s": 1024.0, "clip_tokens": 81_920}
+    shorter = step.Setting("goku-2b", longest.one_clip(81_920), "full")
+    page, _ = page_of(record(tmp_path, step.row(shorter, CEILINGS, timing=timed, extra=less)))
+    (line,) = cells(page, "180,224")
+    assert line[6:] == ["80.0 s for 81,920", "1,024"]
     skipped = step.row(setting, CEILINGS, status="absent", note="about 400 s", extra=extra)
     page, _ = page_of(record(tmp_path, skipped))
     (line,) = cells(page, "180,224")

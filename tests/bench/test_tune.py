@@ -1,11 +1,13 @@
 """The tuner around its trials: what it writes, leaves alone, takes up again, and when it stops."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from bench import ahead, screening, trials, tune
+from bench import ahead, gpu_steps, harness, screening, trials, tune, tune_log
 from bench.ahead import overridden
 from bench.trials import Outcome
 from goku_kernels.triton import configs
@@ -96,6 +98,85 @@ def test_what_ended_a_process_is_left_out_the_next_time(tmp_path):
     run(rows, [0], again, lists)
     assert rows[0]["config"] == {"rows": 4}
     assert '"status": "ended the process"' in again.lines[0]
+
+
+def test_after_two_that_ended_a_process_a_row_is_left_as_it_is(tmp_path):
+    rows = [row("forward", 90, rows=1)]
+    lists = {0: listing({"rows": 1}, {"rows": 2}, {"rows": 8}, {"rows": 3})}
+    for deadly in ({"rows": 2}, {"rows": 8}):
+        tune.Log("adaln_modulate", tmp_path, ORIGIN).begin(rows[0], deadly)
+    log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
+    done, saved, said = run(rows, [0], log, lists, trial=None)
+    assert (done, saved) == (True, [])
+    assert said[0].endswith("2 configurations ended a process, 2 are not tried")
+
+
+HANGING = """
+import os, runpy, sys, time
+from bench import absent_gpu, ahead, begun, screening, trials, tune
+from bench.trials import Outcome
+import torch
+
+FOLDER = sys.argv[1]
+begun.PATIENCE_SECONDS, begun.PULSE_SECONDS = 0.3, 0.05
+ahead.everywhere = lambda *args: None
+
+def trial(self, rows, row, size, dtype, configs, *, enough, begun):
+    for config in configs:
+        begun(config)
+        if config["rows"] == 32:
+            time.sleep(100)  # a kernel that waits for ever
+    return Outcome([len(configs) - 1], {len(configs) - 1: 1.0})
+
+trials.Trials.row = trial
+def main(ops, options, say=print):
+    from pathlib import Path
+    options = tune.Options(limit=options.limit, resume=options.resume, folder=Path(FOLDER),
+                           results=Path(FOLDER) / "tune", screened=Path(FOLDER) / "screened")
+    return tune.run(ops, options, torch.device("cpu"), 90, say)
+tune.main = main
+execv = os.execv
+def again(file, words):
+    execv(sys.executable, [sys.executable, "-c", os.environ["CODE"], FOLDER, *words[3:]])
+os.execv = again
+sys.orig_argv = [sys.executable, "-m", "bench", *sys.argv[2:]]
+sys.argv = ["bench", *sys.argv[2:]]
+runpy.run_module("bench", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_configuration_that_waits_for_ever_runs_the_tuner_again(tmp_path):
+    """In a process that replaces itself, and then leaves that configuration out."""
+    kept = [{"rows": n, "num_warps": 4} for n in (8, 32, 64)]
+    rows = [{**row("forward", 90, 64, **kept[0]), "dtypes": DTYPES}]
+    (tmp_path / "velocity_loss.json").write_text(tune.text(rows))
+    screening.write([table("velocity_loss", rows[0], *kept)], tmp_path / "screened")
+    words = [sys.executable, "-c", HANGING, str(tmp_path), "tune", "velocity_loss", "--limit", "60"]
+    given = {"cwd": harness.ROOT, "env": gpu_steps.environment() | {"CODE": HANGING}}
+    given["env"].pop("GOKU_BENCH_RESTARTED", None)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=90, **given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the command runs itself again") == 1
+    (found,) = json.loads((tmp_path / "velocity_loss.json").read_text())["rows"]
+    assert found["config"] == kept[2]
+    lines = [
+        json.loads(x) for x in (tmp_path / "tune" / "velocity_loss.jsonl").read_text().splitlines()
+    ]
+    assert [(r["status"], r["config"]["rows"]) for r in lines] == [
+        ("ended the process", 32), ("timed", 8), ("winner", 64)
+    ]  # fmt: skip
+
+
+def test_specialised_warps_come_last_and_each_behind_what_it_is_compared_with(tmp_path):
+    (tmp_path / "tune").mkdir()
+    work = tune._work(
+        "varlen_attention", tune.Options(dtypes=["bfloat16"], sizes=[64, 128]), 90, {}, 0.0, ""
+    )
+    order = [(work.rows[i]["kernel"], work.rows[i]["size"]) for i in work.which]
+    width = ["forward", "gradient_kv", "gradient_q", "gradient"]
+    plain = [x for x in order if x[0] not in ("delta", SPECIAL)]
+    assert plain == [(kernel, size) for size in (64, 128) for kernel in width]
+    assert order[-2:] == [(SPECIAL, 64), (SPECIAL, 128)]
 
 
 SPECIAL = "forward_specialised"
@@ -221,7 +302,7 @@ def test_nothing_is_saved_where_nothing_can_be_used(tmp_path):
 
 
 def test_files_of_candidates_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "MAX_LINES", 3)
+    monkeypatch.setattr(tune_log, "MAX_LINES", 3)
     log = tune.Log("adaln_modulate", tmp_path, ORIGIN)
     log.add([{"n": n} for n in range(5)])
     assert [json.loads(x)["n"] for x in log.file.read_text().splitlines()] == [2, 3, 4]

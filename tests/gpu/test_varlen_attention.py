@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import checks
-from bench.ahead import overridden
+from bench.ahead import overridden, with_use
 from bench.cases import Inputs
 from bench.packs import GPU_PACKS, Pack
 from bench.varlen_attention import function, plain, problem
@@ -232,3 +232,22 @@ def test_a_graph_serves_another_pack():
     # Sums by atomics come in any order: dq may round to either neighbour, 2^-8 of it apart. What
     # is left of another pack, or of a sum that was not cleared, is as large as dq itself.
     checks.replays(*pair, function(BACKEND), DEVICE, within=2**-7)
+
+
+# Last: warps that wait for each other may do so for ever, which costs the test's time alone.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_specialised_warps(head_dim, dtype):
+    """The forward that the tuner may put in the place of the plain one, used by the shipped rows or not."""
+    rows = configs.table("varlen_attention")
+    for row in rows:
+        if row["kernel"] == "forward_specialised":
+            rows = with_use(rows, row, used=True)
+    with overridden("varlen_attention", rows):
+        for pack in (ODD, PACKS["16K, mixed"]):
+            for case in variants(pack, dtype, HEADS[head_dim], head_dim, pack is not ODD):
+                checks.fits(case, function(BACKEND), DEVICE)
+        lse = with_lse(ODD, dtype, HEADS[head_dim], head_dim)
+        checks.fits(lse, both(BACKEND), DEVICE)
+        large = problem("self", HEADS[head_dim], head_dim, PACKS["64K, one clip"], dtype)
+        checks.fits(large, function(BACKEND), DEVICE)

@@ -14,7 +14,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -70,8 +70,15 @@ def compile_shipped(module: ModuleType, chip: int) -> Iterator[tuple[str, Launch
 
     Launches that would compile to the same thing are compiled once.
     """
+    return compile_cases(module.shipped(chip), chip)
+
+
+def compile_cases(
+    cases: Iterable[tuple[str, Callable[[Recorder], object]]], chip: int
+) -> Iterator[tuple[str, Launch, Report]]:
+    """As `compile_shipped`, of (case, what launches it) as `triton/<op>.py`'s shipped() gives them."""
     seen = set()
-    for case, run in module.shipped(chip):
+    for case, run in cases:
         recorder = Recorder(chip)
         run(recorder)
         assert recorder.launches, f"{case} launches nothing"

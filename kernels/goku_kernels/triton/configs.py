@@ -61,8 +61,8 @@ def _rows(op: str, kernel: str, dtype: torch.dtype, chip: int) -> list[Mapping]:
 def table(op: str) -> tuple[Mapping, ...]:
     """All rows of configs/<op>.json: {kernel, size, dtypes, chip, config}.
 
-    One with "unused": true is of a kernel that could run but lost to what runs without it; to leave
-    the row out would hand its sizes to the next larger one.
+    One with "unused": true is of a kernel that could run, but lost to what runs without it or was
+    never timed beside that; to leave the row out would hand its sizes to the next larger one.
     """
     file = resources.files(__package__) / "configs" / f"{op}.json"
     return tuple(json.loads(file.read_text(encoding="utf-8"))["rows"])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from bench import ahead
 from goku_kernels.triton import configs
 from goku_kernels.triton import varlen_attention as kernels
 from goku_kernels.triton.compiling import compile_launch
@@ -16,7 +17,8 @@ SPILLS_ALLOWED = 16
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
 FORWARD = {"forward_kernel", "specialised_forward_kernel"}
 MAIN = FORWARD | {"gradient_kv_kernel", "gradient_q_kernel"}
-CASES = [(chip, name, case) for chip in CHIPS for name, case in kernels.shipped(chip)]
+OP = "varlen_attention"
+CASES = [(chip, name, case) for chip in CHIPS for name, case in ahead.shipped(OP, chip)]
 
 
 def record(chip, case):
@@ -42,11 +44,11 @@ def test_every_shipped_configuration(chip, case, assert_fits):
 
 
 def launches(chip):
-    return [launch for _, case in kernels.shipped(chip) for launch in record(chip, case)]
+    return [launch for _, case in ahead.shipped(OP, chip) for launch in record(chip, case)]
 
 
 def forward_of(chip, name):
-    case = dict(kernels.shipped(chip))[name]
+    case = dict(ahead.shipped(OP, chip))[name]
     return next(x for x in record(chip, case) if x.kernel.fn.__name__ in FORWARD)
 
 
@@ -78,18 +80,15 @@ def test_all_gradients_at_once_where_their_bits_may_vary():
 
 def test_who_reduces_has_descriptors():
     """Only what loads through descriptors is given memory for them."""
-    for row in configs.table("varlen_attention"):
+    for row in configs.table(OP):
         assert not row["config"].get("reduce") or row["config"]["tma"], row
 
 
 @pytest.mark.parametrize("reduce", [0, 1])
 @pytest.mark.parametrize("size", [64, 72, 128])
 def test_dq_is_added_up_by_wide_atomics_or_by_the_copy_engine(size, reduce):
-    row = dict(find("varlen_attention", "gradient", size, torch.bfloat16, 90))
-    others = {
-        name: find("varlen_attention", name, size, torch.bfloat16, 90)
-        for name in ("delta", "gradient_q")
-    }
+    row = dict(find(OP, "gradient", size, torch.bfloat16, 90))
+    others = {name: find(OP, name, size, torch.bfloat16, 90) for name in ("delta", "gradient_q")}
     override = {**others, "gradient": row | {"reduce": reduce}}
     launch = gradients(90, size, deterministic=False, override=override)[-1]
     report = compile_launch(launch, 90)
@@ -105,12 +104,16 @@ def test_the_forward_of_sm_90_has_specialised_warps(size):
     for heads in ("8:8", "8:2"):
         if (size, heads) == (64, "8:2"):
             continue
-        launch = forward_of(90, f"{size} bfloat16 {heads} heads")
-        report = compile_launch(launch, 90)
-        chosen = configs.find("varlen_attention", "forward_specialised", size, torch.bfloat16, 90)
-        if chosen is None:  # slower than the plain one where they were measured
+        name = f"{size} bfloat16 {heads} heads"
+        report = compile_launch(forward_of(90, name), 90)
+        chosen = configs.find(OP, "forward_specialised", size, torch.bfloat16, 90)
+        if (
+            chosen is None
+        ):  # slower than the plain one where they were measured, or never seen there
             assert report.kernel == "forward_kernel"
-            continue
+            name = f"{name}, all in use"
+        launch = forward_of(90, name)
+        report = compile_launch(launch, 90)
         assert report.kernel == "specialised_forward_kernel"
         # 64 tokens of 8 heads in 3 samples: one program for each tile there can be.
         assert launch.grid == (4 * 8,)
