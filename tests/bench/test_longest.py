@@ -132,7 +132,7 @@ def test_the_clip_is_not_built_where_time_is_short(
 def test_a_shorter_clip_is_timed_where_there_is_time_for_that(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second for 1,000 tokens: 90 s are needed for all, and fewer are left."""
+    """A second for 500 tokens: 180 s are needed for all, and less is left."""
     ran = []
 
     class Run:
@@ -147,12 +147,12 @@ def test_a_shorter_clip_is_timed_where_there_is_time_for_that(
 
     monkeypatch.setattr(longest.step, "Run", Run)
     monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
-    monkeypatch.setattr(longest, "clip_seconds", lambda setting, _: setting.pack.tokens / 1000)
+    monkeypatch.setattr(longest, "clip_seconds", lambda setting, _: setting.pack.tokens / 500)
     first, row = rows(seconds=1e9, deadline=120.0)
     assert (first.status, row.status) == ("absent", "measured")
     left = 120.0 - (card.now - 30.0)
     assert ran == [row.extra["clip_tokens"]]
-    assert left * 1000 - longest.GRAIN < ran[0] <= left * 1000
+    assert left * 500 - longest.GRAIN < ran[0] <= left * 500
     assert row.extra["longest_tokens"] == first.extra["longest_tokens"] > 88_000
     assert row.shape["tokens"] == ran[0]
     assert row.extra["tokens_per_s"] == pytest.approx(ran[0] / 30)
