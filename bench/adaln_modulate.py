@@ -20,7 +20,7 @@ from goku_kernels import adaln_modulate, adaln_modulate_bytes
 OPERATOR = "adaln_modulate"
 SOURCES = (
     "kernels/goku_kernels", "bench/adaln_modulate.py", "bench/cases.py", "bench/judging.py",
-    "bench/batching.py", "bench/timing.py",
+    "bench/batching.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6

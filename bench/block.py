@@ -37,7 +37,7 @@ from goku_kernels import Packing
 OPERATOR = "block"
 SOURCES = ("goku/model", "goku/flops.py", "kernels/goku_kernels", "bench/block.py",
            "bench/block_attention.py", "bench/block_compile.py", "bench/block_expected.py",
-           "bench/block_traffic.py", "bench/timing.py")  # fmt: skip
+           "bench/block_traffic.py", "bench/filler.py", "bench/timing.py")  # fmt: skip
 
 
 class Kind(NamedTuple):

@@ -42,11 +42,12 @@ from bench.exchange_peers import (
     alone,
     raw,
 )
+from bench.filler import Filler
 
 NAME = "exchange"
 SOURCES = (
     "runtime/goku_runtime/sequence_parallel.py", "runtime/goku_runtime/_exchange.py",
-    "bench/exchange.py", "bench/exchange_cases.py", "bench/exchange_peers.py", "bench/timing.py",
+    "bench/exchange.py", "bench/exchange_cases.py", "bench/exchange_peers.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 DIRECTIONS = ("forward", "forward+backward")
 EXAMPLES = """\
@@ -118,7 +119,7 @@ def together(
 
     All ranks do the same number of rounds, agreed on after two that do not count.
     """
-    filler = timing.Filler(device)
+    filler = Filler(device)
     launching = dict.fromkeys(calls, 0.0)
 
     def once(name: str) -> float:

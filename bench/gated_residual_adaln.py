@@ -29,7 +29,7 @@ from goku_kernels import gated_residual_adaln, gated_residual_adaln_bytes
 OPERATOR = "gated_residual_adaln"
 SOURCES = (
     "kernels/goku_kernels", "bench/gated_residual_adaln.py", "bench/cases.py", "bench/judging.py",
-    "bench/batching.py", "bench/timing.py",
+    "bench/batching.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6

@@ -19,7 +19,7 @@ from goku_kernels import qk_norm_rope, qk_norm_rope_bytes
 OPERATOR = "qk_norm_rope"
 SOURCES = (
     "kernels/goku_kernels", "bench/qk_norm_rope.py", "bench/cases.py", "bench/judging.py",
-    "bench/batching.py", "bench/timing.py",
+    "bench/batching.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 EPS = 1e-6

@@ -19,7 +19,7 @@ from goku_kernels.rectified_flow_noise import rectified_flow_noise, rectified_fl
 OPERATOR = "rectified_flow_noise"
 SOURCES = (
     "kernels/goku_kernels", "bench/rectified_flow_noise.py", "bench/cases.py", "bench/judging.py",
-    "bench/batching.py", "bench/timing.py",
+    "bench/batching.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ SOURCES = (
     "goku/flops.py", "goku/step_memory.py", "goku/activation_bytes.py", "kernels/goku_kernels",
     "runtime/goku_runtime/activation_checkpoint.py", "runtime/goku_runtime/sharding.py",
     "bench/step.py", "bench/step_profile.py", "bench/longest.py", "bench/block.py", "bench/packs.py",
-    "bench/policy_runs.py", "bench/block_traffic.py", "bench/timing.py",
+    "bench/policy_runs.py", "bench/block_traffic.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 ATOMICS = "dq by atomics"
 # Loss and norm of the gradient of two ways to compute a step: bf16 products, summed over thousands of tokens.

@@ -7,7 +7,6 @@ that wakes falls on all of them. Inputs rotate through more copies than the seco
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +15,13 @@ from typing import Any
 
 import torch
 
+from bench.filler import Filler
+
 # A call to be timed: prepare(i), which is not timed, and run(what prepare returned), which is.
 Call = tuple[Callable[[int], Any], Callable[[Any], object]]
 
 MAX_COPIES = 64  # of the inputs; tiny ones would otherwise be copied by the thousand
 SLOW_ROUND_SECONDS = 2.0
-_FILL_BYTES = 2**28
-# 50 ms on an H200, which 256 samples one by one take to launch, backward too. A device's queue holds about
-# 1,000 launches, those of the call with them: more copies would be waited for.
-_MOST_FILLING = 400
 
 
 @dataclass(frozen=True)
@@ -61,36 +58,6 @@ class Ceilings:
 def measure_ceilings(device: torch.device, seconds: float = 1.0) -> Ceilings:
     """Both ceilings, `seconds` of timing each."""
     return Ceilings(matmul_ceiling(device, seconds=seconds), copy_ceiling(device, seconds=seconds))
-
-
-class Filler:
-    """Keeps a CUDA device busy before a timed call, and clears its caches.
-
-    Copies of a buffer that no cache holds. While they run the host launches the call, so that the
-    events around it measure the device and not Python; and the call finds its inputs in memory, as
-    it would in training. On other devices it does nothing.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.active = device.type == "cuda"
-        if not self.active:
-            return
-        self._source = torch.randint(256, (_FILL_BYTES,), dtype=torch.uint8, device=device)
-        self._target = torch.empty_like(self._source)
-        self._target.copy_(self._source)
-        torch.cuda.synchronize(device)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._target.copy_(self._source)
-        end.record()
-        end.synchronize()
-        self._seconds = 1e-3 * begin.elapsed_time(end)
-
-    def run(self, seconds: float) -> None:
-        """Enqueue copies that take at least `seconds`, at least one and at most _MOST_FILLING."""
-        if self.active:
-            for _ in range(min(_MOST_FILLING, 1 + math.ceil(seconds / self._seconds))):
-                self._target.copy_(self._source)
 
 
 def interleaved(

@@ -27,7 +27,7 @@ OPERATOR = "varlen_attention"
 SOURCES = (
     "kernels/goku_kernels", "bench/varlen_attention.py", "bench/attention_peers.py",
     "bench/packs.py", "bench/cases.py", "bench/judging.py", "bench/batching.py",
-    "bench/timing.py",
+    "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 MODELS = ("goku-2b", "goku-8b")
 # Heads and head_dim of every case. No model has heads of 128: 14 are as wide as goku-2b. 7 are what

@@ -19,7 +19,7 @@ from goku_kernels.velocity_loss import velocity_loss, velocity_loss_bytes
 OPERATOR = "velocity_loss"
 SOURCES = (
     "kernels/goku_kernels", "bench/velocity_loss.py", "bench/cases.py", "bench/judging.py",
-    "bench/batching.py", "bench/timing.py",
+    "bench/batching.py", "bench/filler.py", "bench/timing.py",
 )  # fmt: skip
 
 # Of a global batch, of which the packs are a part: a number that does not change with the pack.
