@@ -234,20 +234,21 @@ def test_a_graph_serves_another_pack():
     checks.replays(*pair, function(BACKEND), DEVICE, within=2**-7)
 
 
-# Last: warps that wait for each other may do so for ever, which costs the test's time alone.
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# Last: warps that wait for each other may do so for ever, which costs a test's time.
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_specialised_warps(head_dim, dtype):
+def test_specialised_warps(head_dim):
     """The forward that the tuner may put in the place of the plain one, used by the shipped rows or not."""
     rows = configs.table("varlen_attention")
     for row in rows:
         if row["kernel"] == "forward_specialised":
             rows = with_use(rows, row, used=True)
+    heads, bf16 = HEADS[head_dim], torch.bfloat16
+    cases = [*variants(ODD, bf16, heads, head_dim, probed=False)]
+    cases += [next(variants(ODD, torch.float16, heads, head_dim, probed=False))]
+    cases += [
+        problem("self", heads, head_dim, PACKS[n], bf16) for n in ("16K, mixed", "64K, one clip")
+    ]
     with overridden("varlen_attention", rows):
-        for pack in (ODD, PACKS["16K, mixed"]):
-            for case in variants(pack, dtype, HEADS[head_dim], head_dim, pack is not ODD):
-                checks.fits(case, function(BACKEND), DEVICE)
-        lse = with_lse(ODD, dtype, HEADS[head_dim], head_dim)
-        checks.fits(lse, both(BACKEND), DEVICE)
-        large = problem("self", HEADS[head_dim], head_dim, PACKS["64K, one clip"], dtype)
-        checks.fits(large, function(BACKEND), DEVICE)
+        for case in cases:
+            checks.fits(case, function(BACKEND), DEVICE)
+        checks.fits(with_lse(ODD, bf16, heads, head_dim), both(BACKEND), DEVICE)
