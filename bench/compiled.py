@@ -105,7 +105,8 @@ def render(folder: Path) -> str:
         "# What the Triton kernels compile to\n",
         "Compiled without a GPU by `make compiled [TRITON=3.6.0]`; nothing here is a speed. Spilled: "
         "bytes per thread, stores and loads, as ptxas says. HMMA, HGMMA and UTCMMA are the matrix "
-        "instructions of sm_80, sm_90 and sm_100.\n",
+        'instructions of sm_80, sm_90 and sm_100. Cases "all in use" launch what is shipped unused too, '
+        "until the tuner has seen it win.\n",
     ]
     tables = []
     for file in sorted(folder.glob("triton-*.jsonl")):

@@ -7,6 +7,7 @@ configurations: what a later run, on this machine or on another, needs to go on.
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -86,6 +87,7 @@ def unpack(file: Path, root: Path = ROOT) -> list[str]:
         ValueError: no archive, or one with anything but plain files of FOLDERS.
     """
     contents: dict[str, bytes] = {}
+    changed: dict[str, float] = {}
     left = MAX_UNPACKED_BYTES
     try:
         with tarfile.open(file, "r:gz") as archive:
@@ -100,12 +102,14 @@ def unpack(file: Path, root: Path = ROOT) -> list[str]:
                     raise ValueError(f"{file} unpacks to more than {MAX_UNPACKED_BYTES} bytes")
                 stream = archive.extractfile(member)
                 assert stream is not None  # a regular file
-                contents[member.name] = stream.read()
+                contents[member.name], changed[member.name] = stream.read(), member.mtime
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"--from {file} is no archive of --state: {error}") from error
     for name, content in contents.items():
         try:
             write_whole(root / name, content)
+            if name.endswith(".begun"):  # its time of change is the process's last sign of life
+                os.utime(root / name, (changed[name], changed[name]))
         except OSError as error:
             raise ValueError(f"{name} of --from {file} cannot be written: {error}") from error
     for begun in (root / RESULTS).rglob("*.begun"):

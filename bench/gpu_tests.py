@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # One test that takes longer (a kernel that waits for ever) ends its process. An operator's takes a few
 # seconds, and some 30 where it compiles all of its kernels; the block's waits for torch.compile twice.
-HANG_SECONDS = {"test_block": 120}
+HANG_SECONDS = {"test_block": 120, "test_specialised_warps": 45}
 OTHERS_HANG_SECONDS = 60
 NOTES = "GOKU_GPU_NOTES"
 AGAIN = 4  # tests that failed and are run with another assembler: its kernels are compiled anew
@@ -151,8 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def hang_seconds(files: Sequence[Path]) -> int:
     """Of the tests in `files`, folders among them: the longest that one of them asks for."""
-    names = [path.stem for file in files for path in (file.glob("*") if file.is_dir() else [file])]
-    return max((HANG_SECONDS.get(name, 0) for name in names), default=0) or OTHERS_HANG_SECONDS
+    paths = [
+        path for file in files for path in (file.glob("test_*.py") if file.is_dir() else [file])
+    ]
+    return max(
+        (HANG_SECONDS.get(p.stem, OTHERS_HANG_SECONDS) for p in paths), default=OTHERS_HANG_SECONDS
+    )
 
 
 if __name__ == "__main__":

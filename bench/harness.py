@@ -212,7 +212,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "cudnn": str(torch.backends.cudnn.version() or "none"),
+        "cudnn": _cudnn(),
     }
     try:
         import triton
@@ -223,6 +223,13 @@ def versions() -> dict[str, str]:
         # Triton's own assembler or another (TRITON_PTXAS_PATH): it decides what the chip runs.
         found["ptxas"] = triton.knobs.nvidia.ptxas.version
     return found
+
+
+def _cudnn() -> str:
+    try:
+        return str(torch.backends.cudnn.version() or "none")
+    except RuntimeError:  # one that is older than torch was built with, which cannot be used
+        return "unusable"
 
 
 def _output(*command: str) -> str:

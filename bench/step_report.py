@@ -130,7 +130,7 @@ def _longest_line(shown: Rows, r: Record) -> list[str]:
     took = r["note"]
     if r["status"] == "measured":
         took = f"{1e-3 * r['median_ms']:.1f} s{shown.mark(r)}"
-        if extra["clip_tokens"] != extra["longest_tokens"]:
+        if extra.get("clip_tokens", extra["longest_tokens"]) != extra["longest_tokens"]:
             took += f" for {extra['clip_tokens']:,}"
     return [
         r["hardware"]["device"],

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench import ahead, begun, candidates, harness, screening
+from bench import ahead, begun, candidates, harness, screening, tune_log
 from bench.candidates import Config, Row
 from bench.trials import GAIN, Outcome, Trials
 from bench.tune_log import USES, Log, named
@@ -82,7 +82,7 @@ def tune(
         if left() < ROW_SECONDS:
             say(f"{what}: no time is left; --resume goes on here")
             return False
-        deadly = log.deadly(row)
+        deadly = [config for config in log.deadly(row) if config]
         known = [c for c in listed[i] if c["config"] not in deadly]
         if not known or len(deadly) >= DEADLY:
             say(f"{what}: {len(deadly)} configurations ended a process, {len(known)} are not tried")
@@ -96,8 +96,9 @@ def tune(
             begun=lambda config, row=row: log.begin(row, config),
         )  # fmt: skip
         log.begun.clear()
-        log.add(list(records(op, row, size, known, out, log.origin)))
+        lines = list(records(op, row, size, known, out, log.origin))
         if not out.order:
+            log.add(lines)
             say(f"{what}: none of {len(configs)} configurations can be used: {out.failed}")
             continue
         winner = out.order[0]
@@ -107,7 +108,8 @@ def tune(
             f"{time.monotonic() - began:.1f} s: {configs[winner]}"
         )
         rows[i] = {**row, "config": configs[winner]}
-        save()
+        save()  # first: what the log knows is not done again
+        log.add(lines)
     return True
 
 
@@ -133,6 +135,9 @@ def compare(
         if left() < ROW_SECONDS:
             say(f"{what}: no time is left to time it beside {', '.join(beside)}; --resume does")
             return False
+        if {} in log.deadly(row):
+            say(f"{what}: what runs without it ended a process: it stays as it is")
+            continue
         if row["config"] in log.deadly(row):
             out = Outcome(order=[0], failed={1: "it ended a process"})
         else:
@@ -145,18 +150,18 @@ def compare(
             say(f"{what}: neither with it nor without it is right: {out.failed}")
             continue
         used = out.order[0] == 1
-        log.add([{
-            **named(op, row), **log.origin, "status": USES[used], "config": row["config"],
-            "beside": beside, "ms": out.ms.get(1), "ms_without": out.ms.get(0),
-            "note": "; ".join(out.failed.values()),
-            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }])  # fmt: skip
         times = [f"{out.ms[n]:.4f} ms" if n in out.ms else "no time" for n in (1, 0)]
         why = f" ({'; '.join(out.failed.values())})" if out.failed else ""
         say(f"{what}: {times[0]}, without it {times[1]}{why}: {USES[used]}")
         if used == bool(row.get("unused")):
             rows[:] = ahead.with_use(rows, row, used)
             save()
+        log.add([{
+            **named(op, row), **log.origin, "status": USES[used], "config": row["config"],
+            "beside": beside, "ms": out.ms.get(1), "ms_without": out.ms.get(0),
+            "note": "; ".join(out.failed.values()),
+            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }])  # fmt: skip
     return True
 
 
@@ -279,15 +284,13 @@ def run(
         common = (options, log)
         log.begun.overdue = partial(_overdue, each.op, left, start, say)
         try:
-            for i in each.which:
-                # Each behind those in whose place it runs: the gradient's rows take the forward that is used.
+            # Each is compared as soon as it is tuned: rows of gradients take the forward that is used.
+            for i in each.found:
+                mine = [i] if i in each.which else []
                 if not tune(
-                    each.op, each.rows, [i], *common, lists_of, trials.row, left, save, say
+                    each.op, each.rows, mine, *common, lists_of, trials.row, left, save, say
                 ) or not compare(each.op, each.rows, [i], *common, trials.rivals, left, save, say):
                     return False
-            others = [i for i in each.found if i not in each.which]
-            if not compare(each.op, each.rows, others, *common, trials.rivals, left, save, say):
-                return False
         except begun.ContextLost as error:
             say(f"{each.op}: the device's context is lost, the command runs itself again: {error}")
             begun.restart(left(), start)
@@ -300,7 +303,7 @@ def _overdue(
     op: str, left: Callable[[], float], start: begun.Start, say: Callable[[str], None]
 ) -> None:
     say(
-        f"{op}: what runs is not through in {begun.PATIENCE_SECONDS:.0f} s, the command runs itself again"
+        f"{op}: what runs is not through in {tune_log.PATIENCE_SECONDS:.0f} s, the command runs itself again"
     )
     begun.restart(left(), start)
 
@@ -330,8 +333,8 @@ def _work(
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     found = screening.chosen(rows, chip, options.kernels, options.sizes, options.dtypes)
     log = Log(op, options.results, {**screening.origin(op), **hardware}, until, since)
+    found.sort(key=lambda i: _order(op, rows[i], rows))
     which = [i for i in found if not (options.resume and log.tuned(rows[i]))]
-    which.sort(key=lambda i: _order(op, rows[i], rows))
     return _Work(op, file, rows, found, which, log)
 
 

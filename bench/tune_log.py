@@ -13,6 +13,7 @@ from bench.candidates import Config, Row
 from goku.whole_file import write_whole
 
 MAX_LINES = 2000  # of one operator's file: the oldest go
+PATIENCE_SECONDS = 45.0  # what is compiled already, and its truth, take a few
 USES = ("unused", "used")  # what is said of a row beside that whose place it takes
 
 
@@ -38,7 +39,9 @@ class Log:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.file.is_file():
             self.lines = self.file.read_text(encoding="utf-8").splitlines()
-        self.begun = begun.Begun(self.folder / f"{self.op}.begun", self.until)
+        self.begun = begun.Begun(
+            self.folder / f"{self.op}.begun", self.until, patience=PATIENCE_SECONDS
+        )
         left, late = self.begun.left()
         self.add([{**record, "status": "ended the process"} for record in left if not late])
 
@@ -64,22 +67,25 @@ class Log:
         return [r for r in records if all(r.get(k) == v for k, v in wanted.items())]
 
     def tuned(self, row: Row) -> bool:
-        """Whether a row has a winner on this GPU from these sources."""
+        """Whether the row's configuration is a winner on this GPU from these sources."""
         return any(
-            r["status"] == "winner" and r["measured_at"] >= self.since for r in self._mine(row)
+            r["status"] == "winner"
+            and r["measured_at"] >= self.since
+            and r["config"] == row["config"]
+            for r in self._mine(row)
         )
 
     def compared(self, row: Row, beside: Mapping[str, Config]) -> bool:
-        """Whether the row as it is now has been timed beside the kernels whose place it takes."""
+        """Whether the row as it is now has been timed beside the kernels whose place it takes, and says so."""
         wanted = {"config": row["config"], "beside": beside}
         known = [r for r in self._mine(row) if r["status"] in USES]
-        return any(
-            r["measured_at"] >= self.since and all(r[k] == v for k, v in wanted.items())
-            for r in known
-        )
+        known = [r for r in known if all(r[k] == v for k, v in wanted.items())]
+        if not known or known[-1]["measured_at"] < self.since:
+            return False
+        return bool(known[-1]["status"] == USES[not row.get("unused")])
 
     def deadly(self, row: Row) -> list[Config]:
-        """Configurations that ended a process."""
+        """Configurations that ended a process; {} where that ran without the row's kernel."""
         return [r["config"] for r in self._mine(row) if r["status"] == "ended the process"]
 
 

@@ -56,7 +56,7 @@ ORDER: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
 EAGER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 NOTE = (
     "backward FLOPs are counted as 2x forward (flash-attn's tables: 2.5x); eager keeps what its "
-    "backward needs, except the scores, which torch's fused attention computes again"
+    "backward needs, except the scores, which torch's fused attention computes again, and never takes cuDNN"
 )
 
 # What is compared with the truth: so many queries of each of so many samples.

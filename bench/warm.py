@@ -32,6 +32,8 @@ from bench import ahead, block, cases, checks, packs
 from bench.harness import ROOT
 from bench.packs import Pack
 
+# Files of tests that launch an operator's kernels beside that of its name.
+BESIDE = {"varlen_attention": ("specialised_warps",)}
 BLOCKS = tuple(
     (preset, ahead.SMALL, dtype)
     for preset in ("goku-2b", "goku-8b")
@@ -118,7 +120,9 @@ def warm_one(work: Work) -> Done:
 
 
 def tests(op: str) -> list[Callable[[], None]]:
-    """The tests of tests/gpu/test_<op>.py, one for each set of parameters, on small packs of a CPU.
+    """The tests of tests/gpu/test_<op>.py and of files BESIDE it, on small packs of a CPU.
+
+    One for each set of parameters.
 
     They compare through bench.checks alone; here each of its checks only runs the operator.
     """
@@ -127,21 +131,22 @@ def tests(op: str) -> list[Callable[[], None]]:
         mock.patch.object(packs, "GPU_PACKS", tuple(small.values())),
         mock.patch.object(packs, "Pack", lambda name, grids: Pack(name, ahead.SMALL.grids)),
     ):
-        module = _loaded(op)
-    module.DEVICE = torch.device("cpu")  # type: ignore[attr-defined]
-    module.checks = _Runs  # type: ignore[attr-defined]
+        modules = [_loaded(file) for file in (op, *BESIDE.get(op, ()))]
     found: list[Callable[[], None]] = []
-    for name, test in vars(module).items():
-        if name.startswith("test_") and callable(test):
-            marks = [m.args for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
-            found += [partial(test, **given) for given in _parameters(marks)]
+    for module in modules:
+        module.DEVICE = torch.device("cpu")  # type: ignore[attr-defined]
+        module.checks = _Runs  # type: ignore[attr-defined]
+        for name, test in vars(module).items():
+            if name.startswith("test_") and callable(test):
+                marks = [m.args for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
+                found += [partial(test, **given) for given in _parameters(marks)]
     return found
 
 
-def _loaded(op: str) -> ModuleType:
-    """The test file of an operator as a module of its own."""
-    path = ROOT / "tests" / "gpu" / f"test_{op}.py"
-    spec = importlib.util.spec_from_file_location(f"_warm_{op}", path)
+def _loaded(name: str) -> ModuleType:
+    """A test file, that of an operator by its name, as a module of its own."""
+    path = ROOT / "tests" / "gpu" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"_warm_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

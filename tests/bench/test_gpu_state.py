@@ -43,6 +43,8 @@ def read(root):
 
 def test_it_holds_results_and_configurations_and_puts_them_back(tree, tmp_path):
     file = tmp_path / "out" / "state.tgz"
+    begun = "bench/results/tune/varlen_attention.begun"
+    os.utime(tree / begun, (1e9, 1e9))
     assert gpu_state.save(file, tree) == file.stat().st_size
     assert [p.name for p in file.parent.iterdir()] == ["state.tgz"]
     other = tmp_path / "other"
@@ -53,6 +55,8 @@ def test_it_holds_results_and_configurations_and_puts_them_back(tree, tmp_path):
     (other / "bench/results/tune/adaln_modulate.begun").write_text("{}")
     assert sorted(gpu_state.unpack(file, other)) == sorted(KEPT)
     assert read(other) == KEPT | {"bench/results/block.jsonl": "mine\n"}
+    # When it showed its last sign of life decides whether it was only out of time.
+    assert (other / begun).stat().st_mtime == 1e9
     with tarfile.open(file) as archive:  # plain tar does it too
         assert sorted(archive.getnames()) == sorted(KEPT)
 

@@ -63,6 +63,9 @@ def test_the_block_may_take_longer(tmp_path):
     assert gpu_tests.hang_seconds([tmp_path / "test_batch.py"]) == 60
     assert gpu_tests.hang_seconds([tmp_path / "test_batch.py", tmp_path / "test_block.py"]) == 120
     assert gpu_tests.hang_seconds([tmp_path]) == 120
+    short = tmp_path / "test_specialised_warps.py"
+    assert gpu_tests.hang_seconds([short]) == 45
+    assert gpu_tests.hang_seconds([short, tmp_path / "test_batch.py"]) == 60
 
 
 BY_PTXAS = """

@@ -184,5 +184,14 @@ def test_the_revision_is_gits_or_said_to_be_unknown(tmp_path, monkeypatch):
     assert harness.revision(tmp_path) == (commit, True)
 
 
+def test_a_cudnn_that_cannot_be_used_costs_no_row(monkeypatch):
+    def version():
+        raise RuntimeError("cuDNN version incompatibility")
+
+    assert harness.versions()["cudnn"]
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert harness.versions()["cudnn"] == "unusable"
+
+
 def test_versions_name_the_assembler_of_triton():
     assert harness.versions()["ptxas"] == triton.knobs.nvidia.ptxas.version

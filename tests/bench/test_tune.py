@@ -113,12 +113,12 @@ def test_after_two_that_ended_a_process_a_row_is_left_as_it_is(tmp_path):
 
 HANGING = """
 import os, runpy, sys, time
-from bench import absent_gpu, ahead, begun, screening, trials, tune
+from bench import absent_gpu, ahead, begun, screening, trials, tune, tune_log
 from bench.trials import Outcome
 import torch
 
 FOLDER = sys.argv[1]
-begun.PATIENCE_SECONDS, begun.PULSE_SECONDS = 0.3, 0.05
+tune_log.PATIENCE_SECONDS, begun.PULSE_SECONDS = 1.0, 0.05
 ahead.everywhere = lambda *args: None
 
 def trial(self, rows, row, size, dtype, configs, *, enough, begun):
@@ -255,6 +255,42 @@ def test_one_that_is_not_right_or_ended_a_process_is_unused_too(tmp_path):
     done, _, said, tried = beside(rows, log, {}, order=[1], left=lambda: 1.0)
     assert (done, tried) == (False, [])
     assert "no time is left" in said[0]
+
+
+def test_a_comparison_that_the_row_does_not_show_is_done_again(tmp_path):
+    """As after --dry-run, or where the configurations were put back."""
+    rows = [
+        row("forward", 90, 64, queries=128),
+        {**row(SPECIAL, 90, 64, queries=64), "unused": True},
+    ]
+    before = json.dumps(rows)
+    log = tune.Log("varlen_attention", tmp_path, ORIGIN)
+    assert len(beside(rows, log, {0: 1.0, 1: 0.9}, order=[1, 0], resume=True)[1]) == 1
+    assert beside(rows, log, {}, order=[], resume=True)[3] == []
+    rows = json.loads(before)
+    _, saved, _, tried = beside(rows, log, {0: 1.0, 1: 0.9}, order=[1, 0], resume=True)
+    assert (len(tried), len(saved), used(rows)[SPECIAL, 64]) == (1, 1, True)
+    # The newest counts: it was slower in the meantime.
+    beside(rows, log, {0: 1.0, 1: 1.2}, order=[0, 1])
+    assert beside(rows, log, {}, order=[], resume=True)[3] == []
+
+
+def test_where_what_runs_without_it_ended_a_process_the_row_stays(tmp_path):
+    rows = [row("forward", 90, 64, queries=128), row(SPECIAL, 90, 64, queries=64)]
+    for _ in range(2):
+        tune.Log("varlen_attention", tmp_path, ORIGIN).begin(rows[1], {})
+    log = tune.Log("varlen_attention", tmp_path, ORIGIN)
+    done, saved, said, tried = beside(rows, log, {}, order=[])
+    assert (done, saved, tried) == (True, [], [])
+    assert "ended a process: it stays as it is" in said[0]
+    # They are no configurations of the row's own.
+    lists = {1: listing({"queries": 64, "rows": 1}, {"queries": 32, "rows": 2})}
+    again = tune.tune(
+        "varlen_attention", rows, [1], tune.Options(), log, lists, outcome, lambda: 100.0,
+        lambda: None, said.append,
+    )  # fmt: skip
+    assert again
+    assert rows[1]["config"]["rows"] == 1
 
 
 def test_who_was_only_out_of_time_is_not_deadly(tmp_path):

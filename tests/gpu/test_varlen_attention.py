@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import checks
-from bench.ahead import overridden, with_use
+from bench.ahead import overridden
 from bench.cases import Inputs
 from bench.packs import GPU_PACKS, Pack
 from bench.varlen_attention import function, plain, problem
@@ -232,23 +232,3 @@ def test_a_graph_serves_another_pack():
     # Sums by atomics come in any order: dq may round to either neighbour, 2^-8 of it apart. What
     # is left of another pack, or of a sum that was not cleared, is as large as dq itself.
     checks.replays(*pair, function(BACKEND), DEVICE, within=2**-7)
-
-
-# Last: warps that wait for each other may do so for ever, which costs a test's time.
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_specialised_warps(head_dim):
-    """The forward that the tuner may put in the place of the plain one, used by the shipped rows or not."""
-    rows = configs.table("varlen_attention")
-    for row in rows:
-        if row["kernel"] == "forward_specialised":
-            rows = with_use(rows, row, used=True)
-    heads, bf16 = HEADS[head_dim], torch.bfloat16
-    cases = [*variants(ODD, bf16, heads, head_dim, probed=False)]
-    cases += [next(variants(ODD, torch.float16, heads, head_dim, probed=False))]
-    cases += [
-        problem("self", heads, head_dim, PACKS[n], bf16) for n in ("16K, mixed", "64K, one clip")
-    ]
-    with overridden("varlen_attention", rows):
-        for case in cases:
-            checks.fits(case, function(BACKEND), DEVICE)
-        checks.fits(with_lse(ODD, bf16, heads, head_dim), both(BACKEND), DEVICE)
