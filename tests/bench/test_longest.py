@@ -103,6 +103,25 @@ def rows(**given: float) -> list[harness.Row]:
     return list(longest.measure("goku-2b", "full", torch.device("cpu"), CEILINGS, **given))
 
 
+def steps_take(seconds: float, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps that take so long on the card's clock; the tokens of each, once it is built."""
+    ran: list[int] = []
+
+    class Run:
+        def __init__(self, setting: longest.step.Setting, device: torch.device) -> None:
+            ran.append(setting.pack.tokens)
+
+        def prepare(self) -> None:
+            pass
+
+        def step(self, batch: object) -> None:
+            card.now += seconds
+
+    monkeypatch.setattr(longest.step, "Run", Run)
+    monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
+    return ran
+
+
 def test_what_was_found_is_there_before_the_clip_is_tried(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,20 +152,7 @@ def test_a_shorter_clip_is_timed_where_there_is_time_for_that(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second for 500 tokens: 180 s are needed for all, and less is left."""
-    ran = []
-
-    class Run:
-        def __init__(self, setting: longest.step.Setting, device: torch.device) -> None:
-            ran.append(setting.pack.tokens)
-
-        def prepare(self) -> None:
-            pass
-
-        def step(self, batch: object) -> None:
-            card.now += 30.0
-
-    monkeypatch.setattr(longest.step, "Run", Run)
-    monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
+    ran = steps_take(30.0, card, monkeypatch)
     monkeypatch.setattr(longest, "clip_seconds", lambda setting, _: setting.pack.tokens / 500)
     first, row = rows(seconds=1e9, deadline=120.0)
     assert (first.status, row.status) == ("absent", "measured")
@@ -178,20 +184,7 @@ def test_the_search_leaves_the_clip_the_time_that_it_needs(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of the limit decides, not half of it: 94 s of 180 are there if the search was quick."""
-    ran = []
-
-    class Run:
-        def __init__(self, setting: longest.step.Setting, device: torch.device) -> None:
-            ran.append(setting.pack.tokens)
-
-        def prepare(self) -> None:
-            pass
-
-        def step(self, batch: object) -> None:
-            card.now += 94.0
-
-    monkeypatch.setattr(longest.step, "Run", Run)
-    monkeypatch.setattr(longest.step.Batch, "draw", lambda *_: None)
+    ran = steps_take(94.0, card, monkeypatch)
     monkeypatch.setattr(longest, "clip_seconds", lambda *_: 94.0 + longest.SPARE_SECONDS)
     _, row = rows(seconds=90.0, deadline=180.0)
     whole = len(card.tried)
