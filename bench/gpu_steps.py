@@ -27,6 +27,8 @@ STATUS = "gpu_check.json"
 LOG = "gpu_check.log"  # what every step said
 LOG_CHARACTERS, SHOWN_CHARACTERS = 200_000, 6_000  # of one step, in the log and here
 SAID_CHARACTERS = 120  # of its last line, which is noted
+# Files of tests that launch kernels of an operator whose own file is another.
+BESIDE = {"specialised_warps": "varlen_attention"}
 LONG_TESTS = ("test_varlen_attention", "test_block")
 BUILD_SECONDS, TEST_SECONDS, TRAIN_SECONDS = 60.0, 240.0, 120.0
 # A benchmark begins nothing new when its time is nearly up (MARGIN, or a third of a short time) and
@@ -111,8 +113,9 @@ def check_sources() -> dict[str, Sources]:
     for path in test_files():
         name = file = path.relative_to(ROOT).as_posix()
         op = path.stem.removeprefix("test_")
-        if op == "specialised_warps":
-            op, file = "varlen_attention", "tests/gpu/test_varlen_attention.py"
+        if op in BESIDE:
+            op = BESIDE[op]
+            file = f"tests/gpu/test_{op}.py"
         configs = (op,) if op in OPERATORS else OPERATORS
         ran_by = ("tests/gpu/conftest.py", *imported("bench/gpu_tests.py"))
         found[name] = Sources((*_LIBRARIES, *ran_by, name, *imported(file)), configs)
@@ -214,8 +217,8 @@ def build_command() -> list[str]:
 def test_files() -> list[Path]:
     """The test files of tests/gpu: those of the block behind those of its parts, and last what may hang."""
     found = (ROOT / "tests" / "gpu").glob("test_*.py")
-    last = ("test_block", "test_specialised_warps")
-    return sorted(found, key=lambda path: (path.stem in last, path.name))
+    last = {"block", *BESIDE}
+    return sorted(found, key=lambda path: (path.stem.removeprefix("test_") in last, path.name))
 
 
 def test_command(*paths: Path) -> list[str]:

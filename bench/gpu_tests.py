@@ -77,7 +77,6 @@ class Tests:
         Args:
             chosen: ids of tests.
             variables: of the environment.
-
         """
         with tempfile.TemporaryDirectory() as temporary:
             notes = Path(temporary) / "notes.jsonl"

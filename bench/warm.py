@@ -29,11 +29,10 @@ from unittest import mock
 import torch
 
 from bench import ahead, block, cases, checks, packs
+from bench.gpu_steps import BESIDE
 from bench.harness import ROOT
 from bench.packs import Pack
 
-# Files of tests that launch an operator's kernels beside that of its name.
-BESIDE = {"varlen_attention": ("specialised_warps",)}
 BLOCKS = tuple(
     (preset, ahead.SMALL, dtype)
     for preset in ("goku-2b", "goku-8b")
@@ -131,7 +130,7 @@ def tests(op: str) -> list[Callable[[], None]]:
         mock.patch.object(packs, "GPU_PACKS", tuple(small.values())),
         mock.patch.object(packs, "Pack", lambda name, grids: Pack(name, ahead.SMALL.grids)),
     ):
-        modules = [_loaded(file) for file in (op, *BESIDE.get(op, ()))]
+        modules = [_loaded(file) for file in (op, *(f for f, of in BESIDE.items() if of == op))]
     found: list[Callable[[], None]] = []
     for module in modules:
         module.DEVICE = torch.device("cpu")  # type: ignore[attr-defined]

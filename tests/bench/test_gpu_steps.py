@@ -76,7 +76,7 @@ def test_every_check_depends_on_its_file_and_on_the_configurations_it_launches()
     for name, found in sources.items():
         if name.startswith("tests/gpu/"):
             op = name.removeprefix("tests/gpu/test_").removesuffix(".py")
-            op = "varlen_attention" if op == "specialised_warps" else op
+            op = gpu_steps.BESIDE.get(op, op)
             assert found.configs == ((op,) if op in gpu_steps.OPERATORS else gpu_steps.OPERATORS)
             assert name in found.places
     assert sources["training"].configs == gpu_steps.OPERATORS

@@ -168,10 +168,8 @@ def test_a_configuration_that_waits_for_ever_runs_the_tuner_again(tmp_path):
 
 
 def test_specialised_warps_come_last_and_each_behind_what_it_is_compared_with(tmp_path):
-    (tmp_path / "tune").mkdir()
-    work = tune._work(
-        "varlen_attention", tune.Options(dtypes=["bfloat16"], sizes=[64, 128]), 90, {}, 0.0, ""
-    )
+    options = tune.Options(dtypes=["bfloat16"], sizes=[64, 128], results=tmp_path)
+    work = tune._work("varlen_attention", options, 90, {}, 0.0, "")
     order = [(work.rows[i]["kernel"], work.rows[i]["size"]) for i in work.which]
     width = ["forward", "gradient_kv", "gradient_q", "gradient"]
     plain = [x for x in order if x[0] not in ("delta", SPECIAL)]
